@@ -1,0 +1,94 @@
+"""Continual learning on edge devices.
+
+    from edge_sdk import EdgeDevice
+
+    with EdgeDevice("state", checkpoint="checkpoint") as device:
+        prediction = device.predict(x)
+        device.observe(prediction.id, "7")
+
+Names are resolved when they are first used, so that importing the package loads neither numpy's users nor a network
+library.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from edge_sdk.clock import Clock, ManualClock, SystemClock
+    from edge_sdk.config import DeviceConfig, load_config
+    from edge_sdk.device import EdgeDevice, Status, StepReport
+    from edge_sdk.errors import EdgeError
+    from edge_sdk.head import Head
+    from edge_sdk.manifest import Manifest, verify_checkpoint
+    from edge_sdk.mqtt import MqttTransport
+    from edge_sdk.simulate import Fleet, FleetReport, SimulatedDevice
+    from edge_sdk.transport import MemoryBroker, MemoryTransport, Transport
+    from edge_sdk.types import Mode, Prediction
+
+_HOME = {
+    "Clock": "clock",
+    "DeviceConfig": "config",
+    "EdgeDevice": "device",
+    "EdgeError": "errors",
+    "Fleet": "simulate",
+    "FleetReport": "simulate",
+    "Head": "head",
+    "Manifest": "manifest",
+    "ManualClock": "clock",
+    "MemoryBroker": "transport",
+    "MemoryTransport": "transport",
+    "Mode": "types",
+    "MqttTransport": "mqtt",
+    "Prediction": "types",
+    "SimulatedDevice": "simulate",
+    "Status": "device",
+    "StepReport": "device",
+    "SystemClock": "clock",
+    "Transport": "transport",
+    "load_config": "config",
+    "verify_checkpoint": "manifest",
+}
+
+__all__ = [
+    "Clock",
+    "DeviceConfig",
+    "EdgeDevice",
+    "EdgeError",
+    "Fleet",
+    "FleetReport",
+    "Head",
+    "Manifest",
+    "ManualClock",
+    "MemoryBroker",
+    "MemoryTransport",
+    "Mode",
+    "MqttTransport",
+    "Prediction",
+    "SimulatedDevice",
+    "Status",
+    "StepReport",
+    "SystemClock",
+    "Transport",
+    "__version__",
+    "load_config",
+    "verify_checkpoint",
+]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""Drift monitors: one detector a file, all behind `DriftDetector`."""

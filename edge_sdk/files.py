@@ -1,0 +1,110 @@
+"""Durable file operations, with a seam where tests can kill the process.
+
+Everything that must survive a power cut goes through `replace_file`: written beside its target,
+flushed to disk, renamed into place, and the folder flushed as well.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_sdk.errors import DiskFullError, IntegrityError, StoreError
+
+_crash_hook: Callable[[str], None] | None = None
+
+
+def crashpoint(name: str) -> None:
+    """Mark an instant at which power may fail. Does nothing unless a test has set a hook."""
+    if _crash_hook is not None:
+        _crash_hook(name)
+
+
+def set_crash_hook(hook: Callable[[str], None] | None) -> None:
+    """Let `hook(name)` run at every crash point (tests kill the process in it). None removes it."""
+    global _crash_hook  # noqa: PLW0603 - one process, one power supply
+    _crash_hook = hook
+
+
+def fsync_folder(folder: Path) -> None:
+    """Flush a folder's entries, so that a rename in it survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+    """Write `data` to `path` so that a reader sees the old bytes or the new, never a mixture.
+
+    Raises:
+        DiskFullError: No room; the old file is untouched.
+        StoreError: The file cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        crashpoint(f"written:{path.name}")
+        temporary.replace(path)
+        crashpoint(f"renamed:{path.name}")
+        fsync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise storage_error(error, f"cannot write {path.name}") from error
+
+
+def storage_error(error: OSError, what: str) -> StoreError:
+    """The typed error for a failed file operation: full disks are told from all others."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DiskFullError(f"{what}: {error.strerror}; free some space, the device goes on serving")
+    return StoreError(f"{what}: {error.strerror or error}")
+
+
+def remove_tree(folder: Path) -> None:
+    """Delete a folder and all in it, if it is there."""
+    if folder.exists():
+        shutil.rmtree(folder)
+        crashpoint(f"removed:{folder.name}")
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def npz_bytes(arrays: dict[str, Any]) -> bytes:
+    """The arrays as one uncompressed .npz; the same arrays give the same bytes."""
+    buffer = io.BytesIO()
+    # numpy stamps every entry with a fixed date, so that the bytes depend on the arrays alone
+    np.savez(buffer, allow_pickle=False, **{key: np.asarray(arrays[key]) for key in sorted(arrays)})
+    return buffer.getvalue()
+
+
+def load_npz(source: Path | bytes) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
+    """All arrays of an .npz, without ever unpickling.
+
+    Raises:
+        IntegrityError: The file is not a readable .npz of plain arrays.
+    """
+    name = source.name if isinstance(source, Path) else "npz"
+    try:
+        with np.load(io.BytesIO(source) if isinstance(source, bytes) else source, allow_pickle=False) as data:
+            return {key: data[key] for key in data.files}
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise IntegrityError(f"{name} is not a readable .npz of plain arrays: {error}") from error
+    except Exception as error:  # zipfile and zlib raise classes of their own
+        raise IntegrityError(f"{name} is damaged: {error}") from error

@@ -1,0 +1,125 @@
+"""The trainable head on the frozen trunk: its weights and its arithmetic, in numpy.
+
+Layers are named W0, b0, W1, b1, …: W is float32 [in, out], b float32 [out]. The same names are initializers of
+`head.onnx`, so that learned weights replace them without the onnx package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edge_sdk.errors import IncompatibleError, IntegrityError
+from edge_sdk.files import load_npz, npz_bytes
+from edge_sdk.manifest import LatentSpec
+from edge_sdk.types import AnyArray, FloatArray, LatentArray
+
+Weights = dict[str, FloatArray]
+"""W0, b0, …: one float32 array each. Functions never change the arrays they are given."""
+
+
+def dequantize(latents: LatentArray, spec: LatentSpec) -> FloatArray:
+    """uint8 [N, D] to float32 [N, D] in model units, exactly as ONNX DequantizeLinear does."""
+    return (latents.astype(np.int32) - spec.zero_point).astype(np.float32) * np.float32(spec.scale)
+
+
+def softmax(logits: FloatArray) -> FloatArray:
+    """Row-wise softmax of [N, C]."""
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    result: FloatArray = shifted / shifted.sum(axis=1, keepdims=True)
+    return result
+
+
+@dataclass(frozen=True)
+class Head:
+    """Dense layers with ReLU between them. Immutable; learning returns a new one.
+
+    Attributes:
+        weights: W0, b0, … as described in the module.
+        labels: One label for each output, in order.
+    """
+
+    weights: Weights
+    labels: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Check that the layers fit each other.
+
+        Raises:
+            IntegrityError: A layer is missing, has the wrong shape or holds non-finite numbers.
+        """
+        for i in range(self.depth):
+            w, b = self.weights.get(f"W{i}"), self.weights.get(f"b{i}")
+            if w is None or b is None or w.ndim != 2 or b.shape != (w.shape[1],):
+                raise IntegrityError(f"layer {i} of the head is missing or its shapes do not fit")
+            if i and w.shape[0] != self.weights[f"W{i - 1}"].shape[1]:
+                raise IntegrityError(f"layer {i} of the head takes {w.shape[0]} values, the layer before gives "
+                                     f"{self.weights[f'W{i - 1}'].shape[1]}")  # fmt: skip
+            if not (np.isfinite(w).all() and np.isfinite(b).all()):
+                raise IntegrityError(f"layer {i} of the head holds NaN or infinity")
+        if self.depth == 0 or self.weights[f"b{self.depth - 1}"].shape[0] != len(self.labels):
+            raise IntegrityError(f"the head's last layer does not have one output for each of {len(self.labels)} labels")
+
+    @property
+    def depth(self) -> int:
+        """How many dense layers."""
+        return len(self.weights) // 2
+
+    @property
+    def latent_dim(self) -> int:
+        """Width of the latent that goes in."""
+        return int(self.weights["W0"].shape[0])
+
+    def logits(self, features: FloatArray) -> FloatArray:
+        """Scores before softmax. features: float32 [N, D] in model units; returns float32 [N, C]."""
+        x = features
+        for i in range(self.depth):
+            x = x @ self.weights[f"W{i}"] + self.weights[f"b{i}"]
+            if i < self.depth - 1:
+                x = np.maximum(x, 0)
+        return x
+
+    def predict(self, features: FloatArray) -> AnyArray:
+        """Index of the best label for each row; int64 [N]."""
+        return self.logits(features).argmax(axis=1)
+
+    def grown(self, labels: Sequence[str]) -> Head:
+        """This head with outputs for further labels, which start unlikely: zero weights, the lowest bias.
+
+        Args:
+            labels: All labels; those of this head first and in the same order.
+
+        Raises:
+            IncompatibleError: The present labels are not the beginning of `labels`.
+        """
+        if tuple(labels[: len(self.labels)]) != self.labels:
+            raise IncompatibleError("a head grows at its end: its present labels must come first and in order")
+        extra = len(labels) - len(self.labels)
+        if not extra:
+            return self
+        last = self.depth - 1
+        w, b = self.weights[f"W{last}"], self.weights[f"b{last}"]
+        weights = dict(self.weights)
+        weights[f"W{last}"] = np.concatenate([w, np.zeros((w.shape[0], extra), np.float32)], axis=1)
+        weights[f"b{last}"] = np.concatenate([b, np.full(extra, b.min() - 1.0, np.float32)])
+        return Head(weights, tuple(labels))
+
+    def to_bytes(self) -> bytes:
+        """The head as .npz."""
+        return npz_bytes({**self.weights, "labels": np.array(self.labels, dtype=np.str_)})
+
+    @classmethod
+    def load(cls, source: Path | bytes) -> Head:
+        """Read what `to_bytes` wrote.
+
+        Raises:
+            IntegrityError: The file is damaged or its layers do not fit.
+        """
+        arrays = load_npz(source)
+        if "labels" not in arrays:
+            raise IntegrityError("the head has no labels")
+        labels = tuple(str(label) for label in arrays.pop("labels"))
+        return cls({key: np.asarray(value, dtype=np.float32) for key, value in arrays.items()}, labels)

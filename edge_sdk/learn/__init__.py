@@ -1,0 +1,1 @@
+"""Learning the head: one algorithm a file, pure functions that return new weights."""

@@ -1,0 +1,282 @@
+"""What crosses the wire: topics, messages and their encoding. `docs/protocol.md` is the contract.
+
+A payload is one version byte and a MessagePack array. Fields are only ever appended, readers ignore those they do
+not know, so that an old device and a new coordinator understand each other within one version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import Any, TypeVar
+
+import msgspec
+
+from edge_sdk.errors import ProtocolError
+
+WIRE_VERSION = 1
+MAX_MESSAGE_BYTES = 120_000
+"""Larger payloads are never published: some brokers drop the line at 128 kB."""
+BLOCK_BYTES = 64 * 1024
+DEFAULT_PREFIX = "edge"
+THRESHOLD_ALL = 2**32
+"""A rollout threshold that every device is below."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+class State(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """Retained on `up/state`: a device's birth and, as last will, its death."""
+
+    device: str
+    store_id: str
+    time: float
+    online: bool
+    reason: str
+    """"birth", "stopped", or "lost" (the broker says it for the device)."""
+    boot: int
+    release: int
+    head: int
+    digest: str
+    """SHA-256 of the manifest of the release in use."""
+    group: str
+    mode: str
+    sdk: str
+
+
+class MonitorState(msgspec.Struct, frozen=True, array_like=True):
+    """One drift monitor in a report."""
+
+    name: str
+    evidence: float
+    threshold: float
+    warning: bool
+    alarm: bool
+
+
+class Report(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """What happened on a device since its last report. Aggregates only; small cells are suppressed."""
+
+    start: float
+    end: float
+    release: int
+    head: int
+    mode: str
+    predictions: int
+    labelled: int
+    """Labelled predictions scored in the window; 0 while fewer than `min_count` have come together."""
+    correct: int
+    unmatched: int
+    """Labels whose prediction was gone."""
+    rejected_inputs: int
+    errors: int
+    mean_confidence: float
+    p50_ms: float
+    p95_ms: float
+    predicted: dict[str, int]
+    """Predictions per label; cells below `min_count` merged."""
+    monitors: list[MonitorState]
+    replay_rows: int
+    fresh_rows: int
+    promotions: int
+    """Since the store was made, as the four below."""
+    rejections: int
+    rollbacks: int
+    labels_lost: int
+    outbox_dropped: int
+    rss_mb: float
+    written_bytes: int
+    """Bytes given to flash since the last report."""
+
+
+class Event(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """Something that happened once: `name` is one of those listed in docs/protocol.md."""
+
+    name: str
+    release: int
+    head: int
+    detail: dict[str, str | int | float | bool]
+
+
+class Gap(msgspec.Struct, frozen=True, array_like=True):
+    """Rows `first` to `last` were dropped on the device because its outbox was full."""
+
+    first: int
+    last: int
+
+
+class Envelope(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """Carries one outbox row. Identity is (device, store_id, seq)."""
+
+    store_id: str
+    seq: int
+    oldest: int
+    """Lowest sequence number this device still holds: nothing below it will ever come."""
+    time: float
+    kind: str
+    """"report", "event" or "gap"; a gap's `seq` is its last row."""
+    body: msgspec.Raw
+
+
+class Ack(msgspec.Struct, frozen=True, array_like=True):
+    """Everything up to and including `seq` is committed at the coordinator."""
+
+    store_id: str
+    seq: int
+
+
+class Need(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """A device asks for blocks of a file."""
+
+    digest: str
+    size: int
+    blocks: bytes
+    """Bitmap, bit i of byte i // 8 (lowest first) set for each block asked for."""
+
+
+class Offer(msgspec.Struct, frozen=True, array_like=True):
+    """A release: its number, and hash and size of its manifest."""
+
+    release: int
+    digest: str
+    size: int
+
+
+class Desired(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """Retained on `g/{group}/desired`: what the group should run."""
+
+    revision: int
+    """Grows with every change; a lower one is stale."""
+    base: Offer | None
+    """For every device of the group."""
+    candidate: Offer | None
+    """For the devices whose `cohort(salt, device)` is below `threshold`."""
+    salt: str
+    threshold: int
+    revoked: list[int]
+    """Releases to leave at once for the previous one, and never to install."""
+    block_bytes: int = BLOCK_BYTES
+
+
+M = TypeVar("M", bound=msgspec.Struct)
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """The payload of a message.
+
+    Raises:
+        ProtocolError: It would exceed `MAX_MESSAGE_BYTES`.
+    """
+    payload = bytes([WIRE_VERSION]) + msgspec.msgpack.encode(message)
+    if len(payload) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"a {type(message).__name__} of {len(payload)} bytes; at most {MAX_MESSAGE_BYTES} are sent")
+    return payload
+
+
+def decode(payload: bytes, kind: type[M]) -> M:
+    """The message of the given kind in `payload`.
+
+    Raises:
+        ProtocolError: Oversize, of another wire version, or not of the message's form.
+    """
+    if not payload or len(payload) > MAX_MESSAGE_BYTES:
+        raise ProtocolError(f"a payload of {len(payload)} bytes; 1 to {MAX_MESSAGE_BYTES} are read")
+    if payload[0] != WIRE_VERSION:
+        raise ProtocolError(f"wire version {payload[0]}, this side reads {WIRE_VERSION}")
+    try:
+        return msgspec.msgpack.decode(memoryview(payload)[1:], type=kind)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"not a {kind.__name__}: {error}") from error
+
+
+def raw(message: msgspec.Struct) -> msgspec.Raw:
+    """A message as the body of an envelope."""
+    return msgspec.Raw(msgspec.msgpack.encode(message))
+
+
+def unpack(body: msgspec.Raw | bytes, kind: type[M]) -> M:
+    """The message in an envelope's body.
+
+    Raises:
+        ProtocolError: Not of the message's form.
+    """
+    try:
+        return msgspec.msgpack.decode(body, type=kind)
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"not a {kind.__name__}: {error}") from error
+
+
+def as_json(message: msgspec.Struct) -> dict[str, Any]:
+    """A message with field names, for people."""
+    return {name: msgspec.to_builtins(getattr(message, name)) for name in message.__struct_fields__}
+
+
+def check_name(name: str, what: str = "device name") -> str:
+    """`name` if it can stand in a topic.
+
+    Raises:
+        ProtocolError: It is empty, too long, or holds other characters.
+    """
+    if not _NAME.fullmatch(name):
+        raise ProtocolError(f"{what} {name!r}: use 1 to 64 letters, digits, '_', '.' or '-', not starting with a sign")
+    return name
+
+
+class Topics:
+    """The topic names under one prefix."""
+
+    def __init__(self, prefix: str = DEFAULT_PREFIX) -> None:
+        self.prefix = check_name(prefix, "topic prefix")
+
+    def up(self, device: str, kind: str) -> str:
+        """From a device: kind is "report", "event", "need" or "state"."""
+        return f"{self.prefix}/d/{device}/up/{kind}"
+
+    def down(self, device: str, kind: str) -> str:
+        """To a device: kind is "ack" or "cmd"."""
+        return f"{self.prefix}/d/{device}/dn/{kind}"
+
+    def desired(self, group: str) -> str:
+        """What a group should run."""
+        return f"{self.prefix}/g/{group}/desired"
+
+    def block(self, digest: str, index: int | str) -> str:
+        """One block of a file; index "+" to subscribe to all."""
+        return f"{self.prefix}/b/{digest}/{index}"
+
+    def parse_up(self, topic: str) -> tuple[str, str] | None:
+        """(device, kind) of a topic made by `up`, or None."""
+        parts = topic.split("/")
+        if len(parts) == 5 and parts[0] == self.prefix and parts[1] == "d" and parts[3] == "up":
+            return parts[2], parts[4]
+        return None
+
+    def parse_block(self, topic: str) -> tuple[str, int] | None:
+        """(digest, index) of a topic made by `block`, or None."""
+        parts = topic.split("/")
+        if len(parts) == 4 and parts[0] == self.prefix and parts[1] == "b" and parts[3].isdigit():
+            return parts[2], int(parts[3])
+        return None
+
+
+def cohort(salt: str, device: str) -> int:
+    """A device's place in a rollout, 0 to 2**32 - 1: the first 4 bytes of SHA-256 of "salt/device", big-endian."""
+    return int.from_bytes(hashlib.sha256(f"{salt}/{device}".encode()).digest()[:4], "big")
+
+
+def block_count(size: int, block_bytes: int = BLOCK_BYTES) -> int:
+    """How many blocks a file of `size` bytes has; an empty file has none."""
+    return -(-size // block_bytes)
+
+
+def to_bitmap(blocks: set[int], count: int) -> bytes:
+    """The set of block numbers as a bitmap of `count` bits."""
+    bits = bytearray(-(-count // 8))
+    for i in blocks:
+        bits[i // 8] |= 1 << (i % 8)
+    return bytes(bits)
+
+
+def from_bitmap(bits: bytes, count: int) -> set[int]:
+    """The block numbers set in a bitmap, those beyond `count` left out."""
+    return {i for i in range(min(count, len(bits) * 8)) if bits[i // 8] >> (i % 8) & 1}

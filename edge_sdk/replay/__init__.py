@@ -1,0 +1,1 @@
+"""Replay buffers: bounded memory of past samples, one policy a file."""

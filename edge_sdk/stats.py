@@ -1,0 +1,107 @@
+"""Tests that stay valid however often one looks, and small summaries. numpy only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from edge_sdk.types import AnyArray, DoubleArray
+
+_BETS = np.array([0.1, 0.25, 0.5, 0.75, 0.9])
+
+
+class MeanEProcess:
+    """Evidence, as a betting score, that the mean of bounded values exceeds a bound.
+
+    Under the null hypothesis E[x_t | past] <= `null_mean` the evidence is a supermartingale that starts at 1, so
+    it ever reaches 1/alpha with probability at most alpha, whenever and however often it is read.
+
+    Source:
+        Waudby-Smith & Ramdas 2023, "Estimating means of bounded random variables by betting",
+        doi:10.1093/jrsssb/qkad009; a fixed uniform mixture of bets is used.
+
+    Example:
+        >>> process = MeanEProcess(null_mean=0.5)
+        >>> process.update([1.0] * 10)
+        >>> process.evidence > 20
+        True
+    """
+
+    def __init__(self, null_mean: float, *, low: float = 0.0, high: float = 1.0) -> None:
+        if not low < null_mean < high:
+            raise ValueError(f"the null mean must lie inside ({low}, {high}), got {null_mean}")
+        self._low, self._high, self._null = low, high, null_mean
+        # a bet b pays 1 + b (x - m) / (m - low): never negative for x >= low and b < 1
+        self._bets = _BETS / (null_mean - low)
+        self._log_wealth = np.zeros(len(_BETS))
+
+    def update(self, values: Iterable[float]) -> None:
+        """Add observations.
+
+        Raises:
+            ValueError: A value lies outside [low, high].
+        """
+        x = np.fromiter(values, dtype=np.float64)
+        if x.size and (x.min() < self._low - 1e-9 or x.max() > self._high + 1e-9):
+            raise ValueError(f"values must lie in [{self._low}, {self._high}], got {x.min()} to {x.max()}")
+        self._log_wealth += np.log1p(self._bets * (x[:, None] - self._null)).sum(axis=0)
+
+    @property
+    def evidence(self) -> float:
+        """The e-value: mean wealth over the bets; 1 means no evidence either way."""
+        top = self._log_wealth.max()
+        return float(np.exp(min(top, 700.0)) * np.exp(self._log_wealth - top).mean())
+
+
+def paired_evidence(differences: AnyArray, *, margin: float = 0.0) -> float:
+    """E-value against "the mean of `differences` is at most `margin`".
+
+    Args:
+        differences: float [N] in [-1, 1]: how much better one model did than the other on each row.
+        margin: In (-1, 1).
+
+    Returns:
+        1 for no rows; >= 1/alpha is evidence at level alpha, valid under optional stopping.
+    """
+    process = MeanEProcess(margin, low=-1.0, high=1.0)
+    process.update(np.asarray(differences, dtype=np.float64))
+    return process.evidence
+
+
+def wilson_interval(successes: int, trials: int, *, z: float = 1.96) -> tuple[float, float]:
+    """Confidence interval of a proportion; (0, 1) for no trials.
+
+    Source:
+        Wilson 1927, doi:10.1080/01621459.1927.10502953.
+    """
+    if trials <= 0:
+        return 0.0, 1.0
+    p = successes / trials
+    centre = p + z * z / (2 * trials)
+    spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    scale = 1 + z * z / trials
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def entropy(probabilities: AnyArray) -> DoubleArray:
+    """Entropy of each row divided by its maximum, so in [0, 1]. probabilities: [N, C]."""
+    p = np.clip(np.asarray(probabilities, dtype=np.float64), 1e-12, 1.0)
+    classes = max(2, p.shape[1])
+    result: DoubleArray = -(p * np.log(p)).sum(axis=1) / math.log(classes)
+    return result
+
+
+def suppress_small(counts: dict[str, int], *, min_count: int) -> dict[str, int]:
+    """Counts with every cell below `min_count` merged into "other", or dropped if even that is too small.
+
+    Example:
+        >>> suppress_small({"a": 50, "b": 4, "c": 7}, min_count=10)
+        {'a': 50, 'other': 11}
+    """
+    kept = {key: count for key, count in counts.items() if count >= min_count}
+    rest = sum(count for count in counts.values() if count < min_count)
+    if rest >= min_count:
+        kept["other"] = rest
+    return kept
