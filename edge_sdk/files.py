@@ -103,8 +103,11 @@ def load_npz(source: Path | bytes) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
     name = source.name if isinstance(source, Path) else "npz"
     try:
         with np.load(io.BytesIO(source) if isinstance(source, bytes) else source, allow_pickle=False) as data:
-            return {key: data[key] for key in data.files}
+            arrays = {key: data[key] for key in data.files}
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise IntegrityError(f"{name} is not a readable .npz of plain arrays: {error}") from error
     except Exception as error:  # zipfile and zlib raise classes of their own
         raise IntegrityError(f"{name} is damaged: {error}") from error
+    if others := [key for key, value in arrays.items() if not isinstance(value, np.ndarray)]:
+        raise IntegrityError(f"{name} holds something else than arrays: {others}")  # numpy gives them as bytes
+    return arrays

@@ -15,7 +15,7 @@ import numpy as np
 from edge_sdk.errors import IncompatibleError, IntegrityError
 from edge_sdk.files import load_npz, npz_bytes
 from edge_sdk.manifest import LatentSpec
-from edge_sdk.types import AnyArray, FloatArray, LatentArray
+from edge_sdk.types import FloatArray, IndexArray, LatentArray
 
 Weights = dict[str, FloatArray]
 """W0, b0, …: one float32 array each. Functions never change the arrays they are given."""
@@ -61,7 +61,9 @@ class Head:
             if not (np.isfinite(w).all() and np.isfinite(b).all()):
                 raise IntegrityError(f"layer {i} of the head holds NaN or infinity")
         if self.depth == 0 or self.weights[f"b{self.depth - 1}"].shape[0] != len(self.labels):
-            raise IntegrityError(f"the head's last layer does not have one output for each of {len(self.labels)} labels")
+            raise IntegrityError(
+                f"the head's last layer does not have one output for each of {len(self.labels)} labels"
+            )
 
     @property
     def depth(self) -> int:
@@ -82,9 +84,10 @@ class Head:
                 x = np.maximum(x, 0)
         return x
 
-    def predict(self, features: FloatArray) -> AnyArray:
+    def predict(self, features: FloatArray) -> IndexArray:
         """Index of the best label for each row; int64 [N]."""
-        return self.logits(features).argmax(axis=1)
+        best: IndexArray = self.logits(features).argmax(axis=1)
+        return best
 
     def grown(self, labels: Sequence[str]) -> Head:
         """This head with outputs for further labels, which start unlikely: zero weights, the lowest bias.

@@ -23,6 +23,7 @@ THRESHOLD_ALL = 2**32
 """A rollout threshold that every device is below."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_INDEX = re.compile(r"[0-9]{1,9}")
 
 
 class State(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -207,8 +208,10 @@ def unpack(body: msgspec.Raw | bytes, kind: type[M]) -> M:
 
 
 def as_json(message: msgspec.Struct) -> dict[str, Any]:
-    """A message with field names, for people."""
-    return {name: msgspec.to_builtins(getattr(message, name)) for name in message.__struct_fields__}
+    """A message with field names, for people; an envelope's body as its plain array."""
+    fields = {name: getattr(message, name) for name in message.__struct_fields__}
+    result: dict[str, Any] = msgspec.to_builtins(fields, enc_hook=msgspec.msgpack.decode)
+    return result
 
 
 def check_name(name: str, what: str = "device name") -> str:
@@ -254,7 +257,7 @@ class Topics:
     def parse_block(self, topic: str) -> tuple[str, int] | None:
         """(digest, index) of a topic made by `block`, or None."""
         parts = topic.split("/")
-        if len(parts) == 4 and parts[0] == self.prefix and parts[1] == "b" and parts[3].isdigit():
+        if len(parts) == 4 and parts[0] == self.prefix and parts[1] == "b" and _INDEX.fullmatch(parts[3]):
             return parts[2], int(parts[3])
         return None
 

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from edge_sdk.errors import DtypeError, InputError, NonFiniteError, RangeError, ShapeError
-from edge_sdk.types import FloatArray
+from edge_sdk.types import AnyArray, FloatArray
 
 _KINDS = "fiu"  # float, int, unsigned: what casts to float32 without surprise
 
@@ -53,10 +53,10 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return np.ascontiguousarray(x, dtype=np.float32)
 
     def _checked(self, x: Any, shape: tuple[int, ...]) -> FloatArray:
-        array = _as_array(x)
+        array: AnyArray = _as_array(x)
         if array.shape != shape:
             raise ShapeError(f"input {self.name!r}: expected shape {shape}, got {array.shape}")
-        values = array.astype(np.float32, copy=False)
+        values: FloatArray = np.asarray(array, dtype=np.float32)
         if not np.isfinite(values).all():
             where = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
             raise NonFiniteError(f"input {self.name!r}: {values[where]} at {where}; impute or drop the sample")

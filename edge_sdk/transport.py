@@ -65,6 +65,37 @@ class Transport(Protocol):
         ...
 
 
+class NoTransport:
+    """Stands in where no broker is configured: the device works alone and nothing is queued for anybody."""
+
+    connected = False
+    connections = 0
+
+    def connect(self, will: Message | None = None) -> None:
+        """Nothing to connect to."""
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:  # noqa: ARG002
+        """Always refused.
+
+        Raises:
+            NotConnectedError: There is no broker.
+        """
+        raise NotConnectedError(f"no broker is configured: {topic} was not sent")
+
+    def subscribe(self, topic_filter: str) -> None:
+        """Nothing will come."""
+
+    def unsubscribe(self, topic_filter: str) -> None:
+        """Nothing came."""
+
+    def receive(self) -> list[Message]:
+        """Nothing."""
+        return []
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
 def topic_matches(topic_filter: str, topic: str) -> bool:
     """Whether an MQTT topic filter matches a topic.
 

@@ -112,7 +112,9 @@ def input_channels(features: FloatArray, edges: FloatArray) -> DoubleArray:
 def output_channels(probabilities: FloatArray) -> DoubleArray:
     """Probabilities float32 [N, C] as monitored channels, float64 [N, 2 + C] in [0, 1]."""
     p = np.asarray(probabilities, dtype=np.float64)
-    return np.clip(np.concatenate([p.max(axis=1, keepdims=True), entropy(p)[:, None], p], axis=1), 0.0, 1.0)
+    channels = np.concatenate([p.max(axis=1, keepdims=True), entropy(p)[:, None], p], axis=1)
+    result: DoubleArray = np.clip(channels, 0.0, 1.0)
+    return result
 
 
 def output_names(labels: tuple[str, ...]) -> list[str]:

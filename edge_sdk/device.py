@@ -1,0 +1,663 @@
+"""The device: serves predictions, joins labels, and takes one maintenance turn at a time.
+
+`predict` and `observe` touch memory only. `step` alone touches the database, files and the network, and owns the order
+of things; `with device:` runs a thread that only calls `step`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import msgspec
+import numpy as np
+
+from edge_sdk.adapt import Adaptation
+from edge_sdk.clock import Clock, SystemClock
+from edge_sdk.config import DeviceConfig
+from edge_sdk.errors import (
+    EdgeError,
+    InputError,
+    LabelError,
+    ModelError,
+    RollbackRefusedError,
+    StoreError,
+    UnknownLabelError,
+)
+from edge_sdk.learn.executor import LearnExecutor, new_executor
+from edge_sdk.join import Joined, Joiner
+from edge_sdk.manifest import MANIFEST_NAME, parse_manifest
+from edge_sdk.messages import check_name
+from edge_sdk.monitoring import Monitoring
+from edge_sdk.pending import Label, LoggedPrediction, Pending, Taught
+from edge_sdk.reporter import Counters, Identity, Reporter
+from edge_sdk.resources import PsutilReader, ResourceReader
+from edge_sdk.serving import Served, Trunks, load_served
+from edge_sdk.slots import Slots, Version
+from edge_sdk.store import Store
+from edge_sdk.transport import NoTransport, Transport
+from edge_sdk.types import Mode, Prediction
+from edge_sdk.update import UpdateClient
+from edge_sdk.upgrade import Upgrade
+
+logger = logging.getLogger(__name__)
+_SAVE_S = 60.0
+
+
+class StepReport(msgspec.Struct, frozen=True):
+    """What one `step` did."""
+
+    predictions: int = 0
+    """Logged."""
+    labelled: int = 0
+    """Labels joined with their prediction."""
+    unmatched: int = 0
+    received: int = 0
+    """Messages."""
+    sent: int = 0
+    swapped: bool = False
+    """Another version serves now."""
+    problem: str = ""
+    """Empty, or what could not be done; serving goes on."""
+
+
+class Status(msgspec.Struct, frozen=True):
+    """How the device is. Contains aggregates only."""
+
+    device: str
+    mode: Mode
+    ready: bool
+    release: int
+    head: int
+    labels: list[str]
+    variant: str
+    phase: str
+    """Of learning: idle, training, judging or probation."""
+    waits: str
+    """Why learning or judging waits."""
+    release_on_probation: bool
+    alarms: list[str]
+    warnings: list[str]
+    accuracy: float | None
+    """Live, over the latest labels."""
+    fresh_rows: int
+    replay_rows: int
+    judge_rows: int
+    connected: bool
+    outbox_rows: int
+    fetching: int | None
+    """Number of the release on its way."""
+    problem: str
+    counters: Counters
+
+
+class EdgeDevice:
+    """One device.
+
+    Args:
+        home: Folder of its own for database, releases and learned heads; made if it is missing.
+        checkpoint: A base checkpoint to start with, and to go to whenever it is newer than the one in use. Without
+            one the first release comes from the coordinator.
+        config: Settings.
+        transport: Connection to the broker; None works alone.
+        clock: Source of time.
+        executor: Where learning runs; None: as configured.
+        resources: What the machine can spare.
+        trunks: Loaded trunks to share with other devices of this process.
+        rng: Source of chance for names; None: the system's.
+
+    Raises:
+        ConfigError: A setting is impossible.
+        ArtifactError: The checkpoint is damaged or does not fit, and nothing else can be served.
+        StoreError: The database cannot be opened.
+
+    Example:
+        >>> with EdgeDevice(home, checkpoint=folder) as device:  # doctest: +SKIP
+        ...     prediction = device.predict(x)
+        ...     device.observe(prediction.id, "7")
+    """
+
+    def __init__(
+        self,
+        home: Path | str,
+        *,
+        checkpoint: Path | str | None = None,
+        config: DeviceConfig | None = None,
+        transport: Transport | None = None,
+        clock: Clock | None = None,
+        executor: LearnExecutor | None = None,
+        resources: ResourceReader | None = None,
+        trunks: Trunks | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> None:
+        self.config = config or DeviceConfig()
+        self.name = check_name(self.config.device)
+        self._home = Path(home)
+        self._home.mkdir(parents=True, exist_ok=True)
+        self._clock = clock or SystemClock()
+        self._resources = resources or PsutilReader()
+        self._trunks: Trunks = {} if trunks is None else trunks
+        self._rng = rng or np.random.default_rng()
+        self._step_lock = threading.RLock()
+        self._flushed = threading.Condition()
+        self._flushes = 0
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._problem = ""
+        self._saved_at = 0.0
+        self._taken_up: Version | None = None
+        self._served: Served | None = None
+        self._adaptation: Adaptation | None = None
+
+        self._store = Store(self._home / "edge.db", durability=self.config.durability)
+        self._open_store()
+        self._slots = Slots(self._home / "slots")
+        self._slots.collect_garbage()
+        self._executor = executor or new_executor(self.config.learn.executor)
+        self._reporter = Reporter(
+            self._store,
+            store_id=self.store_id,
+            boot=self.boot,
+            transport=transport or NoTransport(),
+            clock=self._clock,
+            config=self.config,
+        )
+        self._monitoring = Monitoring(self._store, self.config.drift, self._reporter.emit)
+        client = UpdateClient(
+            self._home / "incoming",
+            device=self.name,
+            topics=self._reporter.topics,
+            transport=transport or NoTransport(),
+            config=self.config.update,
+        )
+        self._upgrade = Upgrade(
+            store=self._store, slots=self._slots, client=client, config=self.config, emit=self._reporter.emit
+        )
+        self._start(None if checkpoint is None else Path(checkpoint))
+
+    # ---- opening
+
+    def _open_store(self) -> None:
+        with self._store.transaction():
+            store_id = self._store.get("store_id") or bytes(self._rng.bytes(8)).hex().encode()
+            self.boot = int(self._store.get("boot") or b"0") + 1
+            self._store.put("store_id", store_id)
+            self._store.put("boot", str(self.boot).encode())
+        self.store_id = store_id.decode()
+        prefix = f"{self.store_id[:8]}-"
+        self._pending = Pending(self.config.join.max_pending, f"{prefix}{self.boot}-")
+        self._pending.reserve(self._store.waiting_ids(not_like=prefix))
+        self._joiner = Joiner(self._store, self._pending, self.config)
+
+    def _start(self, checkpoint: Path | None) -> None:
+        """Install or load what is to be served; a version that cannot be loaded is left for the one before."""
+        now = self._clock.now()
+        self._upgrade.count_boot(now)
+        current = self._slots.pointer.current
+        if current is not None:
+            self._load_or_go_back(now)
+        if checkpoint is not None:
+            release = parse_manifest((checkpoint / MANIFEST_NAME).read_bytes()).release
+            if current is None or release > current.release:
+                self._upgrade.install_folder(checkpoint, self._adaptation, now)
+                self._swap(now)
+
+    def _load_or_go_back(self, now: float) -> None:
+        try:
+            self._swap(now)
+        except (EdgeError, OSError) as error:
+            logger.error("%s: the version in use cannot be loaded: %s", self.name, error)  # noqa: TRY400 - no traceback
+            reason = f"cannot be loaded: {error}"
+            try:
+                self._slots.rollback()
+            except RollbackRefusedError:
+                raise error from None
+            with self._store.transaction():
+                self._reporter.emit("head_rolled_back", {"reason": reason})
+            self._swap(now, reason)
+
+    # ---- serving
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a model to predict with."""
+        return self._served is not None
+
+    @property
+    def mode(self) -> Mode:
+        """How far the device is trusted; can be changed while it runs."""
+        return self._reporter.mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        self._reporter.mode = mode
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What the model in use can say."""
+        return self._model().labels
+
+    def predict(self, x: Any, *, id: str | None = None) -> Prediction:  # noqa: A002 - the word users know
+        """Predict one sample. Thread-safe.
+
+        Args:
+            x: One sample of the manifest's input shape, in the app's units; anything numpy casts to float32.
+            id: The app's own name for the prediction; it must not be waiting for a label already.
+
+        Raises:
+            InputError: Wrong dtype, shape, NaN/Inf or out of range; the message says which.
+            DuplicateIdError: The id is in use.
+            ModelError: There is no model yet, or the engine failed.
+        """
+        return self._predict(x, [id], batch=False)[0]
+
+    def predict_batch(self, x: Any) -> list[Prediction]:
+        """Predict samples stacked in the first dimension. Thread-safe. Errors as in `predict`."""
+        return self._predict(x, None, batch=True)
+
+    def _predict(self, x: Any, ids: list[str | None] | None, *, batch: bool) -> list[Prediction]:
+        started = time.perf_counter()
+        served = self._model()
+        spec = served.manifest.input
+        try:
+            checked = spec.check_batch(x) if batch else spec.check(x)[None]
+        except InputError:
+            self._pending.reject()
+            raise
+        names = [self._pending.new_id(given) for given in (ids or [None] * len(checked))]
+        try:
+            latents, probabilities = served.run(checked)
+        except ModelError:
+            self._pending.release(names)
+            self._pending.fail()
+            raise
+        probabilities.setflags(write=False)
+        best = probabilities.argmax(axis=1)
+        now, trunk = self._clock.now(), served.manifest.trunk_id
+        elapsed = (time.perf_counter() - started) * 1e3 / len(checked)
+        results = []
+        for i, name in enumerate(names):
+            label = served.labels[best[i]]
+            self._pending.log(
+                LoggedPrediction(
+                    name, now, checked[i].copy(), latents[i], probabilities[i], label, served.version, trunk, elapsed
+                )
+            )
+            results.append(
+                Prediction(
+                    name, label, probabilities[i], served.labels, served.version.release, served.version.head, elapsed
+                )
+            )
+        return results
+
+    def observe(self, id: str, label: str, *, durable: bool = False, timeout_s: float = 10.0) -> None:  # noqa: A002
+        """Give the true label of a prediction, at any time after it. Thread-safe.
+
+        The label is acknowledged (it survives whatever happens next) at the next `step`, or when this returns if
+        `durable`. A label whose prediction is gone is counted as `unmatched`, a second one as `duplicate`.
+
+        Args:
+            id: The prediction's.
+            label: The true label.
+            durable: Wait until it is on disk.
+            timeout_s: How long to wait at most.
+
+        Raises:
+            UnknownLabelError: It is not one of the model's labels and may not become one.
+            StoreError: `durable`, and it could not be written in time; it is kept and tried again.
+        """
+        if not isinstance(id, str) or not id:
+            raise LabelError(f"a prediction id is a string that `predict` returned, got {id!r}")
+        self._check_label(label)
+        self._pending.label(Label(id, label, self._clock.now()))
+        if durable:
+            self._wait_for_flush(timeout_s)
+
+    def learn(self, x: Any, y: list[str]) -> None:
+        """Give labelled samples that were never predicted. Thread-safe.
+
+        Args:
+            x: Samples stacked in the first dimension.
+            y: One label for each.
+
+        Raises:
+            InputError, UnknownLabelError, ModelError: As `predict` and `observe`.
+            LabelError: Not as many labels as samples.
+        """
+        served = self._model()
+        checked = served.manifest.input.check_batch(x)
+        if len(y) != len(checked):
+            raise LabelError(f"{len(checked)} samples need as many labels, got {len(y)}")
+        for label in y:
+            self._check_label(label)
+        latents, _ = served.run(checked)
+        now, trunk = self._clock.now(), served.manifest.trunk_id
+        self._pending.teach([Taught(latent, label, now, trunk) for latent, label in zip(latents, y, strict=True)])
+
+    def evaluate(self, x: Any, y: list[str]) -> float:
+        """Accuracy of the version in use on labelled samples, which are neither logged nor learned from."""
+        served = self._model()
+        _, probabilities = served.run(served.manifest.input.check_batch(x))
+        predicted = [served.labels[i] for i in probabilities.argmax(axis=1)]
+        return float(np.mean([p == label for p, label in zip(predicted, y, strict=True)]))
+
+    def _model(self) -> Served:
+        if self._served is None:
+            raise ModelError("no release is installed yet: give a checkpoint, or wait for the coordinator's first one")
+        return self._served
+
+    def _check_label(self, label: str) -> None:
+        if not isinstance(label, str) or not label:
+            raise UnknownLabelError(f"a label is a non-empty string, got {label!r}")
+        known = self._model().labels
+        if label in known:
+            return
+        learn = self.config.learn
+        if learn.new_labels == "refuse":
+            raise UnknownLabelError(f"unknown label {label!r}; known: {', '.join(known)} (learn.new_labels = refuse)")
+        if len(known) >= learn.max_labels:
+            raise UnknownLabelError(f"label {label!r} would be one more than learn.max_labels = {learn.max_labels}")
+
+    def _wait_for_flush(self, timeout_s: float) -> None:
+        if self._thread is None or self._thread is threading.current_thread():
+            self.step()
+            done = not self._joiner.unsaved
+        else:
+            with self._flushed:
+                # the flush under way may have drained before this label came: the one after it is sure
+                goal = self._flushes + 2
+                done = self._flushed.wait_for(lambda: self._flushes >= goal, timeout_s)
+        if not done:
+            problem = self._problem or f"no flush within {timeout_s:g} s"
+            raise StoreError(f"the label is not on disk yet: {problem}; it is kept and tried again")
+
+    # ---- the turn
+
+    def step(self) -> StepReport:
+        """Take one maintenance turn: flush, listen, update, learn, report, send.
+
+        What fails is recorded in the report and in the status, and the other parts go on.
+        """
+        with self._step_lock:
+            now = self._clock.now()
+            before = self._served
+            problems: list[str] = []
+            with _recorded(problems):
+                self._swap(now)
+            joined = None
+            with _recorded(problems):
+                joined = self._flush(now)
+            received = sent = 0
+            with _recorded(problems):
+                received = self._reporter.listen(self._upgrade.client)
+            with _recorded(problems):
+                self._upgrade.turn(now, self._adaptation)
+                self._swap(now)
+            with _recorded(problems):
+                self._learn_turn(now)
+                self._swap(now)
+            with _recorded(problems):
+                if now - self._reporter.window.start >= self.config.report.interval_s:
+                    self._report(now, carry=True)
+            with _recorded(problems):
+                sent = self._reporter.send(now)
+            if not problems:
+                self._slots.clear_boots()
+            self._note_problem("; ".join(problems))
+            return StepReport(
+                predictions=len(joined.rows) if joined else 0,
+                labelled=len(joined.ids) if joined else 0,
+                unmatched=joined.unmatched if joined else 0,
+                received=received,
+                sent=sent,
+                swapped=self._served is not before,
+                problem=self._problem,
+            )
+
+    def _note_problem(self, problem: str) -> None:
+        if problem and problem != self._problem:
+            logger.error("%s: %s", self.name, problem)
+        self._problem = problem
+
+    def _flush(self, now: float) -> Joined | None:
+        """Memory to disk, in one transaction. What cannot be written stays in memory and is tried again.
+
+        Monitors and probation see rows only once they are on disk, so that a second try counts nothing twice.
+        """
+        joined = None
+        if self._joiner.drain() or now - self._saved_at >= _SAVE_S:
+            current = self._served.version if self._served else None
+            with self._store.transaction():
+                joined = self._joiner.write(now, current, self._reporter.counters, self._reporter.window)
+                self._save(now, joined)
+            self._saved_at = now
+            self._joiner.written(joined)
+            self._reporter.counters, self._reporter.window = joined.counters, joined.window
+            if self._adaptation is not None:
+                self._adaptation.see(joined.live, predictions=len(joined.rows), errors=joined.errors)
+            correct = [row.correct for row in joined.live]
+            self._upgrade.see(correct, predictions=len(joined.rows), errors=joined.errors)
+            self._monitoring.see(joined)
+        with self._flushed:
+            self._flushes += 1
+            self._flushed.notify_all()
+        return joined
+
+    def _save(self, now: float, joined: Joined) -> None:
+        """Counters, window and evidence; inside a transaction."""
+        self._store.put("counters", msgspec.json.encode(joined.counters))
+        self._store.put("window", msgspec.json.encode(joined.window))
+        if self._adaptation is not None and self._served is not None:
+            trunk = self._served.manifest.trunk_id
+            self._store.trim_samples("judge", trunk, self._adaptation.judge_capacity)
+            self._store.trim_samples("fresh", trunk, self.config.join.max_pending)
+            self._adaptation.save()
+        self._upgrade.save()
+        self._monitoring.save_if_due(now)
+
+    def _learn_turn(self, now: float) -> None:
+        adaptation = self._adaptation
+        if adaptation is None:
+            return
+        self._upgrade.watch(now, adaptation)
+        if self._upgrade.state.watching:
+            return  # one change at a time: a release proves itself before anything is learned on it
+        alarms = tuple(self._monitoring.alarms)
+        adaptation.turn(now, mode=self.mode, alarms=alarms, resources=self._resources.read())
+
+    def _swap(self, now: float, reason: str = "recovered after a restart") -> None:
+        """Serve what the pointer says: built here, off the request path, then one reference is replaced.
+
+        Serving comes first; what has to be written about it is tried again if there is no room.
+        """
+        current = self._slots.pointer.current
+        if current is None:
+            return
+        if self._served is None or self._served.version != current:
+            self._served = load_served(self._slots, current, self._upgrade.variant(current), self._trunks)
+            logger.info("%s serves release %d, head %d", self.name, current.release, current.head)
+        if self._taken_up != current:
+            self._take_up(self._served, now, reason)
+
+    def _take_up(self, served: Served, now: float, reason: str) -> None:
+        """Everything that follows from another version serving."""
+        current, before = served.version, self._taken_up
+        if before is not None:
+            self._report(now, carry=False)  # the window belongs to the version that made it
+        self._reporter.identity = Identity(current.release, current.head, current.digest)
+        if self._adaptation is None:
+            self._adaptation = self._new_adaptation()
+        self._upgrade.note_version(now, self._adaptation, reason)
+        self._adaptation.attach(current, served.manifest)
+        self._monitoring.attach(served, self._slots.folder(current), now)
+        if before is not None:
+            self._adaptation.forget_recent()
+        pointer = self._slots.pointer
+        with self._store.transaction():
+            versions = [v for v in (pointer.current, pointer.previous, pointer.fallback) if v is not None]
+            self._store.keep_trunks(sorted({self._slots.manifest(v).trunk_id for v in versions}))
+        self._slots.collect_garbage()
+        self._taken_up = current
+        self._reporter.tell_state()
+
+    def _new_adaptation(self) -> Adaptation:
+        return Adaptation(
+            self._home / "learn",
+            store=self._store,
+            slots=self._slots,
+            executor=self._executor,
+            config=self.config,
+            emit=self._reporter.emit,
+        )
+
+    # ---- telling
+
+    def _report(self, now: float, *, carry: bool) -> None:
+        adaptation = self._adaptation
+        self._reporter.report(
+            now,
+            carry=carry,
+            monitors=self._monitoring.states(),
+            replay_rows=len(adaptation.buffer) if adaptation else 0,
+            fresh_rows=adaptation.fresh_rows if adaptation else 0,
+            rss_mb=self._resources.rss_mb(),
+        )
+
+    # ---- people
+
+    def rollback(self) -> Version:
+        """Go back to the version that served before the last change.
+
+        Raises:
+            RollbackRefusedError: There is none.
+        """
+        with self._step_lock:
+            now = self._clock.now()
+            version = self._slots.rollback()
+            return self._left(version, "asked for", now)
+
+    def reset_to_base(self) -> Version:
+        """Drop the personal head: serve the one that came with the release."""
+        with self._step_lock:
+            now = self._clock.now()
+            self._model()
+            return self._left(self._slots.promote(0), "reset to the release's own head", now)
+
+    def _left(self, version: Version, reason: str, now: float) -> Version:
+        if self._adaptation is not None:
+            self._adaptation.abandon(now)
+        with self._store.transaction():
+            self._reporter.emit("head_rolled_back", {"reason": reason, "to": version.head})
+        self._swap(now, reason)
+        return version
+
+    def learn_now(self) -> None:
+        """Learn at the next step for which there are enough new labelled rows, cool-down or not."""
+        with self._step_lock:
+            if self._adaptation is None:
+                raise ModelError("no release is installed yet: there is nothing to learn on")
+            self._adaptation.demand()
+
+    def status(self) -> Status:
+        """How the device is."""
+        with self._step_lock:
+            served, adaptation = self._served, self._adaptation
+            fetching = self._upgrade.client.fetching
+            return Status(
+                device=self.name,
+                mode=self.mode,
+                ready=self.ready,
+                release=served.version.release if served else 0,
+                head=served.version.head if served else 0,
+                labels=list(served.labels) if served else [],
+                variant=served.variant if served else "",
+                phase=adaptation.state.phase if adaptation else "idle",
+                waits=adaptation.state.waits if adaptation else "",
+                release_on_probation=self._upgrade.state.watching,
+                alarms=self._monitoring.alarms,
+                warnings=self._monitoring.warnings,
+                accuracy=adaptation.accuracy if adaptation else None,
+                fresh_rows=adaptation.fresh_rows if adaptation else 0,
+                replay_rows=len(adaptation.buffer) if adaptation else 0,
+                judge_rows=len(adaptation.judge_rows[1]) if adaptation else 0,
+                connected=self._reporter.connected,
+                outbox_rows=self._reporter.outbox.pending,
+                fetching=fetching.release if fetching else None,
+                problem=self._problem,
+                counters=msgspec.structs.replace(self._reporter.counters),
+            )
+
+    def history(self, limit: int = 100) -> list[tuple[float, str, dict[str, Any]]]:
+        """What happened, oldest first: (seconds since the epoch, event, detail)."""
+        with self._step_lock:
+            return self._store.history(limit)
+
+    @property
+    def desired_revision(self) -> int:
+        """Of the desired state last received; 0 before the first."""
+        desired = self._upgrade.client.desired
+        return desired.revision if desired else 0
+
+    # ---- running
+
+    def connect(self) -> None:
+        """Connect to the broker and listen. `start` does it too; simulations call it alone."""
+        self._reporter.connect()
+
+    def start(self) -> None:
+        """Connect, and run `step` in a thread of its own until `stop`."""
+        if self._thread is None:
+            self.connect()
+            self._stop.clear()
+            self._thread = threading.Thread(target=self._run, name=f"edge-{self.name}", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Flush, say goodbye and close. Whatever was observed before is on disk afterwards."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        with self._step_lock:
+            self.step()
+            self._executor.cancel()
+            try:
+                with self._store.transaction():
+                    self._monitoring.save(self._clock.now())
+            except StoreError as error:
+                logger.error("%s: the monitors' evidence was not saved: %s", self.name, error)  # noqa: TRY400
+            self._reporter.close()
+            self._store.close()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.step()
+            except Exception:  # a thread that dies silently would be worse
+                logger.exception("%s: a step failed; serving goes on", self.name)
+                self._problem = "a step failed; see the log"
+            self._stop.wait(self.config.flush_interval_s)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+@contextmanager
+def _recorded(problems: list[str]) -> Iterator[None]:
+    """What fails inside is noted; it is tried again at the next turn."""
+    try:
+        yield
+    except (EdgeError, OSError) as error:
+        problems.append(str(error))

@@ -1,0 +1,320 @@
+"""The `Transport` over MQTT v5, with paho. Its callbacks end here: users send, receive and wait.
+
+What is known of paho 2.2 and shapes this file:
+
+- It keeps unacknowledged publications and sends them again after a reconnect. The outbox does that already,
+  so a second copy would go out. `drop_out_messages` before every attempt to connect empties that queue.
+- It drops half-written packets by itself, but resubscribes nothing and, by default, asks for the old session
+  from the second connection on. Here every connection starts clean and subscribes again.
+- It doubles its back-off without jitter, so that a fleet returns in step. Its delay is therefore set anew, at
+  random, after each failure. After the first failure of all it waits twice.
+- An exception in a callback would end its network thread.
+- It waits with `select`, which ends at 1024 open files: some 300 transports fit into one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import socket
+import sys
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from paho.mqtt.client import Client, MQTTMessage, MQTTMessageInfo
+from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
+
+from edge_sdk.errors import NotConnectedError
+from edge_sdk.transport import Message, check_size
+
+if TYPE_CHECKING:
+    from paho.mqtt.reasoncodes import ReasonCode
+
+_QOS = 1
+_BACKOFF_FIRST_S = 0.5
+_BACKOFF_MOST_S = 60.0
+_CLOSE_S = 2.0
+"""How long `close` waits for each: the broker's acknowledgements, and its own goodbye to be written."""
+_MAX_UNACKNOWLEDGED = 10_000
+
+logger = logging.getLogger(__name__)
+
+
+class MqttTransport:
+    """A `Transport` to an MQTT v5 broker. May be used from several threads.
+
+    A network thread runs from `connect` to `close`. It tries again for ever, with growing random pauses,
+    whether there is no broker, the credentials are refused, or the line breaks; `last_error` says what is
+    wrong.
+
+    The inbox is bounded. What arrives while it is full is dropped and counted, although the broker takes it
+    for delivered: publications of this protocol are repeated until their receiver answers with a message of
+    its own, so nothing acknowledged is lost. Holding back the broker instead would only move the loss there,
+    uncounted. Retained messages nobody repeats: once the inbox has been read, the transport subscribes anew
+    and is sent them again.
+
+    Example:
+        >>> transport = MqttTransport("127.0.0.1", 1883, client_id="pump-1")
+        >>> transport.connect(will=Message("edge/d/pump-1/up/state", b"lost", retain=True))  # doctest: +SKIP
+        >>> while transport.wait(30):  # doctest: +SKIP
+        ...     for message in transport.receive():
+        ...         print(message.topic)
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        client_id: str,
+        username: str | None = None,
+        password: str | None = None,
+        keepalive_s: int = 30,
+        max_inbox: int = 10_000,
+    ) -> None:
+        """Describe the connection; nothing is sent before `connect`.
+
+        Args:
+            host: Name or address of the broker.
+            port: 1 to 65535.
+            client_id: Unique at the broker: a second client of that name throws out the first.
+            username: For a broker that asks for one.
+            password: With `username`.
+            keepalive_s: After about this silence either side takes the line for broken.
+            max_inbox: Most messages held until `receive`; more than there are retained topics.
+
+        Raises:
+            ValueError: An argument is out of range.
+        """
+        if not host or not 1 <= port <= 65_535:
+            raise ValueError(f"a broker has a host and a port from 1 to 65535, got {host!r}:{port}")
+        if not client_id or keepalive_s < 1 or max_inbox < 1:
+            raise ValueError("client_id must not be empty; keepalive_s and max_inbox are at least 1")
+        self._host, self._port = host, port
+        self._broker = f"the broker at {host}:{port}"
+        self._client_id = client_id
+        self._username, self._password = username, password
+        self._keepalive_s = keepalive_s
+        self._max_inbox = max_inbox
+        # Held while paho is called, so that no publication slips in between a disconnect and what follows.
+        # Taken before `_changed`, never after it.
+        self._calling = threading.Lock()
+        self._client: Client | None = None
+        self._filters: dict[str, None] = {}  # a set that keeps its order
+        self._last_sent: MQTTMessageInfo | None = None
+        # Guards what the network thread tells. Never held while paho is called, which may wait for it.
+        self._changed = threading.Condition()
+        self._inbox: deque[Message] = deque()
+        self._connected = False
+        self._connections = 0
+        self._dropped = 0
+        self._missed_retained = False
+        self._answered = False
+        self._failures = 0
+        self._last_error: str | None = None
+        self._state_changed = False
+        self._goodbye_written = threading.Event()
+
+    @property
+    def connected(self) -> bool:
+        """Whether a publication would be sent now."""
+        return self._connected
+
+    @property
+    def connections(self) -> int:
+        """How often a connection came about: a change asks the caller for its birth and its outbox."""
+        return self._connections
+
+    @property
+    def last_error(self) -> str | None:
+        """Why there is no connection, or which subscription was refused; None when all is well."""
+        return self._last_error
+
+    @property
+    def dropped(self) -> int:
+        """How many messages arrived while the inbox was full."""
+        return self._dropped
+
+    def connect(self, will: Message | None = None) -> None:
+        """Start connecting, and keep reconnecting until `close`. Returns at once, with or without a broker.
+
+        Args:
+            will: Published for us if we vanish.
+        """
+        self.close()
+        client = Client(CallbackAPIVersion.VERSION2, self._client_id, protocol=MQTTProtocolVersion.MQTTv5)
+        client.username_pw_set(self._username, self._password)
+        client.max_queued_messages_set(_MAX_UNACKNOWLEDGED)
+        if will is not None:
+            client.will_set(will.topic, will.payload, qos=_QOS, retain=will.retain)
+        client.on_pre_connect = self._on_pre_connect
+        client.on_connect = self._on_connect
+        client.on_connect_fail = self._on_connect_fail
+        client.on_disconnect = self._on_disconnect
+        client.on_subscribe = self._on_subscribe
+        client.on_message = self._on_message
+        client.connect_async(self._host, self._port, self._keepalive_s, clean_start=True)
+        self._client = client
+        client.loop_start()
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+        """Send at QoS 1.
+
+        Raises:
+            NotConnectedError: There is no connection, or the broker no longer answers; nothing was queued.
+            ProtocolError: The payload exceeds `MAX_MESSAGE_BYTES`.
+        """
+        check_size(topic, payload)
+        with self._calling:
+            if self._client is None or not self._connected:
+                raise NotConnectedError(f"no connection to the broker: {topic} was not sent")
+            sent = self._client.publish(topic, payload, qos=_QOS, retain=retain)
+            if sent.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
+                # the line just broke, or too much is unacknowledged; what paho kept goes before it reconnects
+                raise NotConnectedError(f"{topic} was not sent: {sent.rc.name}")
+            self._last_sent = sent
+
+    def subscribe(self, topic_filter: str) -> None:
+        """Receive what matches, `+` and `#` as in MQTT. Remembered across reconnects; twice is once."""
+        with self._calling:
+            self._filters[topic_filter] = None
+            if self._client is not None and self._connected:
+                self._client.subscribe(topic_filter, _QOS)
+
+    def unsubscribe(self, topic_filter: str) -> None:
+        """Receive it no longer."""
+        with self._calling:
+            self._filters.pop(topic_filter, None)
+            if self._client is not None and self._connected:
+                self._client.unsubscribe(topic_filter)
+
+    def receive(self) -> list[Message]:
+        """All messages since the last call, oldest first."""
+        with self._changed:
+            messages = list(self._inbox)
+            self._inbox.clear()
+            missed_retained, self._missed_retained = self._missed_retained, False
+        if missed_retained:
+            with self._calling:
+                if self._client is not None and self._connected:
+                    self._subscribe_all(self._client)
+        return messages
+
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until there is something to receive or the state of the connection has changed.
+
+        Returns:
+            Whether there is or it has; False if `timeout_s` passed without.
+        """
+        with self._changed:
+            woken = self._changed.wait_for(lambda: bool(self._inbox) or self._state_changed, timeout_s)
+            self._state_changed = False
+        return woken
+
+    def close(self) -> None:
+        """Disconnect cleanly (the will is not published) and stop reconnecting; unread messages stay.
+
+        Waits until the broker has acknowledged what was published, 2 s at most, and until the network thread
+        has ended: at once while connected, otherwise within the 5 s that an attempt to connect may last.
+        """
+        with self._calling:
+            client, self._client = self._client, None
+            was_connected = self._connected
+            self._set_state(connected=False, error=None)
+        if client is None:
+            return
+        if was_connected and self._last_sent is not None:
+            # Closing a socket into which the broker still writes makes TCP reset the line: what we published
+            # last and our goodbye could be lost, and the will published.
+            self._last_sent.wait_for_publish(_CLOSE_S)
+        client.disconnect()
+        if was_connected and not self._goodbye_written.wait(_CLOSE_S):
+            line = client.socket()
+            if isinstance(line, socket.socket):
+                with contextlib.suppress(OSError):
+                    line.shutdown(socket.SHUT_RDWR)
+        client.loop_stop()
+        client.disconnect()  # if a connection came about meanwhile; without the thread it is written at once
+
+    def _set_state(self, *, connected: bool, error: str | None) -> None:
+        """Note a change, and log a new error once, however often it repeats."""
+        with self._changed:
+            new_error, self._last_error = error != self._last_error, error
+            self._connected = connected
+            self._state_changed = True
+            self._changed.notify_all()
+        if error is not None and new_error:
+            logger.warning("%s: %s", self._client_id, error)
+
+    def _subscribe_all(self, client: Client) -> None:
+        for topic_filter in self._filters:
+            client.subscribe(topic_filter, _QOS)
+
+    def _pause_before_retry(self, client: Client) -> None:
+        longest = min(_BACKOFF_MOST_S, _BACKOFF_FIRST_S * 2**self._failures)
+        self._failures = min(self._failures + 1, 16)
+        pause: Any = random.uniform(longest / 2, longest)  # noqa: S311 - it spreads load
+        client.reconnect_delay_set(pause, pause)  # declared int, but only added to a time
+
+    # The callbacks, on the network thread. Those of a client that is being closed find `_client` changed.
+
+    def _on_pre_connect(self, client: Client, _userdata: Any) -> None:
+        with self._calling:
+            if client is self._client:
+                self._connected = self._answered = False
+                self._last_sent = None
+                self._goodbye_written.clear()
+            client.drop_out_messages()
+
+    def _on_connect(self, client: Client, _userdata: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
+        with self._calling:
+            if client is not self._client:
+                return
+            self._answered = True
+            if reason.is_failure:
+                self._set_state(connected=False, error=f"{self._broker} refused the connection: {reason}")
+                return
+            self._connections += 1
+            self._failures = 0
+            self._subscribe_all(client)
+            self._set_state(connected=True, error=None)
+        logger.info("%s: connected to %s", self._client_id, self._broker)
+
+    def _on_connect_fail(self, client: Client, _userdata: Any) -> None:
+        error = sys.exc_info()[1]  # paho calls this from its except clause and passes no reason
+        if client is self._client:
+            self._set_state(connected=False, error=f"cannot reach {self._broker}: {error}")
+            self._pause_before_retry(client)
+
+    def _on_disconnect(self, client: Client, _userdata: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
+        # Without `_calling`: paho may hold a lock of its own here, for which a `publish` with `_calling` waits.
+        self._goodbye_written.set()
+        if client is not self._client:
+            return
+        if self._connected:
+            self._set_state(connected=False, error=f"the connection to {self._broker} was lost: {reason}")
+        elif not self._answered:  # so do some brokers refuse credentials
+            self._set_state(connected=False, error=f"{self._broker} hung up: are the credentials right?")
+        self._pause_before_retry(client)
+
+    def _on_subscribe(
+        self, client: Client, _userdata: Any, _mid: int, reasons: list[ReasonCode], _properties: Any
+    ) -> None:
+        refused = [str(reason) for reason in reasons if reason.is_failure]
+        if refused and client is self._client:
+            self._set_state(connected=self._connected, error=f"the broker refused a subscription: {', '.join(refused)}")
+
+    def _on_message(self, _client: Client, _userdata: Any, message: MQTTMessage) -> None:
+        with self._changed:
+            full = len(self._inbox) >= self._max_inbox
+            newly_full = full and not self._missed_retained
+            if full:
+                self._dropped += 1
+                self._missed_retained = True
+            else:
+                self._inbox.append(Message(message.topic, bytes(message.payload), message.retain))
+                self._changed.notify_all()
+        if newly_full:
+            logger.warning("%s: the inbox is full at %d messages; dropping", self._client_id, self._max_inbox)

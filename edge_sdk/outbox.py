@@ -1,0 +1,148 @@
+"""The only queue of the device: every report and event is stored before it is sent, and kept until acknowledged."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from edge_sdk.config import ReportConfig
+from edge_sdk.errors import NotConnectedError, ProtocolError
+from edge_sdk.messages import MAX_MESSAGE_BYTES, Ack, Envelope, Event, Gap, Report, Topics, encode
+from edge_sdk.store import OutboxRow, Store
+from edge_sdk.transport import Transport
+
+_WINDOW = 50
+"""Messages under way at once."""
+_MAX_BODY = MAX_MESSAGE_BYTES - 200
+
+
+class Outbox:
+    """Sends rows in order, resends what is not acknowledged, and tells the coordinator what it had to drop.
+
+    `put` and `acknowledge` belong inside a transaction of the store.
+
+    Args:
+        store: Where the rows are.
+        store_id: Random name of this database; with the sequence number it identifies a message.
+        device: This device's name.
+        topics: Of the coordinator's prefix.
+        transport: How to send.
+        config: Bounds and times.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        store_id: str,
+        *,
+        device: str,
+        topics: Topics,
+        transport: Transport,
+        config: ReportConfig,
+    ) -> None:
+        self._store, self._store_id = store, store_id
+        self._device, self._topics, self._transport, self._config = device, topics, transport, config
+        self._sent = 0
+        self._sent_at = 0.0
+        self._sent_on = 0
+        self._bytes_sent = 0
+        self._counted = 0
+
+    @property
+    def pending(self) -> int:
+        """Rows that are not acknowledged."""
+        return self._store.outbox_size()[0]
+
+    def take_bytes_sent(self) -> int:
+        """Payload bytes of messages sent since the last call; a message sent again is not counted again."""
+        size, self._bytes_sent = self._bytes_sent, 0
+        return size
+
+    def put(self, message: Report | Event, time: float) -> int:
+        """Store a message and return how many rows had to go to make room.
+
+        The oldest reports go first, events last. A run of dropped rows becomes one gap, so that what the coordinator
+        sees stays without holes.
+
+        Raises:
+            ProtocolError: The message is too large ever to be sent.
+        """
+        kind: Literal["report", "event"] = "report" if isinstance(message, Report) else "event"
+        body = msgspec.msgpack.encode(message)
+        if len(body) > _MAX_BODY:
+            raise ProtocolError(f"a {kind} of {len(body)} bytes; at most {_MAX_BODY} can be sent")
+        self._store.append(kind, time, body)
+        return self._shrink(time)
+
+    def acknowledge(self, ack: Ack) -> None:
+        """Forget what the coordinator has committed; an acknowledgement of another database is ignored."""
+        if ack.store_id == self._store_id:
+            self._store.acknowledge(ack.seq)
+
+    def send(self, now: float) -> int:
+        """Send what is due; returns how many messages went out."""
+        if not self._transport.connected:
+            return 0
+        count, _, oldest = self._store.outbox_size()
+        if not count:
+            return 0
+        if self._sent_on != self._transport.connections or now - self._sent_at >= self._config.resend_s:
+            self._sent = 0  # a new connection, or silence: begin again at the oldest
+        start = max(self._sent, oldest - 1)
+        window_end = oldest + _WINDOW
+        sent = 0
+        for row in self._store.outbox(after=start, limit=_WINDOW):
+            if row.first >= window_end:
+                break
+            try:
+                self._publish(row, oldest)
+            except NotConnectedError:
+                break
+            self._sent, self._sent_at, self._sent_on = row.seq, now, self._transport.connections
+            sent += 1
+        return sent
+
+    def _publish(self, row: OutboxRow, oldest: int) -> None:
+        envelope = Envelope(
+            store_id=self._store_id,
+            seq=row.seq,
+            oldest=oldest,
+            time=row.time,
+            kind=row.kind,
+            body=msgspec.Raw(row.body),
+        )
+        topic = self._topics.up(self._device, "report" if row.kind == "report" else "event")
+        payload = encode(envelope)
+        self._transport.publish(topic, payload)
+        if row.seq > self._counted:
+            self._counted = row.seq
+            self._bytes_sent += len(payload)
+
+    def _shrink(self, time: float) -> int:
+        count, size, _ = self._store.outbox_size()
+        if count <= self._config.outbox_rows and size <= self._config.outbox_bytes:
+            return 0
+        dropped = 0
+        rows = self._store.outbox()
+        # make some room at once, so that a full outbox is not reshaped at every message
+        goal_rows, goal_bytes = int(self._config.outbox_rows * 0.9), int(self._config.outbox_bytes * 0.9)
+        for kind in ("report", "event"):
+            for row in rows[:-1]:
+                if count <= goal_rows and size <= goal_bytes:
+                    break
+                if row.kind == kind:
+                    self._store.replace_with_gap([row], time, b"")
+                    count, size, dropped = count - 1, size - len(row.body), dropped + 1
+        self._merge_gaps(time)
+        return dropped
+
+    def _merge_gaps(self, time: float) -> None:
+        run: list[OutboxRow] = []
+        for row in [*self._store.outbox(), None]:
+            if row is not None and row.kind == "gap":
+                run.append(row)
+                continue
+            if run:
+                self._store.replace_with_gap(run, time, msgspec.msgpack.encode(Gap(run[0].first, run[-1].seq)))
+            run = []

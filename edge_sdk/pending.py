@@ -1,0 +1,156 @@
+"""What `predict` and `observe` leave in memory until the next step, under one lock."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from edge_sdk.errors import DuplicateIdError
+from edge_sdk.slots import Version
+from edge_sdk.types import FloatArray, LatentArray
+
+
+class LoggedPrediction(NamedTuple):
+    """One prediction as it was served. `x` is for the input monitor and never leaves memory."""
+
+    id: str
+    time: float
+    x: FloatArray
+    latent: LatentArray
+    probabilities: FloatArray
+    label: str
+    version: Version
+    trunk: str
+    latency_ms: float
+
+
+class Label(NamedTuple):
+    """A label that waits to be joined."""
+
+    id: str
+    label: str
+    time: float
+
+
+class Taught(NamedTuple):
+    """A labelled row that was never predicted."""
+
+    latent: LatentArray
+    label: str
+    time: float
+    trunk: str
+
+
+@dataclass
+class Batch:
+    """All that came since the last drain."""
+
+    predictions: list[LoggedPrediction] = field(default_factory=list)
+    labels: list[Label] = field(default_factory=list)
+    taught: list[Taught] = field(default_factory=list)
+    rejected_inputs: int = 0
+    errors: int = 0
+    rows_lost: int = 0
+    labels_lost: int = 0
+
+    def __len__(self) -> int:
+        return len(self.predictions) + len(self.labels) + len(self.taught)
+
+    def __bool__(self) -> bool:
+        return bool(self.predictions or self.labels or self.taught or self.rejected_inputs or self.errors)
+
+
+class Pending:
+    """Thread-safe. Bounded: when nothing is drained, the oldest rows go and are counted.
+
+    Args:
+        max_rows: Most predictions, and most labels, held.
+        prefix: What this process's own prediction ids begin with.
+    """
+
+    def __init__(self, max_rows: int, prefix: str) -> None:
+        self._lock = threading.Lock()
+        self._max_rows = max_rows
+        self._prefix = prefix
+        self._count = 0
+        self._given: set[str] = set()
+        self._predictions: deque[LoggedPrediction] = deque()
+        self._labels: deque[Label] = deque()
+        self._taught: deque[Taught] = deque()
+        self._rejected = self._errors = self._rows_lost = self._labels_lost = 0
+
+    def new_id(self, given: str | None) -> str:
+        """An id for a prediction: the app's own, if it gave one.
+
+        Raises:
+            DuplicateIdError: The app's id waits for a label already.
+        """
+        with self._lock:
+            if given is None:
+                self._count += 1
+                return f"{self._prefix}{self._count}"
+            if given in self._given:
+                raise DuplicateIdError(f"prediction id {given!r} waits for its label; give each prediction its own")
+            self._given.add(given)
+            return given
+
+    def reserve(self, ids: list[str]) -> None:
+        """Ids that the app gave in an earlier life of the process and that still wait."""
+        with self._lock:
+            self._given.update(ids)
+
+    def release(self, ids: list[str]) -> None:
+        """Ids that no longer wait."""
+        with self._lock:
+            self._given.difference_update(ids)
+
+    def log(self, prediction: LoggedPrediction) -> None:
+        """Keep a served prediction."""
+        with self._lock:
+            if len(self._predictions) >= self._max_rows:
+                gone = self._predictions.popleft()
+                self._given.discard(gone.id)
+                self._rows_lost += 1
+            self._predictions.append(prediction)
+
+    def label(self, label: Label) -> None:
+        """Keep a label."""
+        with self._lock:
+            if len(self._labels) >= self._max_rows:
+                self._labels.popleft()
+                self._labels_lost += 1
+            self._labels.append(label)
+
+    def teach(self, rows: list[Taught]) -> None:
+        """Keep labelled rows that were never predicted."""
+        with self._lock:
+            for row in rows:
+                if len(self._taught) >= self._max_rows:
+                    self._taught.popleft()
+                    self._labels_lost += 1
+                self._taught.append(row)
+
+    def reject(self) -> None:
+        """An input was refused."""
+        with self._lock:
+            self._rejected += 1
+
+    def fail(self) -> None:
+        """The model failed."""
+        with self._lock:
+            self._errors += 1
+
+    def drain(self) -> Batch:
+        """All that came since the last call."""
+        with self._lock:
+            batch = Batch(
+                list(self._predictions), list(self._labels), list(self._taught),
+                self._rejected, self._errors, self._rows_lost, self._labels_lost,
+            )  # fmt: skip
+            self._predictions.clear()
+            self._labels.clear()
+            self._taught.clear()
+            self._rejected = self._errors = self._rows_lost = self._labels_lost = 0
+            return batch

@@ -1,0 +1,296 @@
+"""What the device tells of itself, and what it hears: counts over a window, never a single input, latent or label."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from edge_sdk import __version__
+from edge_sdk.clock import Clock
+from edge_sdk.config import DeviceConfig, ReportConfig
+from edge_sdk.errors import NotConnectedError, ProtocolError
+from edge_sdk.messages import Ack, Desired, Event, MonitorState, Report, State, Topics, decode, encode
+from edge_sdk.outbox import Outbox
+from edge_sdk.stats import suppress_small
+from edge_sdk.store import Store
+from edge_sdk.transport import Message, NoTransport, Transport
+from edge_sdk.types import Mode
+from edge_sdk.update import UpdateClient
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_MAX_LATENCIES = 2_000
+_TOTALS = {
+    "drift_alarm": "alarms",
+    "promoted": "promotions",
+    "rejected": "rejections",
+    "head_rolled_back": "rollbacks",
+    "release_rolled_back": "rollbacks",
+}
+"""Which counter an event raises."""
+
+
+class Counters(msgspec.Struct):
+    """Totals since the store was made; persisted."""
+
+    predictions: int = 0
+    labelled: int = 0
+    unmatched: int = 0
+    duplicates: int = 0
+    labels_lost: int = 0
+    rows_lost: int = 0
+    rejected_inputs: int = 0
+    errors: int = 0
+    promotions: int = 0
+    rejections: int = 0
+    rollbacks: int = 0
+    alarms: int = 0
+    outbox_dropped: int = 0
+    bad_messages: int = 0
+    bytes_sent: int = 0
+    written_bytes: int = 0
+
+
+class Window(msgspec.Struct):
+    """What has come together since the last report; persisted, so that a restart loses nothing of it."""
+
+    start: float
+    predictions: int = 0
+    confidence: float = 0.0
+    """Sum."""
+    labelled: int = 0
+    correct: int = 0
+    unmatched: int = 0
+    rejected_inputs: int = 0
+    errors: int = 0
+    written_bytes: int = 0
+    predicted: dict[str, int] = {}
+    latencies: list[float] = []
+
+    def count(self, labels: list[str], confidences: list[float], latencies: list[float]) -> None:
+        """Add predictions."""
+        self.predictions += len(labels)
+        self.confidence += float(sum(confidences))
+        self.predicted = dict(Counter(self.predicted) + Counter(labels))
+        self.latencies = (self.latencies + latencies)[-_MAX_LATENCIES:]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What serves, as it is told to the coordinator."""
+
+    release: int = 0
+    head: int = 0
+    digest: str = ""
+
+
+class Reporter:
+    """Speaks for the device: events, reports, birth and last will; and listens for it.
+
+    Args:
+        store: The device's database.
+        store_id: Its random name.
+        boot: How often the device has started.
+        transport: Connection to the broker.
+        clock: Source of time.
+        config: Of the device.
+    """
+
+    def __init__(
+        self, store: Store, *, store_id: str, boot: int, transport: Transport, clock: Clock, config: DeviceConfig
+    ) -> None:
+        self._store, self._store_id, self._boot = store, store_id, boot
+        self._transport, self._clock, self._config = transport, clock, config
+        self._networked = not isinstance(transport, NoTransport)
+        self._connections = 0
+        self.topics = Topics(config.prefix)
+        self.mode: Mode = config.mode
+        self.identity = Identity()
+        """What serves now; the device keeps it up to date."""
+        self.counters = _load(store, "counters", Counters) or Counters()
+        self.window = _load(store, "window", Window) or Window(start=clock.now())
+        self.outbox = Outbox(
+            store, store_id, device=config.device, topics=self.topics, transport=transport, config=config.report
+        )
+
+    def save(self) -> None:
+        """Persist counters and window; inside a transaction."""
+        self._store.put("counters", msgspec.json.encode(self.counters))
+        self._store.put("window", msgspec.json.encode(self.window))
+
+    def emit(self, name: str, detail: dict[str, Any]) -> None:
+        """Record an event here and for the coordinator; inside a transaction."""
+        now = self._clock.now()
+        self._store.record(now, name, detail)
+        if name in _TOTALS:
+            setattr(self.counters, _TOTALS[name], getattr(self.counters, _TOTALS[name]) + 1)
+        if self._networked:
+            event = Event(name=name, release=self.identity.release, head=self.identity.head, detail=detail)
+            self.counters.outbox_dropped += self.outbox.put(event, now)
+        self.save()
+
+    def report(self, now: float, *, carry: bool, **facts: Any) -> None:
+        """Close the window and put its report into the outbox. `facts`: see `build_report`."""
+        report, window = build_report(
+            self.window,
+            self.counters,
+            now=now,
+            release=self.identity.release,
+            head=self.identity.head,
+            mode=self.mode,
+            carry=carry,
+            config=self._config.report,
+            **facts,
+        )
+        with self._store.transaction():
+            if self._networked:
+                self.counters.outbox_dropped += self.outbox.put(report, now)
+            self._store.put("window", msgspec.json.encode(window))
+        self.window = window
+
+    def connect(self) -> None:
+        """Connect and listen for acknowledgements and the desired state."""
+        self._transport.connect(self._state(online=False, reason="lost"))
+        self._transport.subscribe(self.topics.down(self._config.device, "ack"))
+        self._transport.subscribe(self.topics.desired(self._config.group))
+
+    def close(self) -> None:
+        """Say goodbye and disconnect."""
+        self.tell_state(online=False, reason="stopped")
+        self._transport.close()
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection now."""
+        return self._transport.connected
+
+    def tell_state(self, *, online: bool = True, reason: str = "birth") -> None:
+        """Publish the retained state, if there is a connection; a new one begins with it anyway."""
+        message = self._state(online=online, reason=reason)
+        try:
+            self._transport.publish(message.topic, message.payload, retain=True)
+        except NotConnectedError:
+            logger.debug("%s: no connection, the next one begins with a birth", self._config.device)
+
+    def listen(self, client: UpdateClient) -> int:
+        """Take in all that has come; returns how many messages. Blocks and desired state go to the update client.
+
+        Raises:
+            StoreError: Something could not be written; what the coordinator sent will come again.
+        """
+        if self._transport.connected and self._transport.connections != self._connections:
+            self._connections = self._transport.connections
+            self.tell_state()
+        messages = self._transport.receive()
+        highest: Ack | None = None
+        for message in messages:
+            try:
+                highest = self._take(message, client) or highest
+            except ProtocolError as error:
+                logger.warning("%s: %s was ignored: %s", self._config.device, message.topic, error)
+                self.counters.bad_messages += 1
+        if highest is not None:
+            with self._store.transaction():
+                self.outbox.acknowledge(highest)
+        return len(messages)
+
+    def send(self, now: float) -> int:
+        """Send what is due; returns how many messages went out."""
+        sent = self.outbox.send(now)
+        self.counters.bytes_sent += self.outbox.take_bytes_sent()
+        return sent
+
+    def _take(self, message: Message, client: UpdateClient) -> Ack | None:
+        if (block := self.topics.parse_block(message.topic)) is not None:
+            client.take_block(*block, message.payload)
+        elif message.topic == self.topics.down(self._config.device, "ack"):
+            return decode(message.payload, Ack)
+        elif message.topic == self.topics.desired(self._config.group) and message.payload:
+            client.follow(decode(message.payload, Desired))
+        return None
+
+    def _state(self, *, online: bool, reason: str) -> Message:
+        state = State(
+            device=self._config.device,
+            store_id=self._store_id,
+            time=self._clock.now(),
+            online=online,
+            reason=reason,
+            boot=self._boot,
+            release=self.identity.release,
+            head=self.identity.head,
+            digest=self.identity.digest,
+            group=self._config.group,
+            mode=self.mode,
+            sdk=__version__,
+        )
+        return Message(self.topics.up(self._config.device, "state"), encode(state), retain=True)
+
+
+def build_report(
+    window: Window,
+    totals: Counters,
+    *,
+    now: float,
+    release: int,
+    head: int,
+    mode: str,
+    monitors: list[MonitorState],
+    replay_rows: int,
+    fresh_rows: int,
+    rss_mb: float,
+    carry: bool,
+    config: ReportConfig,
+) -> tuple[Report, Window]:
+    """The report of a window, and the window to go on with.
+
+    Scores of fewer than `min_count` labels, and label cells below it, say too much about single samples: the cells
+    are merged, and the scores wait in the new window until enough have come together. Without `carry` they are
+    dropped: the next window belongs to another version.
+    """
+    enough = window.labelled >= config.min_count
+    telling = window.predictions >= config.min_count
+    mean_confidence = round(window.confidence / window.predictions, 4) if telling else 0.0
+    p50, p95 = np.percentile(window.latencies, [50, 95]) if window.latencies else (0.0, 0.0)
+    report = Report(
+        start=window.start,
+        end=now,
+        release=release,
+        head=head,
+        mode=mode,
+        predictions=window.predictions,
+        labelled=window.labelled if enough else 0,
+        correct=window.correct if enough else 0,
+        unmatched=window.unmatched,
+        rejected_inputs=window.rejected_inputs,
+        errors=window.errors,
+        mean_confidence=mean_confidence,
+        p50_ms=round(float(p50), 4),
+        p95_ms=round(float(p95), 4),
+        predicted=suppress_small(window.predicted, min_count=config.min_count),
+        monitors=monitors,
+        replay_rows=replay_rows,
+        fresh_rows=fresh_rows,
+        promotions=totals.promotions,
+        rejections=totals.rejections,
+        rollbacks=totals.rollbacks,
+        labels_lost=totals.labels_lost,
+        outbox_dropped=totals.outbox_dropped,
+        rss_mb=round(rss_mb, 1),
+        written_bytes=window.written_bytes,
+    )
+    carried = Window(start=now)
+    if carry and not enough:
+        carried.labelled, carried.correct = window.labelled, window.correct
+    return report, carried
+
+
+def _load(store: Store, key: str, kind: type[T]) -> T | None:
+    data = store.get(key)
+    return None if data is None else msgspec.json.decode(data, type=kind)

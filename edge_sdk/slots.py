@@ -1,0 +1,250 @@
+"""Two slots for base releases, the personal heads in them, and the one pointer that says which version serves.
+
+slots/pointer.json      the only thing that is ever flipped
+slots/a/  slots/b/      a checkpoint folder each, with heads/0001.npz, … beside its files
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from edge_sdk.errors import IntegrityError, RollbackRefusedError
+from edge_sdk.files import crashpoint, fsync_folder, remove_tree, replace_file, storage_error
+from edge_sdk.head import Head
+from edge_sdk.manifest import HEAD_NPZ, MANIFEST_NAME, Manifest, digest_of, parse_manifest, verify_checkpoint
+
+Slot = Literal["a", "b"]
+
+
+class Version(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A base release and the head on it; head 0 is the one it came with."""
+
+    slot: Slot
+    release: int
+    digest: str
+    head: int = 0
+
+
+class Pointer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which version serves, and where one could go back to."""
+
+    current: Version | None = None
+    previous: Version | None = None
+    """What served before the last change."""
+    fallback: Version | None = None
+    """What served last on the release before: where a revoked release goes back to."""
+    heads: int = 0
+    """Personal heads ever made: the next one's number is one more."""
+    boots: int = 0
+    """Starts on a release on probation without a healthy step since."""
+
+
+class Slots:
+    """The versions on disk. Every change is a rename or one pointer flip, so a kill leaves the old or the new.
+
+    Args:
+        root: Folder of its own.
+
+    Raises:
+        IntegrityError: The pointer is damaged.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        (root).mkdir(parents=True, exist_ok=True)
+        self._path = root / "pointer.json"
+        try:
+            self.pointer = msgspec.json.decode(self._path.read_bytes(), type=Pointer)
+        except FileNotFoundError:
+            self.pointer = Pointer()
+        except msgspec.MsgspecError as error:
+            raise IntegrityError(f"{self._path} is damaged: {error}; install a release anew") from error
+
+    # ---- reading
+
+    def folder(self, version: Version) -> Path:
+        """The checkpoint folder of a version."""
+        return self.root / version.slot
+
+    def manifest(self, version: Version) -> Manifest:
+        """The manifest of a version's release.
+
+        Raises:
+            IntegrityError: It is not the one that was installed.
+        """
+        data = (self.folder(version) / MANIFEST_NAME).read_bytes()
+        if digest_of(data) != version.digest:
+            raise IntegrityError(f"the manifest in slot {version.slot} is not the one that was installed")
+        return parse_manifest(data)
+
+    def head(self, version: Version) -> Head:
+        """The head of a version.
+
+        Raises:
+            IntegrityError: It is damaged.
+        """
+        folder = self.folder(version)
+        return Head.load(folder / "heads" / f"{version.head:04d}.npz" if version.head else folder / HEAD_NPZ)
+
+    def held_files(self) -> dict[str, Path]:
+        """Files of the installed releases by SHA-256: what need not be fetched again."""
+        held: dict[str, Path] = {}
+        for version in (self.pointer.fallback, self.pointer.current):
+            if version is not None:
+                held |= {
+                    entry.sha256: self.folder(version) / name for name, entry in self.manifest(version).files.items()
+                }
+        return held
+
+    # ---- changing
+
+    def stage(self, manifest: bytes, sources: Mapping[str, Path], *, link: bool = True) -> tuple[Slot, Manifest]:
+        """Put a release into the idle slot. It does not serve until `activate`.
+
+        Args:
+            manifest: The manifest's bytes.
+            sources: Where each file of the manifest is, by SHA-256; never moved.
+            link: Whether the sources are ours and may share their bytes with the slot; else they are copied.
+
+        Raises:
+            IntegrityError: A file differs from the manifest.
+            DiskFullError, StoreError: It cannot be written. The serving version is untouched in every case.
+        """
+        parsed = parse_manifest(manifest)
+        current = self.pointer.current
+        slot: Slot = "b" if current is not None and current.slot == "a" else "a"
+        building = self.root / f"{slot}.new"
+        remove_tree(building)
+        building.mkdir()
+        try:
+            for name, entry in parsed.files.items():
+                _take(sources[entry.sha256], building / name, link=link)
+            replace_file(building / MANIFEST_NAME, manifest)
+            verify_checkpoint(building)
+        except OSError as error:
+            remove_tree(building)
+            raise storage_error(error, f"release {parsed.release} cannot be staged") from error
+        except BaseException:
+            remove_tree(building)
+            raise
+        crashpoint("stage:built")
+        self._forget(slot)
+        remove_tree(self.root / slot)
+        building.rename(self.root / slot)
+        fsync_folder(self.root)
+        crashpoint("stage:renamed")
+        return slot, parsed
+
+    def write_head(self, slot: Slot, head: Head) -> int:
+        """Store a personal head beside a release; returns its number. It does not serve yet."""
+        number = self.pointer.heads + 1
+        folder = self.root / slot / "heads"
+        folder.mkdir(exist_ok=True)
+        replace_file(folder / f"{number:04d}.npz", head.to_bytes())
+        self._flip(msgspec.structs.replace(self.pointer, heads=number))
+        return number
+
+    def activate(self, version: Version) -> None:
+        """Let a staged release serve; the one before becomes the fallback."""
+        current = self.pointer.current
+        self._flip(msgspec.structs.replace(self.pointer, current=version, previous=current, fallback=current, boots=0))
+
+    def promote(self, head: int) -> Version:
+        """Let a personal head on the current release serve (0: the release's own)."""
+        current = self._current()
+        version = msgspec.structs.replace(current, head=head)
+        self._flip(msgspec.structs.replace(self.pointer, current=version, previous=current))
+        return version
+
+    def rollback(self) -> Version:
+        """Go back to what served before the last change.
+
+        Raises:
+            RollbackRefusedError: There is nothing to go back to.
+        """
+        previous, current = self.pointer.previous, self._current()
+        if previous is None:
+            raise RollbackRefusedError("there is no version to go back to")
+        return self._return_to(previous, current)
+
+    def rollback_release(self) -> Version:
+        """Go back to the release before, with the head it had.
+
+        Raises:
+            RollbackRefusedError: Its slot has been used again, or there never was one.
+        """
+        fallback, current = self.pointer.fallback, self._current()
+        if fallback is None:
+            raise RollbackRefusedError(f"no release to go back to from {current.release}")
+        return self._return_to(fallback, current)
+
+    def count_boot(self) -> int:
+        """Note a start on probation; returns how many there were without a healthy step since."""
+        self._flip(msgspec.structs.replace(self.pointer, boots=self.pointer.boots + 1))
+        return self.pointer.boots
+
+    def clear_boots(self) -> None:
+        """A healthy step was made."""
+        if self.pointer.boots:
+            self._flip(msgspec.structs.replace(self.pointer, boots=0))
+
+    def collect_garbage(self) -> None:
+        """Delete heads and half-built folders that no version needs."""
+        pointer = self.pointer
+        kept = {(v.slot, v.head) for v in (pointer.current, pointer.previous, pointer.fallback) if v is not None}
+        for slot in ("a", "b"):
+            remove_tree(self.root / f"{slot}.new")
+            for file in sorted((self.root / slot / "heads").glob("*")):
+                if not file.stem.isdigit() or (slot, int(file.stem)) not in kept:
+                    file.unlink()
+
+    def _return_to(self, version: Version, current: Version) -> Version:
+        fallback = self.pointer.fallback if version.slot == current.slot else None
+        self._flip(msgspec.structs.replace(self.pointer, current=version, previous=None, fallback=fallback, boots=0))
+        return version
+
+    def _forget(self, slot: Slot) -> None:
+        """Before a slot is overwritten, nothing may point into it."""
+        pointer = self.pointer
+        self._flip(
+            msgspec.structs.replace(
+                pointer,
+                previous=None if pointer.previous and pointer.previous.slot == slot else pointer.previous,
+                fallback=None if pointer.fallback and pointer.fallback.slot == slot else pointer.fallback,
+            )
+        )
+
+    def _current(self) -> Version:
+        if self.pointer.current is None:
+            raise RollbackRefusedError("no release is installed yet")
+        return self.pointer.current
+
+    def _flip(self, pointer: Pointer) -> None:
+        if pointer != self.pointer:
+            replace_file(self._path, msgspec.json.encode(pointer))
+            self.pointer = pointer
+
+
+def _take(source: Path, target: Path, *, link: bool) -> None:
+    """A second name for the same bytes where that is allowed; else a copy, flushed to disk."""
+    if link:
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                raise
+        else:
+            return
+    shutil.copyfile(source, target)
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,313 @@
+"""The update client: learns what the device should run, and fetches it in blocks that survive anything.
+
+A release is a manifest and the files it names; all of them travel as content-addressed blobs. What an installed
+release already holds is never fetched again. Checked here are SHA-256, size and a rising release number; a signature
+over the offer belongs in `offered`, before the first block is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_sdk.config import UpdateConfig
+from edge_sdk.errors import DiskFullError, IntegrityError, NotConnectedError, RollbackRefusedError
+from edge_sdk.files import crashpoint, fsync_folder, remove_tree, replace_file, sha256_file, storage_error
+from edge_sdk.manifest import parse_manifest
+from edge_sdk.messages import Desired, Need, Offer, Topics, block_count, cohort, encode, from_bitmap, to_bitmap
+from edge_sdk.transport import Transport
+
+logger = logging.getLogger(__name__)
+_MAX_MANIFEST = 4_000_000
+_MAX_DAMAGED = 3
+
+
+@dataclass(frozen=True)
+class FetchedRelease:
+    """A release whose every byte is here and has the right hash."""
+
+    offer: Offer
+    manifest: bytes
+    files: dict[str, Path]
+    """By SHA-256."""
+
+
+class Download:
+    """One blob on its way: blocks written in place, and a map of those that are safely on disk.
+
+    The map is written only after the blocks it names were flushed, so that after a power cut it never promises too
+    much; a block that is on disk but not in the map is merely fetched again.
+    """
+
+    def __init__(self, folder: Path, digest: str, size: int, block_bytes: int) -> None:
+        self.digest, self.size, self.block_bytes = digest, size, block_bytes
+        self.count = block_count(size, block_bytes)
+        self.path = folder / digest
+        self._part = folder / f"{digest}.part"
+        self._map = folder / f"{digest}.map"
+        self._have: set[int] = set()
+        self._unflushed: set[int] = set()
+        if self._map.exists() and self._part.exists():
+            self._have = from_bitmap(self._map.read_bytes(), self.count)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every block is here."""
+        return len(self._have) + len(self._unflushed) == self.count
+
+    def missing(self) -> list[int]:
+        """Blocks that are not here, in order."""
+        return [i for i in range(self.count) if i not in self._have and i not in self._unflushed]
+
+    def write(self, index: int, payload: bytes) -> bool:
+        """Put a block in its place; False if it is not one that is missing.
+
+        Raises:
+            DiskFullError, StoreError: It cannot be written.
+        """
+        expected = min(self.block_bytes, self.size - index * self.block_bytes)
+        if index in self._have or index in self._unflushed or len(payload) != expected or index >= self.count:
+            return False
+        try:
+            descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                os.pwrite(descriptor, payload, index * self.block_bytes)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise storage_error(error, f"block {index} of {self.digest[:12]} cannot be written") from error
+        self._unflushed.add(index)
+        return True
+
+    def flush(self) -> None:
+        """Make the blocks written so far safe, and note them.
+
+        Raises:
+            DiskFullError, StoreError: They cannot be; they will be fetched again.
+        """
+        if not self._unflushed:
+            return
+        try:
+            descriptor = os.open(self._part, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            self._unflushed.clear()
+            raise storage_error(error, f"{self.digest[:12]} cannot be flushed") from error
+        crashpoint("blocks:flushed")
+        replace_file(self._map, to_bitmap(self._have | self._unflushed, self.count))
+        self._have |= self._unflushed
+        self._unflushed.clear()
+
+    def finish(self) -> None:
+        """Check the hash and give the file its name.
+
+        Raises:
+            IntegrityError: The hash differs; all blocks are thrown away.
+        """
+        if self.size == 0:
+            self._part.touch()
+        if sha256_file(self._part) != self.digest:
+            self._part.unlink()
+            self._map.unlink(missing_ok=True)
+            self._have.clear()
+            raise IntegrityError(f"the blocks of {self.digest[:12]}… do not have its SHA-256")
+        self._part.replace(self.path)
+        crashpoint("blocks:finished")
+        self._map.unlink(missing_ok=True)
+        fsync_folder(self.path.parent)
+
+
+class UpdateClient:
+    """Follows the desired state, and fetches one release at a time.
+
+    Args:
+        folder: For what is on its way.
+        device: This device's name.
+        topics: Of the coordinator's prefix.
+        transport: Where to ask.
+        config: Limits.
+    """
+
+    def __init__(
+        self, folder: Path, *, device: str, topics: Topics, transport: Transport, config: UpdateConfig
+    ) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._device, self._topics, self._transport, self._config = device, topics, transport, config
+        self.desired: Desired | None = None
+        self._offer: Offer | None = None
+        self._download: Download | None = None
+        self._asked_at: float | None = None
+        self._asked: set[int] = set()
+        self._asked_on = 0
+        self._retry_at = 0.0
+        self._damaged = 0
+
+    @property
+    def fetching(self) -> Offer | None:
+        """The release on its way, if one is."""
+        return self._offer
+
+    def follow(self, desired: Desired) -> None:
+        """Take a new desired state; a stale one is ignored."""
+        if self.desired is None or desired.revision >= self.desired.revision:
+            self.desired = desired
+
+    def offered(self, installed: int | None, refused: Mapping[str, str]) -> Offer | None:
+        """The release that this device should fetch now, or None.
+
+        Args:
+            installed: Number of the release in use.
+            refused: Releases that failed here before, by digest, with the reason.
+
+        Raises:
+            RollbackRefusedError: The offer is older than what is installed.
+        """
+        if self.desired is None:
+            return None
+        desired = self.desired
+        included = desired.candidate is not None and cohort(desired.salt, self._device) < desired.threshold
+        offer = desired.candidate if included else desired.base
+        if offer is None or offer.release == installed or offer.digest in refused or offer.release in desired.revoked:
+            return None
+        if installed is not None and offer.release < installed:
+            if desired.candidate is not None and desired.candidate.release == installed:
+                return None  # installed early, by hand: it stays
+            raise RollbackRefusedError(f"release {offer.release} is older than the installed {installed}")
+        return offer
+
+    def begin(self, offer: Offer) -> None:
+        """Start to fetch a release, dropping any other that was on its way.
+
+        Raises:
+            IntegrityError: The offer is larger than the limits allow.
+        """
+        if self._offer == offer:
+            return
+        self.abandon()
+        if not 0 < offer.size <= _MAX_MANIFEST:
+            raise IntegrityError(f"release {offer.release} has a manifest of {offer.size} bytes")
+        self._offer = offer
+        self._damaged = 0
+
+    def abandon(self) -> None:
+        """Stop fetching; blocks that are here stay for another try."""
+        if self._download is not None:
+            self._transport.unsubscribe(self._topics.block(self._download.digest, "+"))
+        self._offer, self._download, self._asked_at = None, None, None
+
+    def clean(self) -> None:
+        """Delete all that was fetched: it is installed, or never will be."""
+        self.abandon()
+        remove_tree(self._folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def take_block(self, digest: str, index: int, payload: bytes) -> bool:
+        """A block arrived; False if it is not one we wait for.
+
+        Raises:
+            DiskFullError, StoreError: It cannot be written.
+        """
+        if self._download is None or self._download.digest != digest:
+            return False
+        taken = self._download.write(index, payload)
+        if taken:
+            self._asked.discard(index)
+        return taken
+
+    def turn(self, now: float, held: Mapping[str, Path]) -> FetchedRelease | None:
+        """One turn: flush, finish, ask for more. Returns the release when it is complete.
+
+        Args:
+            now: Seconds since the epoch.
+            held: Files of installed releases, by SHA-256.
+
+        Raises:
+            IntegrityError: What was fetched is not what was offered.
+            DiskFullError: There is no room; try again later.
+        """
+        if self._offer is None or now < self._retry_at:
+            return None
+        offer = self._offer
+        try:
+            manifest = self._fetch(offer.digest, offer.size, now, held)
+            if manifest is None:
+                return None
+            data = manifest.read_bytes()
+            parsed = parse_manifest(data)
+            if parsed.release != offer.release:
+                raise IntegrityError(f"offered as release {offer.release}, its manifest says {parsed.release}")
+            total = sum(entry.size for entry in parsed.files.values())
+            if total > self._config.max_bytes:
+                raise IntegrityError(f"release {offer.release} has {total} bytes; at most {self._config.max_bytes}")
+            files: dict[str, Path] = {}
+            wanted = {entry.sha256: entry.size for _, entry in sorted(parsed.files.items())}
+            self._require_room(sum(size for digest, size in wanted.items() if digest not in held))
+            for digest, size in wanted.items():
+                path = self._fetch(digest, size, now, held)
+                if path is None:
+                    return None
+                files[digest] = path
+        except DiskFullError:
+            self._retry_at = now + self._config.retry_s
+            raise
+        return FetchedRelease(offer, data, files)
+
+    def _fetch(self, digest: str, size: int, now: float, held: Mapping[str, Path]) -> Path | None:
+        """The file with this hash if it is here; else ask for its missing blocks."""
+        if digest in held:
+            return held[digest]
+        if (done := self._folder / digest).exists():
+            return done
+        if self._download is None or self._download.digest != digest:
+            if self._download is not None:
+                self._transport.unsubscribe(self._topics.block(self._download.digest, "+"))
+            block_bytes = self.desired.block_bytes if self.desired else 65_536
+            self._download = Download(self._folder, digest, size, block_bytes)
+            self._asked_at = None
+            self._transport.subscribe(self._topics.block(digest, "+"))
+        download = self._download
+        download.flush()
+        if not download.complete:
+            self._ask(download, now)
+            return None
+        self._transport.unsubscribe(self._topics.block(digest, "+"))
+        self._download = None
+        try:
+            download.finish()
+        except IntegrityError:
+            # whoever may publish blocks could spoil a good release for ever if the first damage were final
+            self._damaged += 1
+            if self._damaged >= _MAX_DAMAGED:
+                raise
+            logger.warning("%s came damaged and is fetched again", digest[:12])
+            return None
+        return done
+
+    def _ask(self, download: Download, now: float) -> None:
+        """Ask for the next window of blocks when the last one is here, is overdue, or the connection is new."""
+        reconnected = self._asked_on != self._transport.connections
+        overdue = self._asked_at is None or now - self._asked_at >= self._config.retry_s
+        if self._asked and not overdue and not reconnected:
+            return
+        window = set(download.missing()[: self._config.window_blocks])
+        need = Need(digest=download.digest, size=download.size, blocks=to_bitmap(window, download.count))
+        try:
+            self._transport.publish(self._topics.up(self._device, "need"), encode(need))
+        except NotConnectedError:
+            return
+        self._asked, self._asked_at, self._asked_on = window, now, self._transport.connections
+
+    def _require_room(self, size: int) -> None:
+        free = shutil.disk_usage(self._folder).free
+        if free - size < self._config.min_free_bytes:
+            raise DiskFullError(
+                f"the release needs {size} bytes and {self._config.min_free_bytes} must stay free; there are {free}"
+            )

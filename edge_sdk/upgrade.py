@@ -1,0 +1,242 @@
+"""The update transaction: fetch, stage, self-test, keep what was learned, activate, watch, confirm or roll back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from edge_sdk.adapt import Adaptation, FactoryMemory
+from edge_sdk.config import DeviceConfig
+from edge_sdk.errors import ArtifactError, ModelError, RollbackRefusedError, StoreError
+from edge_sdk.gate import is_healthy, watch_release
+from edge_sdk.head import Head, dequantize
+from edge_sdk.manifest import HEAD_NPZ, MANIFEST_NAME, Manifest, digest_of, verify_checkpoint
+from edge_sdk.rebase import Rebase, choose_head
+from edge_sdk.runtime import Variant
+from edge_sdk.serving import choose_variant
+from edge_sdk.slots import Slot, Slots, Version
+from edge_sdk.store import Store
+from edge_sdk.update import FetchedRelease, UpdateClient
+
+Emit = Callable[[str, dict[str, Any]], None]
+_STATE = "upgrade"
+
+
+class UpgradeState(msgspec.Struct):
+    """What must survive a restart."""
+
+    recorded: Version | None = None
+    """The version whose coming into use has been reported."""
+    variants: dict[str, Variant] = {}
+    """Which trunk each installed release serves, by digest: fixed for the release."""
+    refused: dict[str, str] = {}
+    """Releases that failed here, by digest, with the reason: not tried again."""
+    watching: bool = False
+    since: float = 0.0
+    accuracy_before: float | None = None
+    correct: list[bool] = []
+    predictions: int = 0
+    errors: int = 0
+    carried: str = ""
+    """What became of the personal head."""
+
+
+class Upgrade:
+    """Owns the change of base releases. The serving version is untouched until the pointer flips.
+
+    Args:
+        store: The device's database.
+        slots: The versions on disk.
+        client: Fetches releases.
+        config: Of the device.
+        emit: Records an event inside the current transaction of the store.
+    """
+
+    def __init__(self, *, store: Store, slots: Slots, client: UpdateClient, config: DeviceConfig, emit: Emit) -> None:
+        self._store, self._slots, self.client, self._config, self._emit = store, slots, client, config, emit
+        data = store.get(_STATE)
+        self.state = msgspec.json.decode(data, type=UpgradeState) if data else UpgradeState()
+        self._complaint = ""
+
+    def save(self) -> None:
+        """Persist the state; inside a transaction."""
+        self._store.put(_STATE, msgspec.json.encode(self.state))
+
+    def variant(self, version: Version) -> Variant:
+        """Which trunk a version serves; chosen anew if the choice was lost in a crash."""
+        if version.digest not in self.state.variants:
+            folder = self._slots.folder(version)
+            chosen = choose_variant(folder, self._slots.manifest(version), self._config.variant)
+            self.state.variants[version.digest] = chosen
+        return self.state.variants[version.digest]
+
+    def install_folder(self, folder: Path, adaptation: Adaptation | None, now: float) -> None:
+        """Install a checkpoint that came with the app. The folder's files are copied.
+
+        Raises:
+            ArtifactError: It is damaged, does not fit, or fails its self-test here.
+            StoreError: It cannot be written.
+        """
+        manifest = verify_checkpoint(folder)
+        data = (folder / MANIFEST_NAME).read_bytes()
+        sources = {entry.sha256: folder / name for name, entry in manifest.files.items()}
+        self._install(data, sources, adaptation, now, link=False)
+
+    def turn(self, now: float, adaptation: Adaptation | None) -> None:
+        """Leave a revoked release, fetch an offered one, install it when it is complete."""
+        current = self._slots.pointer.current
+        desired = self.client.desired
+        if current is not None and desired is not None and current.release in desired.revoked:
+            self._leave("revoked by the coordinator", adaptation, now)
+            return
+        try:
+            offer = self.client.offered(current.release if current else None, self.state.refused)
+        except RollbackRefusedError as error:
+            self._complain("release_refused", str(error))
+            return
+        if offer is None:
+            self.client.abandon()
+            return
+        try:
+            self.client.begin(offer)
+            fetched = self.client.turn(now, self._slots.held_files())
+            if fetched is not None:
+                self._install_fetched(fetched, adaptation, now)
+        except StoreError as error:  # the disk may have room again later
+            self._complain("release_delayed", str(error))
+        except (ArtifactError, ModelError) as error:
+            with self._store.transaction():
+                self.state.refused[offer.digest] = str(error)
+                self._emit("release_failed", {"release": offer.release, "reason": str(error)})
+                self.save()
+            self.client.clean()
+
+    def see(self, correct: list[bool], *, predictions: int, errors: int) -> None:
+        """Take note of live rows of the version in use."""
+        if self.state.watching:
+            self.state.correct += correct
+            self.state.predictions += predictions
+            self.state.errors += errors
+
+    def watch(self, now: float, adaptation: Adaptation) -> None:
+        """Confirm a release on probation, or leave it."""
+        current = self._slots.pointer.current
+        if not self.state.watching or current is None:
+            return
+        update = self._config.update
+        before = self.state.accuracy_before
+        verdict = watch_release(
+            np.array(self.state.correct, dtype=bool),
+            accuracy_before=float("nan") if before is None else before,
+            waited_s=now - self.state.since,
+            healthy=is_healthy(self.state.errors, self.state.predictions),
+            alpha=self._config.gate.alpha,
+            max_drop=update.max_accuracy_drop,
+            rows=update.probation_rows,
+            seconds=update.probation_s,
+        )
+        if verdict.outcome == "rollback":
+            self._leave(verdict.reason, adaptation, now)
+        elif verdict.outcome == "confirm":
+            with self._store.transaction():
+                self.state.watching = False
+                self._emit("release_confirmed", {"release": current.release, "reason": verdict.reason})
+                self.save()
+
+    def count_boot(self, now: float) -> None:
+        """Note a start; a release on probation that keeps crashing the app is left."""
+        current = self._slots.pointer.current
+        if self.state.watching and current is not None and self._slots.count_boot() > self._config.update.max_boots:
+            self._leave(f"{self._config.update.max_boots} starts without a healthy step", None, now)
+
+    def note_version(
+        self, now: float, adaptation: Adaptation | None, reason: str = "recovered after a restart"
+    ) -> bool:
+        """Record that another release serves than the last one recorded; True if so.
+
+        Called after every flip and at every start, so that a kill between a flip and its record loses nothing.
+        """
+        current, recorded = self._slots.pointer.current, self.state.recorded
+        if current is None or (recorded is not None and recorded.digest == current.digest):
+            return False
+        before = adaptation.accuracy if adaptation is not None and recorded is not None else None
+        forward = recorded is None or current.release > recorded.release
+        if adaptation is not None:
+            adaptation.abandon(now)
+            adaptation.forget_recent()
+        with self._store.transaction():
+            state = self.state
+            state.recorded, state.correct, state.predictions, state.errors = current, [], 0, 0
+            state.watching, state.since, state.accuracy_before = forward and recorded is not None, now, before
+            if forward:
+                detail = {
+                    "release": current.release,
+                    "previous": recorded.release if recorded else 0,
+                    "carried": current.head != 0,
+                    "head": state.carried,
+                    "variant": self.variant(current),
+                }
+                self._emit("release_activated", detail)
+            elif recorded is not None:
+                state.refused[recorded.digest] = reason
+                detail = {"release": recorded.release, "to": current.release, "reason": reason}
+                self._emit("release_rolled_back", detail)
+            if adaptation is not None:
+                adaptation.save()
+            self.save()
+        return True
+
+    def _install_fetched(self, fetched: FetchedRelease, adaptation: Adaptation | None, now: float) -> None:
+        self._install(fetched.manifest, fetched.files, adaptation, now, link=True)
+        self.client.clean()
+
+    def _install(
+        self, data: bytes, sources: Mapping[str, Path], adaptation: Adaptation | None, now: float, *, link: bool
+    ) -> None:
+        slot, manifest = self._slots.stage(data, sources, link=link)
+        digest = digest_of(data)
+        self.state.variants[digest] = choose_variant(self._slots.root / slot, manifest, self._config.variant)
+        rebase = self._rebase(slot, manifest, adaptation)
+        self.state.carried = rebase.reason
+        head = self._slots.write_head(slot, rebase.head) if rebase.head is not None else 0
+        self._slots.activate(Version(slot, manifest.release, digest, head))
+        self.note_version(now, adaptation, "installed")
+
+    def _rebase(self, slot: Slot, manifest: Manifest, adaptation: Adaptation | None) -> Rebase:
+        """The personal head for the staged release, if there is one and it fits."""
+        current = self._slots.pointer.current
+        if current is None or current.head == 0 or adaptation is None:
+            return Rebase(None, "there was no personal head")
+        if self._slots.manifest(current).trunk_id != manifest.trunk_id:
+            return Rebase(None, "dropped: the new release has another trunk")
+        folder = self._slots.root / slot
+        memory = FactoryMemory(folder, manifest)
+        latents, labels = adaptation.judge_rows
+        features = dequantize(np.concatenate([latents, memory.judge_latents]), manifest.latent)
+        shipped = Head.load(folder / HEAD_NPZ)
+        return choose_head(shipped, self._slots.head(current), features, [*labels, *memory.judge_labels])
+
+    def _leave(self, reason: str, adaptation: Adaptation | None, now: float) -> None:
+        """Go back to the release before."""
+        try:
+            self._slots.rollback_release()
+        except RollbackRefusedError as error:
+            self._complain("rollback_refused", f"{reason}, but {error}")
+            if self.state.watching:
+                with self._store.transaction():
+                    self.state.watching = False
+                    self.save()
+            return
+        self.client.abandon()
+        self.note_version(now, adaptation, reason)
+
+    def _complain(self, name: str, reason: str) -> None:
+        """Record a state that lasts once, not at every turn."""
+        if reason != self._complaint:
+            self._complaint = reason
+            with self._store.transaction():
+                self._emit(name, {"reason": reason})

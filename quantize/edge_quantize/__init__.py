@@ -1,0 +1,102 @@
+"""From a trained network to a checkpoint that devices serve and learn on.
+
+    from edge_quantize import Dataset, build_checkpoint
+
+    result = build_checkpoint(model, data, labels=labels, name="digits", release=1, ...)
+    print(result.comparison.table())
+
+Names are resolved when they are first used, so that importing the package loads neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+from edge_sdk.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from edge_quantize.build import BuildResult, build_checkpoint
+    from edge_quantize.calibrate import Calibration
+    from edge_quantize.card import CardText
+    from edge_quantize.compare import Comparison, compare_variants, encode
+    from edge_quantize.data import Dataset
+    from edge_quantize.errors import CalibrationWarning, DataError, ExportError, ParityError
+    from edge_quantize.export import export_onnx
+    from edge_quantize.graph import Split, split
+    from edge_quantize.pack import Memory, pack_checkpoint, repack_checkpoint
+    from edge_quantize.quantize import Trunks, quantize_trunk
+    from edge_quantize.recipe import Recipe, load_recipe, run_recipe
+
+_HOME = {
+    "BuildResult": "build",
+    "Calibration": "calibrate",
+    "CalibrationWarning": "errors",
+    "CardText": "card",
+    "Comparison": "compare",
+    "DataError": "errors",
+    "Dataset": "data",
+    "ExportError": "errors",
+    "Memory": "pack",
+    "ParityError": "errors",
+    "Recipe": "recipe",
+    "Split": "graph",
+    "Trunks": "quantize",
+    "build_checkpoint": "build",
+    "compare_variants": "compare",
+    "encode": "compare",
+    "export_onnx": "export",
+    "load_recipe": "recipe",
+    "pack_checkpoint": "pack",
+    "quantize_trunk": "quantize",
+    "repack_checkpoint": "pack",
+    "run_recipe": "recipe",
+    "split": "graph",
+}
+
+__all__ = [
+    "BuildResult",
+    "Calibration",
+    "CalibrationWarning",
+    "CardText",
+    "Comparison",
+    "DataError",
+    "Dataset",
+    "ExportError",
+    "Memory",
+    "ParityError",
+    "Recipe",
+    "Split",
+    "Trunks",
+    "build_checkpoint",
+    "compare_variants",
+    "encode",
+    "export_onnx",
+    "load_recipe",
+    "pack_checkpoint",
+    "quantize_trunk",
+    "repack_checkpoint",
+    "run_recipe",
+    "split",
+]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f"{__name__}.{_HOME[name]}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("onnx", "onnxscript", "torch"):
+            raise
+        raise MissingExtraError(f"edge_quantize.{name}", "quantize") from error
+    value = getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

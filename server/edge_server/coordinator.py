@@ -1,0 +1,189 @@
+"""The coordinator: the fleet's records, and the connection through which they come in and orders go out."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from edge_sdk.clock import Clock
+from edge_sdk.errors import NotConnectedError
+from edge_sdk.messages import Topics, encode
+from edge_sdk.transport import Message, Transport
+from edge_server.ingest import Turn
+from edge_server.records import DeviceRecord, EventRecord, RolloutRecord
+from edge_server.registry import Registry
+from edge_server.releases import BlockServer
+from edge_server.rollout import RolloutRules
+from edge_server.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+class Coordinator:
+    """Takes in what devices send, hands out releases, and moves rollouts on.
+
+    One turn at a time, on one thread at a time.
+
+    Args:
+        home: Its folder, with database and releases; made if it is missing.
+        transport: The connection to the broker.
+        clock: Where the time comes from.
+        settings: As read from `coordinator.toml`; None: the defaults.
+
+    Example:
+        >>> coordinator = Coordinator(home, transport=transport)  # doctest: +SKIP
+        >>> coordinator.start()  # doctest: +SKIP
+        >>> coordinator.push(Path("checkpoint"))  # doctest: +SKIP
+        >>> while running:  # doctest: +SKIP
+        ...     coordinator.step()
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        *,
+        transport: Transport,
+        clock: Clock | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        self.registry = Registry(home, settings=settings, clock=clock)
+        self._settings, self._clock = self.registry.settings, self.registry.clock
+        self._transport = transport
+        self._topics = Topics(self._settings.prefix)
+        self._blocks = BlockServer(
+            self.registry.blobs, self._topics, max_queued=self._settings.max_queued_blocks
+        )
+        self._published: dict[str, int] = {}
+        self._published_on = 0
+        self._advanced_at: float | None = None
+
+    def start(self) -> None:
+        """Connect and subscribe. What groups should run is published as soon as the connection is there."""
+        self._transport.connect()
+        self._transport.subscribe(f"{self._topics.prefix}/d/+/up/#")
+        self._publish_desired()
+
+    def close(self) -> None:
+        """Disconnect and close the database."""
+        self._transport.close()
+        self.registry.close()
+
+    def step(self) -> int:
+        """One turn: `pump`, and `advance` when it is due. Returns what `pump` does; errors as there."""
+        handled = self.pump()
+        now = self._clock.now()
+        if self._advanced_at is None or now - self._advanced_at >= self._settings.rollout_interval_s:
+            self._advanced_at = now
+            self.advance()
+        return handled
+
+    def pump(self) -> int:
+        """Take in what has arrived, acknowledge it once it is committed, send blocks. Never moves a rollout.
+
+        Returns:
+            How many messages were taken in and blocks sent; 0 when there was nothing to do.
+
+        Raises:
+            StoreError: Nothing of this turn was stored or acknowledged; the devices send it again.
+        """
+        messages = self._transport.receive()
+        if messages:
+            self._ingest(messages)
+        sent = self._blocks.serve(self._transport, self._settings.blocks_per_turn)
+        self._publish_desired()
+        return len(messages) + sent
+
+    def advance(self) -> None:
+        """Give every active rollout one turn, and publish what changed by it.
+
+        Raises:
+            StoreError: Nothing changed.
+        """
+        for rollout in self.registry.advance():
+            plan, state = rollout.plan, rollout.state
+            logger.info(
+                "rollout %s of release %s: %s, %s", rollout.id, plan.release, state.status, state.reason
+            )
+        self._publish_desired()
+
+    def push(self, folder: Path, *, group: str = "default", plan: RolloutRules | None = None) -> int:
+        """Take in a checkpoint, start its rollout and publish it; returns the rollout's number.
+
+        See `Registry.push` for arguments and errors.
+        """
+        rollout = self.registry.push(folder, group=group, plan=plan, actor="library")
+        self._publish_desired()
+        return rollout
+
+    def abort(self, rollout: int, *, reason: str = "") -> None:
+        """Withdraw a release that is on its way. See `Registry.abort`."""
+        self.registry.abort(rollout, reason=reason, actor="library")
+        self._publish_desired()
+
+    def desired_revision(self, group: str = "default") -> int:
+        """Number of what the group is told to run; 0 before its first release."""
+        return self.registry.store.group(group).revision
+
+    def devices(self) -> list[DeviceRecord]:
+        """Every device, by name."""
+        return self.registry.devices()
+
+    def rollouts(self) -> list[RolloutRecord]:
+        """Every rollout, newest first."""
+        return self.registry.rollouts()
+
+    def events(
+        self,
+        *,
+        device: str | None = None,
+        name: str | None = None,
+        before: int | None = None,
+        limit: int = 1000,
+    ) -> list[EventRecord]:
+        """Events with a number below `before`, newest first."""
+        return self.registry.events(device=device, name=name, before=before, limit=limit)
+
+    def _ingest(self, messages: list[Message]) -> None:
+        store = self.registry.store
+        parsed = [self._topics.parse_up(message.topic) for message in messages]
+        devices = {entry[0] for entry in parsed if entry is not None}
+        with store.transaction():
+            turn = Turn(
+                topics=self._topics,
+                positions=store.positions(devices),
+                known=store.known(devices),
+                accept_unknown=self._settings.accept_unknown,
+                now=self._clock.now(),
+            )
+            for message in messages:
+                turn.read(message)
+            store.write_turn(turn)
+        if turn.last_problem or turn.unknown:
+            logger.warning(
+                "%s messages not understood or of unknown devices; last: %s",
+                turn.counters["malformed"] + turn.counters["rejected_body"] + turn.counters["unknown_device"],
+                turn.last_problem or f"unknown device {next(iter(turn.unknown))}",
+            )
+        try:
+            for device, ack in turn.acks:
+                self._transport.publish(self._topics.down(device, "ack"), encode(ack))
+        except NotConnectedError:
+            logger.debug("acknowledgements not sent: the devices will send again and be answered then")
+        for need in turn.needs:
+            self._blocks.ask(need)
+
+    def _publish_desired(self) -> None:
+        """Publish what changed, here or in another process; everything again after a new connection."""
+        if self._published_on != self._transport.connections:
+            self._published.clear()
+            self._published_on = self._transport.connections
+        if not self._transport.connected:
+            return
+        for group in self.registry.store.groups():
+            if self._published.get(group.name) == group.revision:
+                continue
+            try:
+                self._transport.publish(self._topics.desired(group.name), group.desired, retain=True)
+            except NotConnectedError:
+                return
+            self._published[group.name] = group.revision

@@ -1,0 +1,43 @@
+"""Every error the coordinator adds to those of `edge_sdk.errors`.
+
+EdgeError
+└─ CoordinatorError
+    ├─ DeviceError
+    │   ├─ UnknownDeviceError   no device of that name is registered
+    │   └─ DeviceExistsError    the name is taken
+    ├─ ReleaseError             the release cannot be taken in: its number or its content conflicts
+    └─ RolloutError             the rollout cannot start or change now
+        └─ UnknownRolloutError  there is no rollout of that number
+"""
+
+from __future__ import annotations
+
+from edge_sdk.errors import EdgeError
+
+
+class CoordinatorError(EdgeError):
+    """The coordinator refused an order. A retry does not help unless its state changes."""
+
+
+class DeviceError(CoordinatorError):
+    """An order about a device was refused."""
+
+
+class UnknownDeviceError(DeviceError):
+    """No device of that name is registered."""
+
+
+class DeviceExistsError(DeviceError):
+    """The device name is taken."""
+
+
+class ReleaseError(CoordinatorError):
+    """A release cannot be taken in: its number is not new, or its content differs. A retry does not help."""
+
+
+class RolloutError(CoordinatorError):
+    """A rollout cannot start or change now. A retry helps once the group's active rollout has ended."""
+
+
+class UnknownRolloutError(RolloutError):
+    """There is no rollout of that number. A retry does not help."""

@@ -1,0 +1,297 @@
+"""From messages to rows: which are new, which are repeated, which came too early. No input or output.
+
+Rows of one outbox are taken strictly in order. A row that comes too early is not kept: the answer repeats how
+far the coordinator is, and the device sends again from there. So every row is stored exactly once, and an
+acknowledgement never says more than what was committed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from enum import Enum
+
+import msgspec
+
+from edge_sdk.errors import ProtocolError
+from edge_sdk.messages import (
+    Ack,
+    Envelope,
+    Event,
+    Gap,
+    Need,
+    Report,
+    State,
+    Topics,
+    check_name,
+    decode,
+    unpack,
+)
+from edge_sdk.transport import Message
+
+_LARGEST = 2**63 - 1  # what the database can hold
+_MAX_TEXT = 256
+_MAX_UNKNOWN = 1000
+
+
+class Verdict(Enum):
+    """What to do with a row."""
+
+    ACCEPT = "accept"
+    DUPLICATE = "duplicate"
+    AHEAD = "ahead"
+
+
+def expected_seq(last: int | None, oldest: int) -> int:
+    """The number the next row must cover.
+
+    Args:
+        last: Last committed number of this outbox, or None if nothing is known of it.
+        oldest: Lowest number the device still holds.
+    """
+    return oldest if last is None else max(last + 1, oldest)
+
+
+def judge(last: int | None, *, first: int, seq: int, oldest: int) -> Verdict:
+    """Whether a row that covers `first` to `seq` comes next.
+
+    A gap may begin below what is expected: the device does not know yet that its first rows were committed before
+    it dropped them. What is new of it is taken, or the device could never get past it.
+    """
+    expected = expected_seq(last, oldest)
+    if seq < expected:
+        return Verdict.DUPLICATE
+    return Verdict.AHEAD if first > expected else Verdict.ACCEPT
+
+
+class ReportRow(msgspec.Struct, frozen=True):
+    """A report that is to be stored."""
+
+    device: str
+    store_id: str
+    seq: int
+    time: float
+    report: Report
+    body: bytes
+
+
+class EventRow(msgspec.Struct, frozen=True):
+    """An event that is to be stored."""
+
+    device: str
+    store_id: str
+    seq: int
+    time: float
+    event: Event
+
+    @property
+    def subject(self) -> int | None:
+        """The release the event is about, where its detail names one."""
+        release = self.event.detail.get("release")
+        return release if type(release) is int and 0 <= release <= _LARGEST else None
+
+
+class GapRow(msgspec.Struct, frozen=True):
+    """Rows that will never come."""
+
+    device: str
+    store_id: str
+    first: int
+    last: int
+    source: str
+    """"device": it said so; "coordinator": it was concluded from the lowest number the device still holds."""
+
+
+class RejectedRow(msgspec.Struct, frozen=True):
+    """A row whose body cannot be read: kept as it came, so that it does not hold up those behind it."""
+
+    device: str
+    store_id: str
+    seq: int
+    time: float
+    kind: str
+    reason: str
+    body: bytes
+
+
+class Turn:
+    """Reads the messages of one turn into rows that the store commits together.
+
+    Args:
+        topics: Names of the topics.
+        positions: Last committed number by (device, store id), for the devices of this turn.
+        known: Devices of this turn that are registered.
+        accept_unknown: Whether others are taken in.
+        now: Seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        *,
+        topics: Topics,
+        positions: Mapping[tuple[str, str], int],
+        known: set[str],
+        accept_unknown: bool,
+        now: float,
+    ) -> None:
+        self.now = now
+        self.reports: list[ReportRow] = []
+        self.events: list[EventRow] = []
+        self.gaps: list[GapRow] = []
+        self.rejected: list[RejectedRow] = []
+        self.states: dict[str, State] = {}
+        self.needs: list[Need] = []
+        self.seen: set[str] = set()
+        self.joined: set[str] = set()
+        self.latest: dict[str, ReportRow | EventRow] = {}
+        """The last row of each device that says which release runs."""
+        self.positions: dict[tuple[str, str], int] = {}
+        """Only those that moved."""
+        self.counters: Counter[str] = Counter()
+        self.unknown: Counter[str] = Counter()
+        self.last_problem = ""
+        self._topics, self._before, self._known = topics, positions, known
+        self._accept_unknown = accept_unknown
+        self._answers: dict[tuple[str, str], int] = {}
+
+    @property
+    def acks(self) -> list[tuple[str, Ack]]:
+        """(device, acknowledgement) to send once the turn is committed: one for each outbox."""
+        return [(device, Ack(store_id, seq)) for (device, store_id), seq in self._answers.items() if seq >= 0]
+
+    def read(self, message: Message) -> None:
+        """Take in one message. Whatever is wrong with it is counted; nothing is raised."""
+        parsed = self._topics.parse_up(message.topic)
+        if parsed is None:
+            self._problem("malformed", f"unexpected topic {message.topic[:_MAX_TEXT]!r}")
+            return
+        device, kind = parsed
+        try:
+            check_name(device)
+            if not self._admit(device):
+                return
+            if kind in ("report", "event"):
+                self._row(device, decode(message.payload, Envelope))
+            elif kind == "need":
+                self.needs.append(decode(message.payload, Need))
+            elif kind == "state":
+                if message.payload:  # an empty one clears what was retained
+                    self.states[device] = _checked_state(device, decode(message.payload, State))
+            else:
+                raise ProtocolError(f"unexpected kind {kind[:_MAX_TEXT]!r}")
+        except ProtocolError as error:
+            self._problem("malformed", f"{device[:_MAX_TEXT]}: {error}")
+            return
+        if kind != "state":  # retained states come again with every connection
+            self.seen.add(device)
+
+    def _admit(self, device: str) -> bool:
+        if device in self._known:
+            return True
+        if self._accept_unknown:
+            self._known.add(device)
+            self.joined.add(device)
+            return True
+        self.counters["unknown_device"] += 1
+        if device in self.unknown or len(self.unknown) < _MAX_UNKNOWN:
+            self.unknown[device] += 1
+        return False
+
+    def _row(self, device: str, envelope: Envelope) -> None:
+        if not (0 <= envelope.oldest <= envelope.seq <= _LARGEST):
+            raise ProtocolError(f"sequence number {envelope.seq} with oldest {envelope.oldest}")
+        if not math.isfinite(envelope.time) or len(envelope.store_id) > _MAX_TEXT:
+            raise ProtocolError("time is not finite, or store_id too long")
+        outbox = (device, envelope.store_id)
+        last = self.positions.get(outbox, self._before.get(outbox))
+        expected = expected_seq(last, envelope.oldest)
+        content, reason = _content(envelope)
+        first = envelope.seq
+        if envelope.kind == "gap":
+            # an unreadable gap still says that what is expected was dropped
+            first = content.first if isinstance(content, Gap) else min(expected, envelope.seq)
+        verdict = judge(last, first=first, seq=envelope.seq, oldest=envelope.oldest)
+        if verdict is not Verdict.ACCEPT:
+            self.counters[verdict.value] += 1
+            # nothing below `oldest` exists any more: to a device we know nothing of, this means "begin there"
+            self._answers[outbox] = envelope.oldest - 1 if last is None else last
+            return
+        if last is not None and expected > last + 1:
+            self.gaps.append(GapRow(*outbox, last + 1, expected - 1, "coordinator"))
+        body = bytes(envelope.body)
+        if isinstance(content, Report):
+            report = ReportRow(*outbox, envelope.seq, envelope.time, content, body)
+            self.reports.append(report)
+            self.latest[device] = report
+        elif isinstance(content, Event):
+            event = EventRow(*outbox, envelope.seq, envelope.time, content)
+            self.events.append(event)
+            self.latest[device] = event
+        elif isinstance(content, Gap):
+            self.gaps.append(GapRow(*outbox, expected, envelope.seq, "device"))
+        else:
+            kind = envelope.kind[:_MAX_TEXT]
+            self.rejected.append(RejectedRow(*outbox, envelope.seq, envelope.time, kind, reason, body))
+            self._problem("rejected_body", f"{device}: {reason}")
+        self.counters["accepted"] += 1
+        self.positions[outbox] = self._answers[outbox] = envelope.seq
+
+    def _problem(self, counter: str, text: str) -> None:
+        self.counters[counter] += 1
+        self.last_problem = text
+
+
+def _content(envelope: Envelope) -> tuple[Report | Event | Gap | None, str]:
+    """The body, or None and the reason why it cannot be stored as what it claims to be."""
+    try:
+        if envelope.kind == "report":
+            return _checked_report(unpack(envelope.body, Report)), ""
+        if envelope.kind == "event":
+            return _checked_event(unpack(envelope.body, Event)), ""
+        if envelope.kind == "gap":
+            gap = unpack(envelope.body, Gap)
+            if not 0 <= gap.first <= gap.last == envelope.seq:
+                raise ProtocolError(f"a gap from {gap.first} to {gap.last} in row {envelope.seq}")
+            return gap, ""
+        return None, f"unknown kind {envelope.kind[:_MAX_TEXT]!r}"
+    except ProtocolError as error:
+        return None, str(error)
+
+
+def _checked_report(report: Report) -> Report:
+    for name in report.__struct_fields__:
+        value = getattr(report, name)
+        if isinstance(value, int):
+            _check_count(name, value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ProtocolError(f"{name} is not finite")
+    if report.correct > report.labelled:
+        raise ProtocolError(f"{report.correct} correct of {report.labelled} labelled")
+    return report
+
+
+def _checked_event(event: Event) -> Event:
+    _check_count("release", event.release)
+    _check_count("head", event.head)
+    if not event.name or len(event.name) > _MAX_TEXT:
+        raise ProtocolError("an event without a name, or with one too long")
+    return event
+
+
+def _checked_state(device: str, state: State) -> State:
+    if state.device != device:
+        raise ProtocolError(f"a state of {state.device[:_MAX_TEXT]!r}")
+    for name in ("boot", "release", "head"):
+        _check_count(name, getattr(state, name))
+    if not math.isfinite(state.time) or any(
+        isinstance(value, str) and len(value) > _MAX_TEXT for value in msgspec.structs.astuple(state)
+    ):
+        raise ProtocolError("time is not finite, or a text too long")
+    check_name(state.group, "group")
+    return state
+
+
+def _check_count(name: str, value: int) -> None:
+    if not 0 <= value <= _LARGEST:
+        raise ProtocolError(f"{name} is {value}")

@@ -1,0 +1,149 @@
+"""What the registry knows, as plain structs: what the API, the dashboard and `--json` show."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from edge_server.rollout import RolloutPlan, RolloutState
+
+Health = Literal["ok", "drift", "degraded", "offline", "new"]
+
+
+class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A device as it was last heard.
+
+    Attributes:
+        enrolled: Added by a person, not by itself.
+        online: What its retained state says.
+        reason: Why it is online or not: "birth", "stopped" or "lost".
+        release: Release it last reported; None before the first message.
+        last_seen: Seconds since the epoch; None before the first message.
+        predictions: In its last report, as all below.
+        labelled: In its last report that had any.
+        correct: Those that were right.
+        alarms: Drift monitors that raise an alarm.
+        warnings: Drift monitors that warn.
+    """
+
+    name: str
+    group: str
+    enrolled: bool
+    online: bool
+    reason: str
+    release: int | None
+    head: int | None
+    mode: str
+    sdk: str
+    last_seen: float | None
+    predictions: int
+    errors: int
+    labelled: int
+    correct: int
+    alarms: int
+    warnings: int
+
+    @property
+    def health(self) -> Health:
+        """One word for the state of the device; the worst applies."""
+        if self.last_seen is None:
+            return "new"
+        if not self.online:
+            return "offline"
+        if self.errors:
+            return "degraded"
+        return "drift" if self.alarms else "ok"
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of labelled predictions that were right, 0 to 1; None without labels."""
+        return self.correct / self.labelled if self.labelled else None
+
+
+class ReleaseRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A base checkpoint that was taken in."""
+
+    release: int
+    name: str
+    digest: str
+    size: int
+    """Of the manifest, in bytes."""
+    parent: str | None
+    labels: list[str]
+    metrics: dict[str, float]
+    pushed: float
+    """Seconds since the epoch."""
+
+
+class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A rollout: what was planned and where it is."""
+
+    id: int
+    started: float
+    """Seconds since the epoch."""
+    plan: RolloutPlan
+    state: RolloutState
+
+
+class GroupRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a group should run.
+
+    Attributes:
+        revision: Number of `desired`; 0 before the first.
+        base: Release for all; None before the first.
+        revoked: Releases that nobody may run.
+        desired: The message as published, encoded; empty before the first.
+    """
+
+    name: str
+    revision: int = 0
+    base: int | None = None
+    revoked: tuple[int, ...] = ()
+    desired: bytes = b""
+
+
+class EventRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that happened once on a device."""
+
+    id: int
+    device: str
+    time: float
+    """By the device's clock, seconds since the epoch."""
+    name: str
+    release: int
+    head: int
+    detail: dict[str, Any]
+    """The values are str, int, float or bool."""
+
+
+class FleetRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The fleet in numbers."""
+
+    devices: int
+    online: int
+    in_drift: int
+    predictions: int
+    """In the devices' last reports, as the next two."""
+    labelled: int
+    correct: int
+    releases: dict[str, int]
+    """Devices per release; "none" for those that have not said."""
+    counters: dict[str, int]
+    """What the ingest has counted since the database was made."""
+    unknown_devices: dict[str, int]
+    """Messages per device that was turned away because nobody added it."""
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of labelled predictions that were right, 0 to 1; None without labels."""
+        return self.correct / self.labelled if self.labelled else None
+
+
+def as_json(record: msgspec.Struct) -> dict[str, Any]:
+    """A record with field names, and its computed properties where it has them."""
+    fields: dict[str, Any] = msgspec.to_builtins(record)
+    for name in ("health", "accuracy"):
+        if hasattr(record, name):
+            fields[name] = getattr(record, name)
+    return fields

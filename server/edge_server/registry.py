@@ -1,0 +1,293 @@
+"""What a person or the coordinator may do with the fleet's records: push, abort, look.
+
+The command line works on the same database from a process of its own. So whatever changes what a group should run
+stores the new desired state in the same transaction; whoever holds the connection publishes it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edge_sdk.clock import Clock, SystemClock
+from edge_sdk.errors import ConfigError, ProtocolError
+from edge_sdk.files import storage_error
+from edge_sdk.manifest import digest_of
+from edge_sdk.messages import Desired, Offer, as_json, check_name, decode, encode
+from edge_server.enrol import Bundle, enrol, password_file
+from edge_server.errors import ReleaseError, RolloutError, UnknownDeviceError, UnknownRolloutError
+from edge_server.records import (
+    DeviceRecord,
+    EventRecord,
+    FleetRecord,
+    GroupRecord,
+    ReleaseRecord,
+    RolloutRecord,
+)
+from edge_server.releases import BlobStore, take_in
+from edge_server.rollout import RolloutPlan, RolloutRules, advance, begin, desired, halt
+from edge_server.settings import Settings
+from edge_server.store import Store
+
+
+class Registry:
+    """The fleet's records. To be used by one thread at a time; several processes may have one each.
+
+    Args:
+        home: The coordinator's folder; made if it is missing.
+        settings: As read from its `coordinator.toml`.
+        clock: Where the time comes from.
+    """
+
+    def __init__(self, home: Path, *, settings: Settings | None = None, clock: Clock | None = None) -> None:
+        self.settings = settings or Settings()
+        self.clock = clock or SystemClock()
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, f"cannot make {home}") from error
+        self.blobs = BlobStore(home / self.settings.blobs)
+        self.store = Store(home / self.settings.database, durable=self.settings.durable)
+
+    def close(self) -> None:
+        """Close the database."""
+        self.store.close()
+
+    # ---- releases and rollouts
+
+    def push(
+        self,
+        folder: Path,
+        *,
+        group: str = "default",
+        plan: RolloutRules | None = None,
+        actor: str = "library",
+    ) -> int:
+        """Take in a checkpoint and start its rollout; returns the rollout's number.
+
+        The first release of a group has nothing to be compared with and goes to all at once.
+
+        Args:
+            folder: The checkpoint.
+            group: Who gets it.
+            plan: The rules; None takes those of the settings.
+            actor: Who asks, for the audit.
+
+        Raises:
+            IntegrityError: A file of the checkpoint is missing or altered.
+            IncompatibleError: The checkpoint is of a newer form.
+            ReleaseError: The release number is not above all earlier ones.
+            RolloutError: The group has an active rollout, or `plan` is for something else.
+            ConfigError: The group's name cannot stand in a topic.
+            StoreError: Nothing was recorded.
+        """
+        try:
+            check_name(group, "group")
+        except ProtocolError as error:
+            raise ConfigError(str(error)) from error
+        manifest, data = take_in(folder, self.blobs)
+        release = ReleaseRecord(
+            release=manifest.release,
+            name=manifest.name,
+            digest=digest_of(data),
+            size=len(data),
+            parent=manifest.parent,
+            labels=manifest.labels,
+            metrics=manifest.metrics,
+            pushed=self.clock.now(),
+        )
+        full_plan = _plan(plan or self.settings.rollout, release.release, group)
+        with self.store.transaction():
+            self._record_release(release)
+            return self._start(full_plan, actor)
+
+    def _record_release(self, release: ReleaseRecord) -> None:
+        if known := self.store.releases(number=release.release):
+            if known[0].digest != release.digest:
+                raise ReleaseError(
+                    f"release {release.release} was pushed before with other content: give the checkpoint a new number"
+                )
+            return
+        newest = self.store.releases()
+        if newest and release.release < newest[0].release:
+            raise ReleaseError(
+                f"release {release.release} is older than {newest[0].release}: release numbers only ever rise"
+            )
+        self.store.add_release(release)
+
+    def _start(self, plan: RolloutPlan, actor: str) -> int:
+        for earlier in self.store.rollouts(group=plan.group):
+            if earlier.state.is_active:
+                raise RolloutError(
+                    f"group {plan.group!r} is busy with rollout {earlier.id} of release {earlier.plan.release} "
+                    f"({earlier.state.status}): wait for its end, or abort it"
+                )
+            if plan.release <= earlier.plan.release:
+                raise ReleaseError(
+                    f"group {plan.group!r} had release {earlier.plan.release} already: push one above it, "
+                    f"not {plan.release}"
+                )
+        now = self.clock.now()
+        group = self.store.group(plan.group)
+        metrics = self.store.metrics(plan, started=now, now=now)
+        rollout = RolloutRecord(
+            id=self.store.next_rollout(),
+            started=now,
+            plan=plan,
+            state=begin(plan, metrics, has_base=group.base is not None, now=now),
+        )
+        self._save(rollout)
+        self.store.audit(now, actor, "release pushed", {"release": plan.release, "group": plan.group})
+        return rollout.id
+
+    def advance(self) -> list[RolloutRecord]:
+        """Give every active rollout one turn; returns those that changed their status, stage or threshold.
+
+        Raises:
+            StoreError: Nothing changed.
+        """
+        changed = []
+        with self.store.transaction():
+            now = self.clock.now()
+            for rollout in self.store.rollouts(active=True):
+                metrics = self.store.metrics(rollout.plan, started=rollout.started, now=now)
+                state = advance(rollout.state, rollout.plan, metrics, now)
+                if state != rollout.state:
+                    changed.append(msgspec.structs.replace(rollout, state=state))
+                    self._save(changed[-1])
+        return changed
+
+    def abort(self, rollout: int, *, reason: str = "", actor: str = "library") -> None:
+        """Withdraw a release that is on its way; devices that run it go back to what they had.
+
+        Raises:
+            UnknownRolloutError: There is no such rollout.
+            RolloutError: It is not running.
+        """
+        with self.store.transaction():
+            record = self.rollout(rollout)
+            if record.state.status != "running":
+                raise RolloutError(
+                    f"rollout {rollout} is {record.state.status}: only a running one can be aborted"
+                )
+            now = self.clock.now()
+            text = f"aborted: {reason}" if reason else "aborted"
+            self._save(msgspec.structs.replace(record, state=halt(record.state, text, now)))
+            self.store.audit(now, actor, "rollout aborted", {"rollout": rollout, "reason": reason})
+
+    def _save(self, rollout: RolloutRecord) -> None:
+        """Store a rollout and what follows from it for its group."""
+        self.store.save_rollout(rollout)
+        group = self.store.group(rollout.plan.group)
+        base, revoked = group.base, set(group.revoked)
+        if rollout.state.status == "completed":
+            base = rollout.plan.release
+        elif rollout.state.status == "rolling_back":
+            revoked.add(rollout.plan.release)
+        message = desired(
+            revision=group.revision,
+            base=self._offer(base),
+            candidate=self._offer(rollout.plan.release),
+            salt=rollout.plan.salt,
+            threshold=rollout.state.threshold,
+            revoked=sorted(revoked),
+        )
+        if group.desired and decode(group.desired, Desired) == message:
+            return
+        message = msgspec.structs.replace(message, revision=group.revision + 1)
+        self.store.save_group(
+            GroupRecord(
+                name=group.name,
+                revision=message.revision,
+                base=base,
+                revoked=tuple(sorted(revoked)),
+                desired=encode(message),
+            )
+        )
+
+    def _offer(self, release: int | None) -> Offer | None:
+        if release is None:
+            return None
+        record = self.store.releases(number=release)[0]
+        return Offer(record.release, record.digest, record.size)
+
+    # ---- looking
+
+    def fleet(self) -> FleetRecord:
+        """The fleet in numbers."""
+        return self.store.fleet()
+
+    def devices(
+        self, *, group: str | None = None, after: str = "", limit: int = 100_000
+    ) -> list[DeviceRecord]:
+        """Devices whose name comes after `after`, in order."""
+        return self.store.devices(group=group, after=after, limit=limit)
+
+    def device(self, name: str) -> DeviceRecord:
+        """The device of that name.
+
+        Raises:
+            UnknownDeviceError: There is none.
+        """
+        record = self.store.device(name)
+        if record is None:
+            raise UnknownDeviceError(f"there is no device {name!r}")
+        return record
+
+    def last_report(self, name: str) -> dict[str, Any] | None:
+        """The newest report of a device with field names, or None."""
+        report = self.store.last_report(name)
+        return None if report is None else as_json(report)
+
+    def releases(self, *, before: int | None = None, limit: int = 1000) -> list[ReleaseRecord]:
+        """Releases below `before`, newest first."""
+        return self.store.releases(before=before, limit=limit)
+
+    def rollouts(self, *, before: int | None = None, limit: int = 1000) -> list[RolloutRecord]:
+        """Rollouts below `before`, newest first."""
+        return self.store.rollouts(before=before, limit=limit)
+
+    def rollout(self, number: int) -> RolloutRecord:
+        """The rollout of that number.
+
+        Raises:
+            UnknownRolloutError: There is none.
+        """
+        found = self.store.rollouts(number=number)
+        if not found:
+            raise UnknownRolloutError(f"there is no rollout {number}")
+        return found[0]
+
+    def events(
+        self,
+        *,
+        device: str | None = None,
+        name: str | None = None,
+        before: int | None = None,
+        limit: int = 1000,
+    ) -> list[EventRecord]:
+        """Events with a number below `before`, newest first."""
+        return self.store.events(device=device, name=name, before=before, limit=limit)
+
+    # ---- devices
+
+    def enrol(self, name: str, *, group: str, out: Path, actor: str) -> Bundle:
+        """Register a device and write its bundle; see `enrol.enrol`."""
+        return enrol(self.store, self.settings, name, group=group, out=out, actor=actor, now=self.clock.now())
+
+    def password_file(self) -> str:
+        """Names and hashed passwords of all enrolled devices, for mosquitto."""
+        return password_file(self.store)
+
+
+def _plan(rules: RolloutRules, release: int, group: str) -> RolloutPlan:
+    if isinstance(rules, RolloutPlan):
+        if (rules.release, rules.group) != (release, group):
+            raise RolloutError(
+                f"the plan is for release {rules.release} and group {rules.group!r}, "
+                f"the push for {release} and {group!r}"
+            )
+        return rules
+    return RolloutPlan(release=release, group=group, **msgspec.structs.asdict(rules))

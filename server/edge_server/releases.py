@@ -1,0 +1,150 @@
+"""Releases: files kept by their content, and handed out in blocks.
+
+A release is the manifest's digest; the manifest names every other file by its own. Taken in here are checkpoints
+whose sizes and hashes fit. Signing comes at this place: `take_in` is where a signer will see the files, and devices
+will then believe signed metadata only; until then nothing here claims more than integrity.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from edge_sdk.errors import IntegrityError, NotConnectedError
+from edge_sdk.files import replace_file, storage_error
+from edge_sdk.manifest import MANIFEST_NAME, Manifest, digest_of, verify_checkpoint
+from edge_sdk.messages import BLOCK_BYTES, Need, Topics, block_count, from_bitmap
+from edge_sdk.transport import Transport
+from edge_server.errors import ReleaseError
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_MAX_RELEASE = 2**53 - 1  # what JSON readers take for exact
+
+
+class BlobStore:
+    """Files by their SHA-256, in one folder.
+
+    Args:
+        folder: Where they are; made when it is first needed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def put(self, data: bytes, digest: str) -> None:
+        """Keep a file, durably. One that is here already is left alone.
+
+        Raises:
+            IntegrityError: The bytes do not have that hash.
+            DiskFullError, StoreError: It cannot be written.
+        """
+        if digest_of(data) != digest:
+            raise IntegrityError(f"a file changed while it was read: its SHA-256 is no longer {digest[:12]}…")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, f"cannot make {self._folder}") from error
+        if self.size(digest) != len(data):
+            replace_file(self._folder / digest, data)
+
+    def size(self, digest: str) -> int | None:
+        """Size of the file with that hash in bytes; None if it is not here."""
+        if not _DIGEST.fullmatch(digest):  # anything else could be a path
+            return None
+        try:
+            return (self._folder / digest).stat().st_size
+        except OSError:
+            return None
+
+    def block(self, digest: str, index: int) -> bytes:
+        """Block `index` of a file that is here; the last one may be short.
+
+        Raises:
+            StoreError: It cannot be read.
+        """
+        try:
+            with (self._folder / digest).open("rb") as file:
+                return os.pread(file.fileno(), BLOCK_BYTES, index * BLOCK_BYTES)
+        except OSError as error:
+            raise storage_error(error, f"cannot read {digest[:12]}…") from error
+
+
+def take_in(folder: Path, blobs: BlobStore) -> tuple[Manifest, bytes]:
+    """Check a checkpoint folder, keep its files by content, and return its manifest, parsed and as it is.
+
+    Raises:
+        IntegrityError: A file is missing, or differs from the manifest.
+        IncompatibleError: The manifest is of a newer form.
+        ReleaseError: Its release number cannot be one.
+        DiskFullError, StoreError: A file cannot be kept.
+    """
+    manifest = verify_checkpoint(folder)
+    if not 1 <= manifest.release <= _MAX_RELEASE:
+        raise ReleaseError(
+            f"release numbers lie in 1 to {_MAX_RELEASE}, the manifest says {manifest.release}"
+        )
+    try:
+        data = (folder / MANIFEST_NAME).read_bytes()
+        for name, entry in manifest.files.items():
+            blobs.put((folder / name).read_bytes(), entry.sha256)
+    except OSError as error:
+        raise storage_error(error, f"cannot read {folder}") from error
+    blobs.put(data, digest_of(data))
+    return manifest, data
+
+
+class BlockServer:
+    """Sends the blocks that devices ask for. What several ask for together goes out once, to all of them.
+
+    Args:
+        blobs: Where the files are.
+        topics: Names of the topics.
+        max_queued: Most blocks waiting; what exceeds it is dropped, and asked for again.
+    """
+
+    def __init__(self, blobs: BlobStore, topics: Topics, *, max_queued: int) -> None:
+        self._blobs, self._topics, self._max_queued = blobs, topics, max_queued
+        self._queue: dict[tuple[str, int], None] = {}  # a set that keeps its order
+        self.refused = 0
+        """Requests for files that are not here, or of another size, since this process started."""
+
+    @property
+    def queued(self) -> int:
+        """Blocks waiting."""
+        return len(self._queue)
+
+    def ask(self, need: Need) -> None:
+        """Queue the blocks of a request."""
+        size = self._blobs.size(need.digest)
+        if size is None or size != need.size:
+            self.refused += 1
+            return
+        for index in sorted(from_bitmap(need.blocks, block_count(size))):
+            if len(self._queue) >= self._max_queued:
+                return
+            self._queue[need.digest, index] = None
+
+    def serve(self, transport: Transport, limit: int) -> int:
+        """Publish up to `limit` blocks, first asked first; returns how many went out.
+
+        Raises:
+            StoreError: A file cannot be read; its block is dropped.
+        """
+        sent = 0
+        for digest, index in self._take(limit):
+            try:
+                transport.publish(self._topics.block(digest, index), self._blobs.block(digest, index))
+            except NotConnectedError:
+                # devices ask anew with every connection
+                self._queue.clear()
+                break
+            sent += 1
+        return sent
+
+    def _take(self, limit: int) -> Iterator[tuple[str, int]]:
+        for _ in range(min(limit, len(self._queue))):
+            key = next(iter(self._queue))
+            del self._queue[key]
+            yield key

@@ -1,0 +1,124 @@
+"""The database's tables, and the steps from each earlier form to the present one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sqlite_utils import Database
+
+_ROW = {"device": str, "store_id": str, "seq": int, "time": float, "received": float}
+
+
+def _first_tables(db: Database) -> None:
+    db.table("devices").create(
+        {
+            "name": str,
+            "group_name": str,
+            "registered": float,
+            "credential": str,
+            "store_id": str,
+            "online": int,
+            "reason": str,
+            "boot": int,
+            "digest": str,
+            "mode": str,
+            "sdk": str,
+            # what the retained state says, and what the last committed row says: only the latter
+            # decides rollouts
+            "state_release": int,
+            "state_head": int,
+            "row_release": int,
+            "row_head": int,
+            "row_time": float,
+            "last_seen": float,
+            "predictions": int,
+            "errors": int,
+            "labelled": int,
+            "correct": int,
+            "alarms": int,
+            "warnings": int,
+        },
+        pk="name",
+        not_null={"group_name", "registered"},
+        defaults={
+            "online": 0,
+            "reason": "",
+            "boot": 0,
+            "mode": "",
+            "sdk": "",
+            "predictions": 0,
+            "errors": 0,
+            "labelled": 0,
+            "correct": 0,
+            "alarms": 0,
+            "warnings": 0,
+        },
+    )
+    db.table("devices").create_index(["group_name", "name"])
+    db.table("positions").create({"device": str, "store_id": str, "last_seq": int}, pk=("device", "store_id"))
+    counts = {"predictions": int, "errors": int, "labelled": int, "correct": int}
+    db.table("reports").create(
+        {"id": int, **_ROW, "start": float, "release": int, "head": int, **counts, "body": bytes}, pk="id"
+    )
+    db.table("events").create(
+        {"id": int, **_ROW, "name": str, "release": int, "head": int, "subject": int, "detail": str}, pk="id"
+    )
+    db.table("rejected").create({"id": int, **_ROW, "kind": str, "reason": str, "body": bytes}, pk="id")
+    for name in ("reports", "events", "rejected"):
+        db.table(name).create_index(["device", "store_id", "seq"], unique=True)
+    db.table("reports").create_index(["device", "id"])
+    db.table("reports").create_index(["release", "device"])
+    db.table("reports").create_index(["start"])
+    db.table("events").create_index(["device", "id"])
+    db.table("events").create_index(["subject", "name"])
+    db.table("gaps").create(
+        {
+            "id": int,
+            "device": str,
+            "store_id": str,
+            "first": int,
+            "last": int,
+            "source": str,
+            "received": float,
+        },
+        pk="id",
+    )
+    db.table("gaps").create_index(["device", "store_id", "first"], unique=True)
+    db.table("releases").create(
+        {
+            "release": int,
+            "name": str,
+            "digest": str,
+            "size": int,
+            "parent": str,
+            "labels": str,
+            "metrics": str,
+            "pushed": float,
+        },
+        pk="release",
+    )
+    db.table("groups").create(
+        {"name": str, "revision": int, "base": int, "revoked": str, "desired": bytes}, pk="name"
+    )
+    db.table("rollouts").create(
+        {
+            "id": int,
+            "group_name": str,
+            "release": int,
+            "active": int,
+            "started": float,
+            "plan": str,
+            "state": str,
+        },
+        pk="id",
+    )
+    db.table("rollouts").create_index(["active"])
+    db.table("counters").create({"name": str, "value": int}, pk="name")
+    db.table("unknown").create({"device": str, "messages": int, "last_seen": float}, pk="device")
+    db.table("audit").create({"id": int, "time": float, "actor": str, "action": str, "detail": str}, pk="id")
+
+
+STEPS: tuple[Callable[[Database], None], ...] = (_first_tables,)
+"""Step i leads from `user_version` i to i + 1. Steps are only ever appended."""

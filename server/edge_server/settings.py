@@ -1,0 +1,129 @@
+"""The coordinator's settings: frozen structs, read from `coordinator.toml`. A typo is an error."""
+
+from __future__ import annotations
+
+import ipaddress
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+from edge_sdk.errors import ConfigError, ProtocolError
+from edge_sdk.messages import DEFAULT_PREFIX, check_name
+from edge_server.rollout import RolloutRules
+
+SETTINGS_NAME = "coordinator.toml"
+
+
+class BrokerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the MQTT broker is.
+
+    Attributes:
+        host: Address the coordinator connects to, or that the embedded broker listens on.
+        port: TCP port; 0 lets the embedded broker take any.
+        embedded: Start the demo broker in this process; it checks no passwords.
+        public_host: Address that devices are told, if it differs from `host`.
+        username: Name to log in with; None: anonymous.
+        password_file: File that holds the password alone.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 1883
+    embedded: bool = False
+    public_host: str | None = None
+    username: str | None = None
+    password_file: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_port(self.port, lowest=0 if self.embedded else 1)
+        if not self.host:
+            raise ValueError("host must not be empty")
+
+
+class HttpSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where the API and the dashboard listen. Loopback only while there is no authentication.
+
+    Attributes:
+        host: A loopback address.
+        port: TCP port; 0 takes any.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+
+    def __post_init__(self) -> None:
+        _check_port(self.port, lowest=0)
+        if not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host!r} is not a loopback address: the API has no authentication yet; "
+                "use 127.0.0.1 and reach it through an SSH tunnel"
+            )
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Everything the coordinator can be told.
+
+    Attributes:
+        prefix: First level of every topic.
+        accept_unknown: Take in devices that were not added with `devices add`.
+        durable: Flush every commit to disk before it is acknowledged; False only for simulations.
+        rollout_interval_s: Time between two looks at the rollouts.
+        blocks_per_turn: Most blocks published in one turn.
+        max_queued_blocks: Most blocks waiting to be published; devices ask again for the rest.
+        database: File of the database, relative to the home folder.
+        blobs: Folder of the releases' files, relative to the home folder.
+    """
+
+    prefix: str = DEFAULT_PREFIX
+    accept_unknown: bool = False
+    durable: bool = True
+    rollout_interval_s: float = 5.0
+    blocks_per_turn: int = 64
+    max_queued_blocks: int = 16384
+    database: str = "coordinator.db"
+    blobs: str = "blobs"
+    broker: BrokerSettings = BrokerSettings()
+    http: HttpSettings = HttpSettings()
+    rollout: RolloutRules = RolloutRules()
+
+    def __post_init__(self) -> None:
+        try:
+            check_name(self.prefix, "topic prefix")
+        except ProtocolError as error:
+            raise ValueError(str(error)) from error
+        for name in ("rollout_interval_s", "blocks_per_turn", "max_queued_blocks"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+
+def load_settings(path: Path) -> Settings:
+    """The settings in a TOML file.
+
+    Raises:
+        ConfigError: The file is missing or no TOML, or a key is unknown or out of range; names both.
+    """
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text("utf-8")), Settings)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path} is missing; make it with: edge-coordinator init --home {path.parent}"
+        ) from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_port(port: int, *, lowest: int) -> None:
+    if not lowest <= port <= 65535:
+        raise ValueError(f"port must lie in {lowest} to 65535, got {port}")

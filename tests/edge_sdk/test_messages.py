@@ -1,0 +1,296 @@
+"""What crosses the wire: fixed bytes, room for new fields, and a typed error for everything else."""
+
+import json
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_sdk import messages
+from edge_sdk.errors import ProtocolError
+from edge_sdk.messages import (
+    BLOCK_BYTES,
+    MAX_MESSAGE_BYTES,
+    THRESHOLD_ALL,
+    WIRE_VERSION,
+    Ack,
+    Desired,
+    Envelope,
+    Event,
+    Gap,
+    MonitorState,
+    Need,
+    Offer,
+    Report,
+    State,
+    Topics,
+    as_json,
+    block_count,
+    check_name,
+    cohort,
+    decode,
+    encode,
+    from_bitmap,
+    raw,
+    to_bitmap,
+    unpack,
+)
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+EVENT = Event(name="promoted", release=2, head=5, detail={"rows": 120, "gain": 0.25, "by": "gate", "dry": False})
+MESSAGES = {
+    "state": State(
+        device="pump-1",
+        store_id="5f0c",
+        time=1_767_225_600.5,
+        online=True,
+        reason="birth",
+        boot=3,
+        release=2,
+        head=5,
+        digest="ab" * 32,
+        group="plant-a",
+        mode="adapt",
+        sdk="0.1.0",
+    ),
+    "report": Report(
+        start=1_767_225_600.0,
+        end=1_767_225_660.0,
+        release=2,
+        head=5,
+        mode="adapt",
+        predictions=600,
+        labelled=120,
+        correct=110,
+        unmatched=1,
+        rejected_inputs=2,
+        errors=0,
+        mean_confidence=0.875,
+        p50_ms=0.5,
+        p95_ms=1.25,
+        predicted={"0": 300, "1": 280, "other": 20},
+        monitors=[MonitorState("input", 12.5, 1000.0, warning=True, alarm=False)],
+        replay_rows=2000,
+        fresh_rows=64,
+        promotions=1,
+        rejections=2,
+        rollbacks=0,
+        labels_lost=0,
+        outbox_dropped=0,
+        rss_mb=71.5,
+        written_bytes=40_960,
+    ),
+    "event": EVENT,
+    "gap": Gap(7, 19),
+    "envelope": Envelope(
+        store_id="5f0c", seq=20, oldest=3, time=1_767_225_660.0, kind="event", body=raw(EVENT)
+    ),
+    "ack": Ack("5f0c", 20),
+    "need": Need(digest="cd" * 32, size=200_000, blocks=b"\x0d"),
+    "desired": Desired(
+        revision=4,
+        base=Offer(1, "ab" * 32, 2048),
+        candidate=Offer(2, "cd" * 32, 4096),
+        salt="r2",
+        threshold=2**30,
+        revoked=[3],
+    ),
+    "desired-empty": Desired(revision=0, base=None, candidate=None, salt="", threshold=0, revoked=[]),
+}
+named_messages = pytest.mark.parametrize(("name", "message"), MESSAGES.items(), ids=MESSAGES)
+
+
+@named_messages
+def test_bytes_on_the_wire_are_fixed(name, message):
+    assert encode(message) == (GOLDEN / f"{name}.bin").read_bytes()
+    assert as_json(message) == json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+@named_messages
+def test_golden_bytes_still_decode(name, message):
+    assert decode((GOLDEN / f"{name}.bin").read_bytes(), type(message)) == message
+
+
+def test_every_message_has_a_golden_file():
+    structs = {value for value in vars(messages).values() if isinstance(value, type(Ack))} - {msgspec.Struct}
+    assert structs - {Offer, MonitorState} == {type(message) for message in MESSAGES.values()}
+
+
+@named_messages
+def test_fields_of_a_later_version_are_ignored(name, message):
+    fields = msgspec.msgpack.decode(encode(message)[1:])
+    later = bytes([WIRE_VERSION]) + msgspec.msgpack.encode([*fields, "new", {"more": 1}])
+    assert decode(later, type(message)) == message
+
+
+@named_messages
+def test_a_message_that_lacks_a_field_is_refused(name, message):
+    required = sum(field.required for field in msgspec.structs.fields(message))
+    fields = msgspec.msgpack.decode(encode(message)[1:])[: required - 1]
+    with pytest.raises(ProtocolError, match=type(message).__name__):
+        decode(bytes([WIRE_VERSION]) + msgspec.msgpack.encode(fields), type(message))
+
+
+def test_the_block_size_has_a_default_for_older_writers():
+    fields = msgspec.msgpack.decode(encode(MESSAGES["desired"])[1:])[:-1]
+    assert decode(bytes([WIRE_VERSION]) + msgspec.msgpack.encode(fields), Desired).block_bytes == BLOCK_BYTES
+
+
+def test_an_envelope_carries_its_body_unread():
+    envelope = decode(encode(MESSAGES["envelope"]), Envelope)
+    assert unpack(envelope.body, Event) == EVENT
+    with pytest.raises(ProtocolError, match="not a Report"):
+        unpack(envelope.body, Report)
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (b"", "0 bytes"),
+        (bytes([WIRE_VERSION]) + bytes(MAX_MESSAGE_BYTES), "120001 bytes"),
+        (bytes([WIRE_VERSION + 1]) + encode(MESSAGES["ack"])[1:], "wire version 2"),
+        (bytes([WIRE_VERSION]), "not a Ack"),
+        (encode(MESSAGES["ack"])[:-1], "not a Ack"),
+        (encode(MESSAGES["ack"]) + b"x", "not a Ack"),
+        (bytes([WIRE_VERSION]) + msgspec.msgpack.encode(["id", "20"]), "not a Ack"),
+        (bytes([WIRE_VERSION]) + msgspec.msgpack.encode({"store_id": "id", "seq": 2}), "not a Ack"),
+        (b'\x01{"store_id": "id"}', "not a Ack"),
+    ],
+)
+def test_what_is_not_a_message_is_refused(payload, reason):
+    with pytest.raises(ProtocolError, match=reason):
+        decode(payload, Ack)
+
+
+@given(payload=st.binary(max_size=200), name=st.sampled_from(sorted(MESSAGES)))
+def test_no_bytes_make_decode_raise_anything_else(payload, name):
+    for start in (b"", bytes([WIRE_VERSION])):
+        try:
+            decode(start + payload, type(MESSAGES[name]))
+        except ProtocolError:
+            pass
+
+
+def test_an_oversize_message_is_not_encoded():
+    largest = MAX_MESSAGE_BYTES - len(encode(Need(digest="", size=0, blocks=bytes(70_000)))) + 70_000
+    assert len(encode(Need(digest="", size=0, blocks=bytes(largest)))) == MAX_MESSAGE_BYTES
+    with pytest.raises(ProtocolError, match="a Need of 120001 bytes"):
+        encode(Need(digest="", size=0, blocks=bytes(largest + 1)))
+
+
+texts = st.text(max_size=40)
+counts = st.integers(0, 2**63 - 1)
+finite = st.floats(allow_nan=False)
+
+
+@given(
+    st.builds(Ack, texts, counts)
+    | st.builds(Gap, counts, counts)
+    | st.builds(Offer, counts, texts, counts)
+    | st.builds(Need, digest=texts, size=counts, blocks=st.binary(max_size=300))
+    | st.builds(MonitorState, texts, finite, finite, st.booleans(), st.booleans())
+    | st.builds(
+        Event,
+        name=texts,
+        release=counts,
+        head=counts,
+        detail=st.dictionaries(texts, texts | st.booleans() | counts | finite, max_size=5),
+    )
+    | st.builds(
+        Desired,
+        revision=counts,
+        base=st.none() | st.builds(Offer, counts, texts, counts),
+        candidate=st.none(),
+        salt=texts,
+        threshold=st.integers(0, THRESHOLD_ALL),
+        revoked=st.lists(counts, max_size=5),
+    )
+)
+def test_messages_survive_the_wire(message):
+    assert decode(encode(message), type(message)) == message
+    assert unpack(raw(message), type(message)) == message
+
+
+@given(st.integers(0, 300).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, max(0, n - 1))))))
+def test_bitmaps_survive_the_wire(case):
+    count, blocks = case
+    blocks = {i for i in blocks if i < count}
+    bits = to_bitmap(blocks, count)
+    assert len(bits) == (count + 7) // 8
+    assert from_bitmap(bits, count) == blocks
+
+
+def test_bitmaps_count_bits_from_the_lowest_and_ignore_those_beyond_the_end():
+    assert to_bitmap({0, 2, 3, 8}, 9) == b"\x0d\x01"
+    assert from_bitmap(b"\xff\xff", 10) == set(range(10))
+    assert from_bitmap(b"\x01", 100) == {0}
+    assert from_bitmap(b"", 5) == set()
+
+
+@pytest.mark.parametrize(
+    ("size", "blocks"), [(0, 0), (1, 1), (BLOCK_BYTES, 1), (BLOCK_BYTES + 1, 2), (3 * BLOCK_BYTES, 3)]
+)
+def test_blocks_cover_a_file(size, blocks):
+    assert block_count(size) == blocks
+
+
+def test_a_block_fits_into_a_message():
+    assert BLOCK_BYTES <= MAX_MESSAGE_BYTES
+
+
+def test_cohorts_never_move():
+    """Rollouts in progress, and devices in other languages, depend on these numbers."""
+    assert cohort("r2", "pump-1") == 1_482_752_880
+    assert cohort("", "") == 0x8A5EDAB2
+
+
+def test_cohorts_spread_evenly_and_differ_by_salt():
+    devices = [f"device-{i}" for i in range(4000)]
+    for salt in ("a", "b"):
+        assert all(0 <= cohort(salt, device) < THRESHOLD_ALL for device in devices)
+        share = sum(cohort(salt, device) < THRESHOLD_ALL // 10 for device in devices) / len(devices)
+        assert 0.08 < share < 0.12
+    first = {device for device in devices if cohort("a", device) < THRESHOLD_ALL // 10}
+    second = {device for device in devices if cohort("b", device) < THRESHOLD_ALL // 10}
+    assert len(first & second) < 0.3 * len(first)
+
+
+def test_topics_are_made_and_read_back():
+    topics = Topics("plant.1")
+    assert topics.up("pump-1", "report") == "plant.1/d/pump-1/up/report"
+    assert topics.down("pump-1", "ack") == "plant.1/d/pump-1/dn/ack"
+    assert topics.desired("all") == "plant.1/g/all/desired"
+    assert topics.block("abc", "+") == "plant.1/b/abc/+"
+    assert topics.parse_up(topics.up("pump-1", "report")) == ("pump-1", "report")
+    assert topics.parse_block(topics.block("abc", 12)) == ("abc", 12)
+
+
+@pytest.mark.parametrize(
+    "topic",
+    ["", "edge", "other/d/a/up/report", "edge/d/a/dn/ack", "edge/d/a/up", "edge/d/a/up/x/y", "edge/x/a/up/state"],
+)
+def test_foreign_up_topics_are_not_read(topic):
+    assert Topics().parse_up(topic) is None
+
+
+@pytest.mark.parametrize(
+    "topic", ["edge/b/abc", "edge/b/abc/x", "edge/b/abc/-1", "edge/b/abc/1/2", "other/b/abc/1", "edge/b/abc/\u00b2", "edge/b/abc/" + "9" * 5000]
+)
+def test_foreign_block_topics_are_not_read(topic):
+    assert Topics().parse_block(topic) is None
+
+
+@pytest.mark.parametrize("name", ["a", "pump-1", "A.b_c-9", "0" * 64])
+def test_names_that_fit_a_topic(name):
+    assert check_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["", "-a", ".a", "a/b", "+", "#", "a b", "é", "0" * 65, "a\n"])
+def test_names_that_do_not(name):
+    with pytest.raises(ProtocolError, match="device name"):
+        check_name(name)
+    with pytest.raises(ProtocolError, match="topic prefix"):
+        Topics(name)
