@@ -51,6 +51,9 @@ class AdaptState(msgspec.Struct):
     last_ended: float | None = None
     parent: Version | None = None
     fresh_keys: list[int] = []
+    """Samples that the challenger knows; they move into the replay buffer with the verdict."""
+    rows: int = 0
+    """How many of them were fresh to it."""
     steps: int = 0
     before: list[bool] = []
     """On probation: whether the version before would have been right."""
@@ -100,6 +103,7 @@ class Adaptation:
         self.state = msgspec.json.decode(data, type=AdaptState) if data else AdaptState()
         self._before: Head | None = None
         self._judged_up_to = -1
+        self._since = 0.0
         if self.state.phase == "training":  # the child died with us
             self._begin("idle", now=self.state.since)
             self._discard_job()
@@ -191,8 +195,19 @@ class Adaptation:
 
     # ---- one turn
 
-    def turn(self, now: float, *, mode: Mode, alarms: tuple[str, ...], resources: ResourceState) -> None:
-        """Do what the phase calls for. The pointer may have been flipped afterwards."""
+    def turn(
+        self, now: float, *, mode: Mode, alarms: tuple[str, ...], changed_at: float | None, resources: ResourceState
+    ) -> None:
+        """Do what the phase calls for. The pointer may have been flipped afterwards.
+
+        Args:
+            now: Seconds since the epoch.
+            mode: How far the device is trusted.
+            alarms: Monitors whose alarm is up.
+            changed_at: When the inputs that raised the first warning came. What is older is replayed, not fresh.
+            resources: What the machine can spare.
+        """
+        self._since = changed_at or 0.0
         if self.state.phase == "training":
             self._collect(now)
         elif self.state.phase == "probation":
@@ -205,7 +220,7 @@ class Adaptation:
     def _consider(self, now: float, alarms: tuple[str, ...], resources: ResourceState) -> None:
         signals = Signals(
             alarms=alarms,
-            fresh_rows=self.fresh_rows,
+            fresh_rows=self._store.count_samples("fresh", self._trunk, since=self._since),
             accuracy=self.accuracy,
             since_last_s=None if self.state.last_ended is None else now - self.state.last_ended,
             demanded=self.state.demanded,
@@ -222,7 +237,9 @@ class Adaptation:
             self.state.reason, self.state.parent, self.state.demanded = reason, self._version, False
             self.state.attempts += 1
             self.state.fresh_keys = keys
-            self._emit("learn_started", {"reason": reason, "rows": len(keys), "replayed": len(job.replay_labels)})
+            rows = {"rows": len(job.fresh_labels), "replayed": len(job.replay_labels)}
+            self._emit("learn_started", {"reason": reason, **rows})
+            self.state.rows = rows["rows"]
             self.save()
         try:
             self._discard_job()
@@ -236,27 +253,32 @@ class Adaptation:
 
     def _job(self) -> tuple[LearnJob, list[int]]:
         champion = self._slots.head(self._version)
-        fresh = self._store.samples("fresh", self._trunk)
-        labels = self._labels_to_learn(champion, fresh)
+        waiting = self._store.samples("fresh", self._trunk)
+        labels = self._labels_to_learn(champion, waiting)
         champion = champion.grown(labels)
-        fresh = [sample for sample in fresh if sample.label in labels]
         number = {label: i for i, label in enumerate(labels)}
+        waiting = [sample for sample in waiting if sample.label in number]
+        fresh = [sample for sample in waiting if sample.time >= self._since]
+        older = [sample for sample in waiting if sample.time < self._since]
         remembered = [self._buffer_labels[i] for i in self.buffer.labels]
         kept = [i for i, label in enumerate(remembered) if label in number]
-        replay = np.concatenate([self.buffer.latents[kept], self.memory.replay_latents])
-        replay_labels = [remembered[i] for i in kept] + self.memory.replay_labels
+        dim = self._manifest.latent.dim
+        replay = np.concatenate(
+            [self.buffer.latents[kept], stack([s.latent for s in older], dim), self.memory.replay_latents]
+        )
+        replay_labels = [remembered[i] for i in kept] + [s.label for s in older] + self.memory.replay_labels
         return LearnJob(
             champion=champion,
             anchor=grown_like(self._base.weights, champion.weights),
             fisher=grown_like(self._fisher, champion.weights),
-            fresh_latents=stack([sample.latent for sample in fresh], self._manifest.latent.dim),
+            fresh_latents=stack([sample.latent for sample in fresh], dim),
             fresh_labels=np.array([number[sample.label] for sample in fresh], dtype=np.int64),
             replay_latents=replay,
             replay_labels=np.array([number[label] for label in replay_labels], dtype=np.int64),
             latent=self._manifest.latent,
             config=self._config.learn,
             seed=self._config.seed * 1_000_003 + self.state.attempts,
-        ), [sample.key for sample in fresh]
+        ), [sample.key for sample in waiting]
 
     def _labels_to_learn(self, champion: Head, fresh: list[Sample]) -> list[str]:
         """The champion's labels and those that enough new samples ask for."""
@@ -298,6 +320,7 @@ class Adaptation:
         detail = {**msgspec.structs.asdict(verdict), "trigger": self.state.reason, "steps": self.state.steps}
         if verdict.outcome == "need_more":
             self.state.waits = verdict.reason
+            self._supersede(now)
             return
         if verdict.outcome == "promote" and mode == "adapt":
             number = self._slots.write_head(self._version.slot, challenger)
@@ -315,6 +338,21 @@ class Adaptation:
                 # shadow: what would have been done is told, and not done
                 self._emit("would_promote" if verdict.outcome == "promote" else "rejected", detail)
                 self.save()
+        self._discard_job()
+
+    def _supersede(self, now: float) -> None:
+        """Let a challenger that proves nothing give way to one that knows twice as many samples.
+
+        Its own stay fresh.
+        """
+        waiting = self._store.count_samples("fresh", self._trunk, since=self._since) - self.state.rows
+        if waiting < max(self.state.rows, self._config.policy.min_fresh_rows):
+            return
+        with self._store.transaction():
+            self._emit("superseded", {"reason": self.state.waits, "rows": self.state.rows, "new": waiting})
+            self._begin("idle", now=now)
+            self.state.demanded = True
+            self.save()
         self._discard_job()
 
     def _verdict(self, challenger: Head, now: float) -> Verdict:

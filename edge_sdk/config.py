@@ -68,12 +68,13 @@ class LearnConfig(_Section, frozen=True):
     """How a challenger is trained."""
 
     executor: Literal["process", "inline"] = "process"
-    learning_rate: Positive = 0.1
+    learning_rate: Positive = 2.0
+    """Relative to the mean square of the latents."""
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.9
-    ewc_lambda: NonNegative = 1.0
+    ewc_lambda: NonNegative = 10.0
     new_per_batch: Count = 8
     replayed_per_batch: Annotated[int, Meta(ge=0)] = 56
-    passes: Count = 8
+    passes: Count = 24
     max_labels: Annotated[int, Meta(ge=2)] = 64
     new_labels: Literal["allow", "refuse"] = "allow"
     """Whether a label that the model does not know may become one."""

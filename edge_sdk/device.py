@@ -30,8 +30,9 @@ from edge_sdk.errors import (
     StoreError,
     UnknownLabelError,
 )
-from edge_sdk.learn.executor import LearnExecutor, new_executor
+from edge_sdk.files import lock_folder
 from edge_sdk.join import Joined, Joiner
+from edge_sdk.learn.executor import LearnExecutor, new_executor
 from edge_sdk.manifest import MANIFEST_NAME, parse_manifest
 from edge_sdk.messages import check_name
 from edge_sdk.monitoring import Monitoring
@@ -40,7 +41,7 @@ from edge_sdk.reporter import Counters, Identity, Reporter
 from edge_sdk.resources import PsutilReader, ResourceReader
 from edge_sdk.serving import Served, Trunks, load_served
 from edge_sdk.slots import Slots, Version
-from edge_sdk.store import Store
+from edge_sdk.store import HistoryEntry, Store
 from edge_sdk.transport import NoTransport, Transport
 from edge_sdk.types import Mode, Prediction
 from edge_sdk.update import UpdateClient
@@ -48,6 +49,9 @@ from edge_sdk.upgrade import Upgrade
 
 logger = logging.getLogger(__name__)
 _SAVE_S = 60.0
+_BUSY_S = 0.02
+STATUS_KEY = "status"
+"""Where the latest status is kept for `edge status`, which may run beside the device."""
 
 
 class StepReport(msgspec.Struct, frozen=True):
@@ -155,6 +159,7 @@ class EdgeDevice:
         self._served: Served | None = None
         self._adaptation: Adaptation | None = None
 
+        self._lock_file = lock_folder(self._home)
         self._store = Store(self._home / "edge.db", durability=self.config.durability)
         self._open_store()
         self._slots = Slots(self._home / "slots")
@@ -459,7 +464,8 @@ class EdgeDevice:
             self._store.trim_samples("fresh", trunk, self.config.join.max_pending)
             self._adaptation.save()
         self._upgrade.save()
-        self._monitoring.save_if_due(now)
+        if self._monitoring.save_if_due(now):
+            self._store.put(STATUS_KEY, msgspec.json.encode(self.status()))
 
     def _learn_turn(self, now: float) -> None:
         adaptation = self._adaptation
@@ -468,8 +474,13 @@ class EdgeDevice:
         self._upgrade.watch(now, adaptation)
         if self._upgrade.state.watching:
             return  # one change at a time: a release proves itself before anything is learned on it
-        alarms = tuple(self._monitoring.alarms)
-        adaptation.turn(now, mode=self.mode, alarms=alarms, resources=self._resources.read())
+        adaptation.turn(
+            now,
+            mode=self.mode,
+            alarms=tuple(self._monitoring.alarms),
+            changed_at=self._monitoring.changed_at,
+            resources=self._resources.read(),
+        )
 
     def _swap(self, now: float, reason: str = "recovered after a restart") -> None:
         """Serve what the pointer says: built here, off the request path, then one reference is replaced.
@@ -593,16 +604,27 @@ class EdgeDevice:
                 counters=msgspec.structs.replace(self._reporter.counters),
             )
 
-    def history(self, limit: int = 100) -> list[tuple[float, str, dict[str, Any]]]:
-        """What happened, oldest first: (seconds since the epoch, event, detail)."""
+    def history(self, *, limit: int = 100, after: int = 0) -> list[HistoryEntry]:
+        """What happened, oldest first."""
         with self._step_lock:
-            return self._store.history(limit)
+            return self._store.history(limit=limit, after=after)
 
-    @property
-    def desired_revision(self) -> int:
-        """Of the desired state last received; 0 before the first."""
-        desired = self._upgrade.client.desired
-        return desired.revision if desired else 0
+    def waits_for(self, revision: int) -> str:
+        """What of the network this device still waits for, or "": for simulations and tests, which must know.
+
+        Args:
+            revision: Of the desired state that it should have heard of.
+        """
+        with self._step_lock:
+            pending, client = self._reporter.outbox.pending, self._upgrade.client
+            if pending:
+                return f"{pending} acknowledgements"
+            if not self._reporter.connected:
+                return ""
+            if client.fetching is not None:
+                return f"release {client.fetching.release}"
+            heard = client.desired.revision if client.desired else 0
+            return "" if heard >= revision else f"desired state {revision}, has {heard}"
 
     # ---- running
 
@@ -630,19 +652,23 @@ class EdgeDevice:
             try:
                 with self._store.transaction():
                     self._monitoring.save(self._clock.now())
+                    self._store.put(STATUS_KEY, msgspec.json.encode(self.status()))
             except StoreError as error:
                 logger.error("%s: the monitors' evidence was not saved: %s", self.name, error)  # noqa: TRY400
             self._reporter.close()
             self._store.close()
+            self._lock_file.close()
 
     def _run(self) -> None:
         while not self._stop.is_set():
+            pause = self.config.flush_interval_s
             try:
-                self.step()
+                if self.step().received:
+                    pause = min(pause, _BUSY_S)  # blocks are coming: ask for the next ones soon
             except Exception:  # a thread that dies silently would be worse
                 logger.exception("%s: a step failed; serving goes on", self.name)
                 self._problem = "a step failed; see the log"
-            self._stop.wait(self.config.flush_interval_s)
+            self._stop.wait(pause)
 
     def __enter__(self) -> Self:
         self.start()

@@ -7,13 +7,14 @@ flushed to disk, renamed into place, and the folder flushed as well.
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -78,6 +79,21 @@ def remove_tree(folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(folder)
         crashpoint(f"removed:{folder.name}")
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Take a folder for this process until the returned file is closed.
+
+    Raises:
+        StoreError: Another process has it.
+    """
+    file = (folder / "lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise StoreError(f"{folder} is in use by another process; a device's folder has one owner") from error
+    return file
 
 
 def sha256_file(path: Path) -> str:

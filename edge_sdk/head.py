@@ -60,6 +60,8 @@ class Head:
                                      f"{self.weights[f'W{i - 1}'].shape[1]}")  # fmt: skip
             if not (np.isfinite(w).all() and np.isfinite(b).all()):
                 raise IntegrityError(f"layer {i} of the head holds NaN or infinity")
+        if len(self.weights) != 2 * self.depth:
+            raise IntegrityError("the head holds an array that belongs to no layer")
         if self.depth == 0 or self.weights[f"b{self.depth - 1}"].shape[0] != len(self.labels):
             raise IntegrityError(
                 f"the head's last layer does not have one output for each of {len(self.labels)} labels"
@@ -124,5 +126,9 @@ class Head:
         arrays = load_npz(source)
         if "labels" not in arrays:
             raise IntegrityError("the head has no labels")
-        labels = tuple(str(label) for label in arrays.pop("labels"))
-        return cls({key: np.asarray(value, dtype=np.float32) for key, value in arrays.items()}, labels)
+        try:
+            labels = tuple(str(label) for label in arrays.pop("labels"))
+            weights = {key: np.asarray(value, dtype=np.float32) for key, value in arrays.items()}
+        except (TypeError, ValueError) as error:
+            raise IntegrityError(f"the head is not made of numbers and a list of labels: {error}") from error
+        return cls(weights, labels)

@@ -91,11 +91,11 @@ class Joiner:
             )
             for row in joined.rows
         )
-        self._join([label for batch in self._unsaved for label in batch.labels], joined, current, now)
+        self._join([label for batch in self._unsaved for label in batch.labels], joined, current)
         taught = [row for batch in self._unsaved for row in batch.taught]
         for number, sample in enumerate(taught):
             key = f"taught-{counters.labelled}-{number}"
-            self._keep(key, sample.label, sample.latent.tobytes(), sample.trunk, now)
+            self._keep(key, sample.label, sample.latent.tobytes(), sample.trunk, sample.time)
         join = self._config.join
         self._pending.release(self._store.trim_rows(older_than=now - join.window_s, max_bytes=join.max_bytes))
         self._tally(joined, len(taught))
@@ -107,7 +107,7 @@ class Joiner:
         self._labelled.extend(joined.ids)
         self._pending.release(joined.ids)
 
-    def _join(self, labels: list[Label], joined: Joined, current: Version | None, now: float) -> None:
+    def _join(self, labels: list[Label], joined: Joined, current: Version | None) -> None:
         waiting = self._store.take_rows([label.id for label in labels])
         done = {*self._labelled}
         for label in labels:
@@ -123,12 +123,12 @@ class Joiner:
             if current is not None and (row.release, row.head) == (current.release, current.head):
                 latent = np.frombuffer(row.latent, dtype=np.uint8)
                 joined.live.append(Judged(latent, label.label, row.predicted == label.label))
-            self._keep(label.id, label.label, row.latent, row.trunk, now)
+            self._keep(label.id, label.label, row.latent, row.trunk, row.time)
 
-    def _keep(self, key: str, label: str, latent: bytes, trunk: str, now: float) -> None:
+    def _keep(self, key: str, label: str, latent: bytes, trunk: str, time: float) -> None:
         """A labelled sample is to be learned from, or to judge by; its id decides, once and for all."""
         role: Role = "judge" if _share_of(key) < self._config.replay.judge_share else "fresh"
-        self._store.add_sample(time=now, latent=latent, label=label, role=role, trunk=trunk)
+        self._store.add_sample(time=time, latent=latent, label=label, role=role, trunk=trunk)
 
     def _tally(self, joined: Joined, taught: int) -> None:
         counters, window = joined.counters, joined.window

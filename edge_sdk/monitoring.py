@@ -39,6 +39,9 @@ class Monitoring:
         self._unfolded: list[LoggedPrediction] = []
         self._announced: set[str] = set()
         self._saved_at = 0.0
+        self._block_began = 0.0
+        self.changed_at: float | None = None
+        """Time of the rows that raised the first warning on the version in use: what is older looked different."""
 
     @property
     def alarms(self) -> list[str]:
@@ -76,11 +79,12 @@ class Monitoring:
                 run_length=self._config.rows_per_day / self._config.alarms_per_day,
                 rereference_rows=self._config.rereference_rows,
             )
-        self._served, self._unfolded, self._announced = served, [], set()
+        self._served, self._unfolded, self._announced, self.changed_at = served, [], set(), None
         saved = self._store.get("monitors")
         if restart and saved is not None and self._store.get("monitors_of") == key:
             self._monitors.restore(saved)
-            self._announced = set(msgspec.json.decode(self._store.get("announced") or b"[]"))
+            announced, self.changed_at = msgspec.json.decode(self._store.get("announced") or b"[[], null]")
+            self._announced = set(announced)
             self._saved_at = now
             return
         if served.version.head:
@@ -103,6 +107,7 @@ class Monitoring:
         size = self._config.block_rows
         while len(self._unfolded) >= size:
             block, self._unfolded = self._unfolded[:size], self._unfolded[size:]
+            self._block_began = block[0].time
             monitors.fold(np.stack([row.x for row in block]), np.stack([row.probabilities for row in block]))
         self._announce(monitors)
 
@@ -110,13 +115,15 @@ class Monitoring:
         """Persist the evidence; inside a transaction."""
         if self._monitors is not None:
             self._store.put("monitors", self._monitors.to_bytes())
-            self._store.put("announced", msgspec.json.encode(sorted(self._announced)))
+            self._store.put("announced", msgspec.json.encode((sorted(self._announced), self.changed_at)))
             self._saved_at = now
 
-    def save_if_due(self, now: float) -> None:
-        """Persist the evidence once a minute, to spare the flash; inside a transaction."""
-        if now - self._saved_at >= _SAVE_S:
+    def save_if_due(self, now: float) -> bool:
+        """Persist the evidence once a minute, to spare the flash; inside a transaction. True if it did."""
+        due = now - self._saved_at >= _SAVE_S
+        if due:
             self.save(now)
+        return due
 
     def _announce(self, monitors: DriftMonitors) -> None:
         news: dict[str, tuple[str, dict[str, Any]]] = {
@@ -132,3 +139,5 @@ class Monitoring:
                 for key in fresh:
                     self._emit(*news[key])
             self._announced.update(fresh)
+            if self.changed_at is None:
+                self.changed_at = self._block_began

@@ -49,14 +49,15 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def apply(self, x: FloatArray) -> FloatArray:
         """The declared preprocessing. float32 [N, ...] in, float32 [N, ...] out."""
         for op in self.preprocess:
-            x = (x - np.asarray(op.mean, dtype=np.float32)) / np.asarray(op.std, dtype=np.float32)
+            mean, std = np.asarray(op.mean, dtype=np.float32), np.asarray(op.std, dtype=np.float32)
+            x = np.asarray((x - mean) / std, dtype=np.float32)
         return np.ascontiguousarray(x, dtype=np.float32)
 
     def _checked(self, x: Any, shape: tuple[int, ...]) -> FloatArray:
-        array: AnyArray = _as_array(x)
-        if array.shape != shape:
-            raise ShapeError(f"input {self.name!r}: expected shape {shape}, got {array.shape}")
-        values: FloatArray = np.asarray(array, dtype=np.float32)
+        given = _as_array(x)
+        if given.shape != shape:
+            raise ShapeError(f"input {self.name!r}: expected shape {shape}, got {given.shape}")
+        values: FloatArray = np.asarray(given, dtype=np.float32)
         if not np.isfinite(values).all():
             where = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
             raise NonFiniteError(f"input {self.name!r}: {values[where]} at {where}; impute or drop the sample")
@@ -68,7 +69,7 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return values
 
 
-def _as_array(x: Any) -> np.ndarray[Any, np.dtype[Any]]:
+def _as_array(x: Any) -> AnyArray:
     try:
         array = np.asarray(x)
     except (ValueError, TypeError) as error:

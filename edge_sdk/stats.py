@@ -41,10 +41,10 @@ class MeanEProcess:
         """Add observations.
 
         Raises:
-            ValueError: A value lies outside [low, high].
+            ValueError: A value lies outside [low, high] or is NaN; nothing was added.
         """
         x = np.fromiter(values, dtype=np.float64)
-        if x.size and (x.min() < self._low - 1e-9 or x.max() > self._high + 1e-9):
+        if x.size and not (x.min() >= self._low - 1e-9 and x.max() <= self._high + 1e-9):  # NaN is neither
             raise ValueError(f"values must lie in [{self._low}, {self._high}], got {x.min()} to {x.max()}")
         self._log_wealth += np.log1p(self._bets * (x[:, None] - self._null)).sum(axis=0)
 
@@ -103,5 +103,5 @@ def suppress_small(counts: dict[str, int], *, min_count: int) -> dict[str, int]:
     kept = {key: count for key, count in counts.items() if count >= min_count}
     rest = sum(count for count in counts.values() if count < min_count)
     if rest >= min_count:
-        kept["other"] = rest
+        kept["other"] = kept.get("other", 0) + rest  # a label may bear that name
     return kept

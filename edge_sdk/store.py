@@ -33,7 +33,7 @@ class LoggedRow(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A labelled latent. `slot` is its place in the replay buffer, or None."""
+    """A labelled latent, with the time of its input. `slot` is its place in the replay buffer, or None."""
 
     key: int
     time: float
@@ -51,6 +51,15 @@ class OutboxRow(NamedTuple):
     kind: str
     time: float
     body: bytes
+
+
+class HistoryEntry(NamedTuple):
+    """Something that happened: seconds since the epoch, and an event as in docs/protocol.md."""
+
+    key: int
+    time: float
+    name: str
+    detail: dict[str, Any]
 
 
 def _migrations() -> Any:
@@ -200,9 +209,11 @@ class Store:
         )
         return [Sample(*row) for row in rows]
 
-    def count_samples(self, role: Role, trunk: str) -> int:
-        """How many samples of a role there are."""
-        count = self.conn.execute("SELECT count(*) FROM samples WHERE role = ? AND trunk = ?", (role, trunk))
+    def count_samples(self, role: Role, trunk: str, *, since: float = 0.0) -> int:
+        """How many samples of a role there are, whose inputs came at `since` or later."""
+        count = self.conn.execute(
+            "SELECT count(*) FROM samples WHERE role = ? AND trunk = ? AND time >= ?", (role, trunk, since)
+        )
         return int(count.fetchone()[0])
 
     def newest_sample(self, role: Role, trunk: str) -> int:
@@ -280,12 +291,12 @@ class Store:
         )
         self.conn.execute("DELETE FROM history WHERE key <= ?", (int(cursor.lastrowid or 0) - _HISTORY_ROWS,))
 
-    def history(self, limit: int = 100) -> list[tuple[float, str, dict[str, Any]]]:
-        """The latest notes, oldest first."""
+    def history(self, *, limit: int = 100, after: int = 0) -> list[HistoryEntry]:
+        """The latest notes with a key above `after`, oldest first."""
         rows = self.conn.execute(
-            "SELECT time, name, detail FROM history ORDER BY key DESC LIMIT ?", (limit,)
+            "SELECT key, time, name, detail FROM history WHERE key > ? ORDER BY key DESC LIMIT ?", (after, limit)
         ).fetchall()
-        return [(row[0], row[1], msgspec.json.decode(row[2])) for row in reversed(rows)]
+        return [HistoryEntry(row[0], row[1], row[2], msgspec.json.decode(row[3])) for row in reversed(rows)]
 
 
 def stack(latents: Sequence[bytes], dim: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -67,9 +67,7 @@ class Mosquitto:
         if credentials:
             passwords.touch(mode=0o600)
             for user, password in credentials.items():
-                subprocess.run(
-                    ["mosquitto_passwd", "-b", passwords, user, password], check=True, capture_output=True
-                )
+                subprocess.run(["mosquitto_passwd", "-b", passwords, user, password], check=True, capture_output=True)
             lines.append(f"password_file {passwords}")
         (folder / "mosquitto.conf").write_text("\n".join(lines) + "\n")
 

@@ -27,8 +27,15 @@ def input_features(x: FloatArray) -> FloatArray:
         rows = np.stack([part.mean(axis=1) for part in np.array_split(planes, min(_GRID, planes.shape[1]), axis=1)], 1)
         grid = np.stack([part.mean(axis=2) for part in np.array_split(rows, min(_GRID, rows.shape[2]), axis=2)], 2)
         columns = list(grid.reshape(n, -1).T)
-        overall += [np.abs(np.diff(planes, axis=axis)).reshape(n, -1).mean(axis=1) for axis in (1, 2)]
+        overall += [_mean_step(planes, axis) for axis in (1, 2)]
     return np.stack([*columns, *overall], axis=1).astype(np.float32)
+
+
+def _mean_step(planes: FloatArray, axis: int) -> FloatArray:
+    if planes.shape[axis] == 1:  # one channel or one step has no neighbours
+        return np.zeros(len(planes), np.float32)
+    steps: FloatArray = np.abs(np.diff(planes, axis=axis)).mean(axis=(1, 2))
+    return steps
 
 
 def _pooled(flat: FloatArray, width: int) -> FloatArray:

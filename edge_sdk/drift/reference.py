@@ -88,9 +88,9 @@ class Reference:
                 input_std=arrays["input_std"],
                 output_mean=arrays["output_mean"],
                 output_std=arrays["output_std"],
-                accuracy=float(arrays["accuracy"]),
-                rows=int(arrays["rows"]),
-                labelled=int(arrays["labelled"]),
+                accuracy=float(arrays["accuracy"].item()),
+                rows=int(arrays["rows"].item()),
+                labelled=int(arrays["labelled"].item()),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"the monitor reference is damaged: {error}") from error

@@ -13,6 +13,7 @@ import click
 import msgspec
 
 from edge_quantize.errors import CalibrationWarning
+from edge_sdk import __version__
 from edge_sdk.clock import SystemClock
 from edge_sdk.errors import ConfigError, EdgeError, IntegrityError
 from edge_sdk.manifest import MANIFEST_NAME, Manifest, digest_of, parse_manifest, verify_checkpoint
@@ -35,7 +36,7 @@ class _Cli(click.Group):
 
 @click.group(cls=_Cli)
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-@click.version_option(package_name="edge-sdk")
+@click.version_option(__version__)
 def main(debug: bool) -> None:
     """Quantize a network and pack it as a checkpoint for devices."""
 

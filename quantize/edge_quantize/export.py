@@ -59,6 +59,12 @@ def export_onnx(model: Module, example: FloatArray, *, input_name: str = "input"
     except Exception as error:  # the exporter raises whatever the network's own code does
         raise ExportError(f"torch cannot export {type(model).__name__}: {_root_cause(error)}") from error
     proto: ModelProto = program.model_proto
+    for value in (*proto.graph.input, *proto.graph.output):
+        shape = [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        if shape[:1] != [BATCH]:  # the exporter says nothing when it has to fix a dimension
+            raise ExportError(
+                f"{type(model).__name__} does not keep the batch dimension free: {value.name!r} has shape {shape}"
+            )
     return proto
 
 

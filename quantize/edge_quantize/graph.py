@@ -13,6 +13,7 @@ import onnx
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from edge_quantize.errors import ExportError
+from edge_sdk.errors import RuntimeUnavailableError
 from edge_sdk.head import Weights
 from edge_sdk.runtime import new_session
 from edge_sdk.types import FloatArray
@@ -98,13 +99,20 @@ def split(model: ModelProto, *, cut: str | None = None) -> Split:
 
 
 def run(model: ModelProto, x: FloatArray) -> FloatArray:
-    """The first output of a network with one input, for float32 [N, ...], on one thread."""
+    """The first output of a network with one input, for float32 [N, ...], on one thread.
+
+    Raises:
+        RuntimeUnavailableError: The engine refuses the network or fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(model.SerializeToString())
         session = new_session(path)
     name = session.get_inputs()[0].name
-    return np.concatenate([session.run(None, {name: part})[0] for part in chunks(x)])
+    try:
+        return np.concatenate([session.run(None, {name: part})[0] for part in chunks(x)])
+    except Exception as error:  # the engine's exceptions share no base class of their own
+        raise RuntimeUnavailableError(f"ONNX Runtime fails on {model.graph.name!r}: {error}") from error
 
 
 def chunks(x: FloatArray) -> Iterator[FloatArray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from importlib import metadata
@@ -15,6 +16,7 @@ from edge_quantize.compare import VARIANTS, Accuracy, encode, predict
 from edge_quantize.data import Dataset
 from edge_quantize.errors import ParityError
 from edge_quantize.quantize import Trunks, head_graph
+from edge_sdk import __version__
 from edge_sdk.drift.reference import Reference
 from edge_sdk.errors import ConfigError, IncompatibleError
 from edge_sdk.files import fsync_folder, npz_bytes, replace_file, storage_error
@@ -46,7 +48,7 @@ MIN_PER_CLASS = 40
 """The device splits factory memory into rows to replay and rows to judge by, and needs 20 of each."""
 SELFTEST_ROWS = 32
 FISHER_ROWS = 4096
-_TOOLS = ("edge-sdk", "numpy", "onnx", "onnxruntime", "torch")
+_TOOLS = ("numpy", "onnx", "onnxruntime", "torch")
 
 
 class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -101,14 +103,16 @@ def pack_checkpoint(
         card: What only a person can say about the model.
 
     Raises:
-        ConfigError: The target exists, the release number is not above the parent's, or memory does not fit
-            its bound.
+        ConfigError: The target exists, a label repeats, the release number is not above the parent's, or memory
+            does not fit its bound.
         DataError: The rows cannot be used.
         IncompatibleError: The head does not fit the trunk's latent.
         ParityError: INT8 and FP32 agree on no held-out row.
         SelfTestError: The packed model does not reproduce its own outputs.
     """
     refuse_existing(target)
+    if repeated := [label for i, label in enumerate(head.labels) if label in head.labels[:i]]:
+        raise ConfigError(f"labels must differ: {repeated[0]!r} appears more than once")
     if head.latent_dim != trunks.latent.dim:
         raise IncompatibleError(f"the head takes {head.latent_dim} values, the trunk puts out {trunks.latent.dim}")
     data = data.checked(input_spec, head.labels)
@@ -122,7 +126,7 @@ def pack_checkpoint(
         latent=trunks.latent,
         head=HeadSpec([head.weights[f"b{i}"].shape[0] for i in range(head.depth - 1)]),
         files={},
-        toolchain={tool: metadata.version(tool) for tool in _TOOLS},
+        toolchain=_toolchain(),
     )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -294,6 +298,14 @@ def _selftest(
             "probabilities": probabilities[rows],
         }
     )
+
+
+def _toolchain() -> dict[str, str]:
+    versions = {"edge-sdk": __version__}
+    for tool in _TOOLS:
+        with contextlib.suppress(metadata.PackageNotFoundError):  # packing alone does without torch
+            versions[tool] = metadata.version(tool)
+    return versions
 
 
 def _parent_digest(parent: Path | None, release: int) -> str | None:

@@ -86,10 +86,8 @@ def head_graph(head: Head, latent: LatentSpec) -> bytes:
 
 
 def _static_qdq(trunk: ModelProto, x: FloatArray, config: Calibration) -> ModelProto:
-    with (
-        tempfile.TemporaryDirectory() as name,
-        contextlib.redirect_stdout(io.StringIO()),
-    ):  # histograms print progress
+    progress = io.StringIO()  # the percentile calibrator prints
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(progress):
         prepared, quantized = Path(name) / "prepared.onnx", Path(name) / "quantized.onnx"
         try:
             # shapes alone: the exporter has folded what can be, and the optimizer's result varies by machine

@@ -59,9 +59,7 @@ class EmbeddedBroker:
         ...     transport = MqttTransport(broker.host, broker.port, client_id="me")
     """
 
-    def __init__(
-        self, *, host: str = "127.0.0.1", port: int = 0, credentials: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, *, host: str = "127.0.0.1", port: int = 0, credentials: dict[str, str] | None = None) -> None:
         """Prepare a broker; nothing runs before `start`.
 
         Args:
@@ -98,9 +96,7 @@ class EmbeddedBroker:
         except (OSError, RuntimeError) as error:
             self._folder.cleanup()
             self._folder = None
-            raise TransportError(
-                f"the embedded broker cannot run on {self.host}:{self.port}: {error}"
-            ) from error
+            raise TransportError(f"the embedded broker cannot run on {self.host}:{self.port}: {error}") from error
         self._broker = broker
 
     def stop(self) -> None:
@@ -129,9 +125,7 @@ class EmbeddedBroker:
         )
         if self._credentials:
             # a JSON string is also a TOML string
-            users = "".join(
-                f"{json.dumps(user)} = {json.dumps(word)}\n" for user, word in self._credentials.items()
-            )
+            users = "".join(f"{json.dumps(user)} = {json.dumps(word)}\n" for user, word in self._credentials.items())
             config += f"\n[v5.1.connections.auth]\n{users}"
         return config
 

@@ -50,9 +50,7 @@ class Coordinator:
         self._settings, self._clock = self.registry.settings, self.registry.clock
         self._transport = transport
         self._topics = Topics(self._settings.prefix)
-        self._blocks = BlockServer(
-            self.registry.blobs, self._topics, max_queued=self._settings.max_queued_blocks
-        )
+        self._blocks = BlockServer(self.registry.blobs, self._topics, max_queued=self._settings.max_queued_blocks)
         self._published: dict[str, int] = {}
         self._published_on = 0
         self._advanced_at: float | None = None
@@ -101,9 +99,7 @@ class Coordinator:
         """
         for rollout in self.registry.advance():
             plan, state = rollout.plan, rollout.state
-            logger.info(
-                "rollout %s of release %s: %s, %s", rollout.id, plan.release, state.status, state.reason
-            )
+            logger.info("rollout %s of release %s: %s, %s", rollout.id, plan.release, state.status, state.reason)
         self._publish_desired()
 
     def push(self, folder: Path, *, group: str = "default", plan: RolloutRules | None = None) -> int:

@@ -20,8 +20,8 @@ class Database:
 
     Args:
         path: The file; made if it is missing.
-        durable: Flush to the disk at every commit, so that what was acknowledged survives a power cut. False is
-            for simulations: a crash of the process still loses nothing.
+        durable: Flush to the disk at every commit, so that what was acknowledged survives a power cut. False
+            is for simulations: a crash of the process still loses nothing.
     """
 
     def __init__(self, path: Path, *, durable: bool = True) -> None:

@@ -51,9 +51,7 @@ def hash_password(password: str) -> str:
     return f"$7${_ITERATIONS}${base64.b64encode(salt).decode()}${base64.b64encode(digest).decode()}"
 
 
-def enrol(
-    store: Store, settings: Settings, name: str, *, group: str, out: Path, actor: str, now: float
-) -> Bundle:
+def enrol(store: Store, settings: Settings, name: str, *, group: str, out: Path, actor: str, now: float) -> Bundle:
     """Register a device and write its bundle, readable by its owner only. Both happen, or neither.
 
     Raises:
@@ -76,9 +74,7 @@ def enrol(
         device=name,
         group=group,
         prefix=settings.prefix,
-        broker=BrokerAccess(
-            host=broker.public_host or broker.host, port=broker.port, username=name, password=password
-        ),
+        broker=BrokerAccess(host=broker.public_host or broker.host, port=broker.port, username=name, password=password),
     )
     try:
         with store.transaction():

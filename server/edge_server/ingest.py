@@ -31,6 +31,7 @@ from edge_sdk.messages import (
 from edge_sdk.transport import Message
 
 _LARGEST = 2**63 - 1  # what the database can hold
+_LATEST = 253_402_300_800.0  # the year 10000, which no calendar function knows
 _MAX_TEXT = 256
 _MAX_UNKNOWN = 1000
 
@@ -56,8 +57,8 @@ def expected_seq(last: int | None, oldest: int) -> int:
 def judge(last: int | None, *, first: int, seq: int, oldest: int) -> Verdict:
     """Whether a row that covers `first` to `seq` comes next.
 
-    A gap may begin below what is expected: the device does not know yet that its first rows were committed before
-    it dropped them. What is new of it is taken, or the device could never get past it.
+    A gap may begin below what is expected: the device dropped rows without knowing yet that they were committed.
+    What is new of it is taken, or the device could never get past it.
     """
     expected = expected_seq(last, oldest)
     if seq < expected:
@@ -179,7 +180,8 @@ class Turn:
                 if message.payload:  # an empty one clears what was retained
                     self.states[device] = _checked_state(device, decode(message.payload, State))
             else:
-                raise ProtocolError(f"unexpected kind {kind[:_MAX_TEXT]!r}")
+                self._problem("malformed", f"unexpected topic {message.topic[:_MAX_TEXT]!r}")
+                return
         except ProtocolError as error:
             self._problem("malformed", f"{device[:_MAX_TEXT]}: {error}")
             return
@@ -201,8 +203,9 @@ class Turn:
     def _row(self, device: str, envelope: Envelope) -> None:
         if not (0 <= envelope.oldest <= envelope.seq <= _LARGEST):
             raise ProtocolError(f"sequence number {envelope.seq} with oldest {envelope.oldest}")
-        if not math.isfinite(envelope.time) or len(envelope.store_id) > _MAX_TEXT:
-            raise ProtocolError("time is not finite, or store_id too long")
+        _check_time(envelope.time)
+        if len(envelope.store_id) > _MAX_TEXT:
+            raise ProtocolError("store_id is too long")
         outbox = (device, envelope.store_id)
         last = self.positions.get(outbox, self._before.get(outbox))
         expected = expected_seq(last, envelope.oldest)
@@ -250,10 +253,7 @@ def _content(envelope: Envelope) -> tuple[Report | Event | Gap | None, str]:
         if envelope.kind == "event":
             return _checked_event(unpack(envelope.body, Event)), ""
         if envelope.kind == "gap":
-            gap = unpack(envelope.body, Gap)
-            if not 0 <= gap.first <= gap.last == envelope.seq:
-                raise ProtocolError(f"a gap from {gap.first} to {gap.last} in row {envelope.seq}")
-            return gap, ""
+            return _checked_gap(unpack(envelope.body, Gap), envelope.seq), ""
         return None, f"unknown kind {envelope.kind[:_MAX_TEXT]!r}"
     except ProtocolError as error:
         return None, str(error)
@@ -279,17 +279,27 @@ def _checked_event(event: Event) -> Event:
     return event
 
 
+def _checked_gap(gap: Gap, seq: int) -> Gap:
+    if not 0 <= gap.first <= gap.last == seq:
+        raise ProtocolError(f"a gap from {gap.first} to {gap.last} in row {seq}")
+    return gap
+
+
 def _checked_state(device: str, state: State) -> State:
     if state.device != device:
         raise ProtocolError(f"a state of {state.device[:_MAX_TEXT]!r}")
     for name in ("boot", "release", "head"):
         _check_count(name, getattr(state, name))
-    if not math.isfinite(state.time) or any(
-        isinstance(value, str) and len(value) > _MAX_TEXT for value in msgspec.structs.astuple(state)
-    ):
-        raise ProtocolError("time is not finite, or a text too long")
+    _check_time(state.time)
+    if any(isinstance(value, str) and len(value) > _MAX_TEXT for value in msgspec.structs.astuple(state)):
+        raise ProtocolError("a text is too long")
     check_name(state.group, "group")
     return state
+
+
+def _check_time(seconds: float) -> None:
+    if not 0 <= seconds < _LATEST:
+        raise ProtocolError(f"time is {seconds}, no seconds since the epoch")
 
 
 def _check_count(name: str, value: int) -> None:

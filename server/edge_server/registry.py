@@ -1,7 +1,7 @@
 """What a person or the coordinator may do with the fleet's records: push, abort, look.
 
-The command line works on the same database from a process of its own. So whatever changes what a group should run
-stores the new desired state in the same transaction; whoever holds the connection publishes it.
+The command line works on the same database from a process of its own. So whatever changes what a group should
+run stores the new desired state in the same transaction; whoever holds the connection publishes it.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ class Registry:
         for earlier in self.store.rollouts(group=plan.group):
             if earlier.state.is_active:
                 raise RolloutError(
-                    f"group {plan.group!r} is busy with rollout {earlier.id} of release {earlier.plan.release} "
-                    f"({earlier.state.status}): wait for its end, or abort it"
+                    f"group {plan.group!r} is busy with rollout {earlier.id} of release "
+                    f"{earlier.plan.release} ({earlier.state.status}): wait for its end, or abort it"
                 )
             if plan.release <= earlier.plan.release:
                 raise ReleaseError(
@@ -169,9 +169,7 @@ class Registry:
         with self.store.transaction():
             record = self.rollout(rollout)
             if record.state.status != "running":
-                raise RolloutError(
-                    f"rollout {rollout} is {record.state.status}: only a running one can be aborted"
-                )
+                raise RolloutError(f"rollout {rollout} is {record.state.status}: only a running one can be aborted")
             now = self.clock.now()
             text = f"aborted: {reason}" if reason else "aborted"
             self._save(msgspec.structs.replace(record, state=halt(record.state, text, now)))
@@ -219,9 +217,7 @@ class Registry:
         """The fleet in numbers."""
         return self.store.fleet()
 
-    def devices(
-        self, *, group: str | None = None, after: str = "", limit: int = 100_000
-    ) -> list[DeviceRecord]:
+    def devices(self, *, group: str | None = None, after: str = "", limit: int = 100_000) -> list[DeviceRecord]:
         """Devices whose name comes after `after`, in order."""
         return self.store.devices(group=group, after=after, limit=limit)
 

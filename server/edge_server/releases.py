@@ -1,8 +1,8 @@
 """Releases: files kept by their content, and handed out in blocks.
 
-A release is the manifest's digest; the manifest names every other file by its own. Taken in here are checkpoints
-whose sizes and hashes fit. Signing comes at this place: `take_in` is where a signer will see the files, and devices
-will then believe signed metadata only; until then nothing here claims more than integrity.
+A release is the manifest's digest; the manifest names every other file by its own. Taken in are checkpoints whose
+sizes and hashes fit. Signed metadata (TUF) comes at this place: `take_in` is where a signer will see the files.
+Until then nothing here claims more than integrity.
 """
 
 from __future__ import annotations
@@ -82,9 +82,7 @@ def take_in(folder: Path, blobs: BlobStore) -> tuple[Manifest, bytes]:
     """
     manifest = verify_checkpoint(folder)
     if not 1 <= manifest.release <= _MAX_RELEASE:
-        raise ReleaseError(
-            f"release numbers lie in 1 to {_MAX_RELEASE}, the manifest says {manifest.release}"
-        )
+        raise ReleaseError(f"release numbers lie in 1 to {_MAX_RELEASE}, the manifest says {manifest.release}")
     try:
         data = (folder / MANIFEST_NAME).read_bytes()
         for name, entry in manifest.files.items():

@@ -118,7 +118,7 @@ class DeviceMetrics(msgspec.Struct, frozen=True, kw_only=True):
         reachable: Its last row is recent.
         failed: The last it said about the release is that it could not be installed.
         rolled_back: The last it said about the release is that it left it.
-        predictions: On the candidate, if it runs it; otherwise since the rollout began. So are the next three.
+        predictions: On the candidate, if it runs it; else since the rollout began. So are the next three.
         errors: Predictions that ended in an error.
         labelled: Labelled predictions.
         correct: Those that were right.
@@ -157,9 +157,7 @@ def begin(plan: RolloutPlan, metrics: Sequence[DeviceMetrics], *, has_base: bool
     return _note(state, f"stage 1 of {len(plan.stages)}: {plan.stages[0]} % of the group", now)
 
 
-def advance(
-    state: RolloutState, plan: RolloutPlan, metrics: Sequence[DeviceMetrics], now: float
-) -> RolloutState:
+def advance(state: RolloutState, plan: RolloutPlan, metrics: Sequence[DeviceMetrics], now: float) -> RolloutState:
     """The next state, or the same one if nothing is to change.
 
     Args:
@@ -183,9 +181,7 @@ def halt(state: RolloutState, reason: str, now: float) -> RolloutState:
 
 def failure(plan: RolloutPlan, metrics: Sequence[DeviceMetrics]) -> str | None:
     """Why the release must not go on, with the numbers, or None."""
-    return (
-        _too_many_failures(plan, metrics) or _too_many_errors(plan, metrics) or _less_accurate(plan, metrics)
-    )
+    return _too_many_failures(plan, metrics) or _too_many_errors(plan, metrics) or _less_accurate(plan, metrics)
 
 
 def stage_size(plan: RolloutPlan, stage: int, devices: int) -> int:
@@ -203,9 +199,7 @@ def stage_threshold(plan: RolloutPlan, stage: int, metrics: Sequence[DeviceMetri
         return THRESHOLD_ALL
     spare = stage_size(plan, stage, len(metrics)) - sum(entry.on_candidate for entry in metrics)
     threshold = 0
-    for place, on_candidate in sorted(
-        (cohort(plan.salt, entry.device), entry.on_candidate) for entry in metrics
-    ):
+    for place, on_candidate in sorted((cohort(plan.salt, entry.device), entry.on_candidate) for entry in metrics):
         if not on_candidate:
             if spare <= 0:
                 break
@@ -266,9 +260,7 @@ def _advance_running(
             lacks.append(f"it has not run for {plan.soak_s:g} s")
         if gained < plan.min_labelled:
             lacks.append(f"{gained} of {plan.min_labelled} labelled predictions")
-        return halt(
-            state, f"stage {state.stage + 1} timed out after {plan.timeout_s:g} s: {'; '.join(lacks)}", now
-        )
+        return halt(state, f"stage {state.stage + 1} timed out after {plan.timeout_s:g} s: {'; '.join(lacks)}", now)
     return msgspec.structs.replace(state, threshold=threshold, soaking_since=soaking_since)
 
 
@@ -338,9 +330,7 @@ def _less_accurate(plan: RolloutPlan, metrics: Sequence[DeviceMetrics]) -> str |
     control_labelled = sum(entry.labelled for entry in control)
     control_change = 0.0
     if control_labelled >= max(1, plan.min_labelled):
-        control_change = sum(entry.correct for entry in control) / control_labelled - _accuracy_before(
-            control
-        )
+        control_change = sum(entry.correct for entry in control) / control_labelled - _accuracy_before(control)
     # a fleet that got better does not raise the bar; one that got worse lowers it
     expected = before + min(0.0, control_change)
     _, high = wilson_interval(sum(entry.correct for entry in treated), labelled)
@@ -349,7 +339,8 @@ def _less_accurate(plan: RolloutPlan, metrics: Sequence[DeviceMetrics]) -> str |
     return (
         f"accuracy on release {plan.release} is {after:.1%} (at most {high:.1%}, {labelled} labelled, "
         f"{len(treated)} devices), before {before:.1%}; control changed by {control_change:+.1%} "
-        f"({control_labelled} labelled, {len(control)} devices); a drop of {plan.max_accuracy_drop:.1%} is tolerated"
+        f"({control_labelled} labelled, {len(control)} devices); "
+        f"a drop of {plan.max_accuracy_drop:.1%} is tolerated"
     )
 
 

@@ -99,9 +99,7 @@ def _first_tables(db: Database) -> None:
         },
         pk="release",
     )
-    db.table("groups").create(
-        {"name": str, "revision": int, "base": int, "revoked": str, "desired": bytes}, pk="name"
-    )
+    db.table("groups").create({"name": str, "revision": int, "base": int, "revoked": str, "desired": bytes}, pk="name")
     db.table("rollouts").create(
         {
             "id": int,

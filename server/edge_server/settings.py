@@ -15,6 +15,21 @@ from edge_server.rollout import RolloutRules
 SETTINGS_NAME = "coordinator.toml"
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _check_port(port: int, *, lowest: int) -> None:
+    if not lowest <= port <= 65535:
+        raise ValueError(f"port must lie in {lowest} to 65535, got {port}")
+
+
 class BrokerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where the MQTT broker is.
 
@@ -105,25 +120,8 @@ def load_settings(path: Path) -> Settings:
     try:
         return msgspec.convert(tomllib.loads(path.read_text("utf-8")), Settings)
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"{path} is missing; make it with: edge-coordinator init --home {path.parent}"
-        ) from error
+        raise ConfigError(f"{path} is missing; make it with: edge-coordinator init --home {path.parent}") from error
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     except msgspec.ValidationError as error:
         raise ConfigError(f"{path}: {error}") from error
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens on `host`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _check_port(port: int, *, lowest: int) -> None:
-    if not lowest <= port <= 65535:
-        raise ValueError(f"port must lie in {lowest} to 65535, got {port}")

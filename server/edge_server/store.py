@@ -44,16 +44,13 @@ class Store(Database):
 
     def known(self, devices: Collection[str]) -> set[str]:
         """Those of `devices` that are registered."""
-        rows = self.read(
-            "SELECT name FROM devices WHERE name IN (SELECT value FROM json_each(?))", _json(devices)
-        )
+        rows = self.read("SELECT name FROM devices WHERE name IN (SELECT value FROM json_each(?))", _json(devices))
         return {row[0] for row in rows}
 
     def positions(self, devices: Collection[str]) -> dict[tuple[str, str], int]:
         """Last committed sequence number by (device, store id)."""
         rows = self.read(
-            "SELECT device, store_id, last_seq FROM positions"
-            " WHERE device IN (SELECT value FROM json_each(?))",
+            "SELECT device, store_id, last_seq FROM positions WHERE device IN (SELECT value FROM json_each(?))",
             _json(devices),
         )
         return {(row[0], row[1]): row[2] for row in rows}
@@ -111,8 +108,7 @@ class Store(Database):
             )
             # whoever can reach the broker can invent names
             many(
-                "DELETE FROM unknown WHERE device NOT IN"
-                " (SELECT device FROM unknown ORDER BY last_seen DESC LIMIT ?)",
+                "DELETE FROM unknown WHERE device NOT IN (SELECT device FROM unknown ORDER BY last_seen DESC LIMIT ?)",
                 [(_MAX_UNKNOWN,)],
             )
 
@@ -128,8 +124,7 @@ class Store(Database):
             ],
         )
         many(
-            "UPDATE devices SET predictions = ?, errors = ?, alarms = ?, warnings = ?, mode = ?"
-            " WHERE name = ?",
+            "UPDATE devices SET predictions = ?, errors = ?, alarms = ?, warnings = ?, mode = ? WHERE name = ?",
             [
                 (
                     row.report.predictions,
@@ -144,11 +139,7 @@ class Store(Database):
         )
         many(
             "UPDATE devices SET labelled = ?, correct = ? WHERE name = ?",
-            [
-                (row.report.labelled, row.report.correct, row.device)
-                for row in turn.reports
-                if row.report.labelled
-            ],
+            [(row.report.labelled, row.report.correct, row.device) for row in turn.reports if row.report.labelled],
         )
         many(
             # the group of an enrolled device is what the person said who added it
@@ -215,11 +206,10 @@ class Store(Database):
         """The fleet in numbers."""
         totals = self.read(
             "SELECT count(*), coalesce(sum(online), 0), coalesce(sum(alarms > 0), 0),"
-            " coalesce(sum(predictions), 0), coalesce(sum(labelled), 0), coalesce(sum(correct), 0) FROM devices"
+            " coalesce(sum(predictions), 0), coalesce(sum(labelled), 0), coalesce(sum(correct), 0)"
+            " FROM devices"
         )[0]
-        releases = self.read(
-            "SELECT coalesce(row_release, state_release), count(*) FROM devices GROUP BY 1 ORDER BY 1"
-        )
+        releases = self.read("SELECT coalesce(row_release, state_release), count(*) FROM devices GROUP BY 1 ORDER BY 1")
         return FleetRecord(
             devices=totals[0],
             online=totals[1],
@@ -235,13 +225,12 @@ class Store(Database):
     def _pairs(self, sql: str) -> list[tuple[str, int]]:
         return [(row[0], row[1]) for row in self.read(sql)]
 
-    def events(
-        self, *, device: str | None, name: str | None, before: int | None, limit: int
-    ) -> list[EventRecord]:
+    def events(self, *, device: str | None, name: str | None, before: int | None, limit: int) -> list[EventRecord]:
         """Events with a number below `before`, newest first."""
         rows = self.read(
             "SELECT id, device, time, name, release, head, detail FROM events"
-            " WHERE (?1 IS NULL OR device = ?1) AND (?2 IS NULL OR name = ?2) AND (?3 IS NULL OR id < ?3) ORDER BY id DESC LIMIT ?4",
+            " WHERE (?1 IS NULL OR device = ?1) AND (?2 IS NULL OR name = ?2) AND (?3 IS NULL OR id < ?3)"
+            " ORDER BY id DESC LIMIT ?4",
             device,
             name,
             before,
@@ -259,9 +248,7 @@ class Store(Database):
             (*fields, _json(record.labels), _json(record.metrics), record.pushed),
         )
 
-    def releases(
-        self, *, number: int | None = None, before: int | None = None, limit: int = 1
-    ) -> list[ReleaseRecord]:
+    def releases(self, *, number: int | None = None, before: int | None = None, limit: int = 1) -> list[ReleaseRecord]:
         """Releases below `before`, or the one of that number; newest first."""
         rows = self.read(
             "SELECT release, name, digest, size, parent, labels, metrics, pushed FROM releases"
@@ -401,7 +388,8 @@ class Store(Database):
         """(labelled, correct) in a device's last labelled reports on another release before row `first`."""
         row = self.read(
             "SELECT coalesce(sum(labelled), 0), coalesce(sum(correct), 0) FROM"
-            " (SELECT labelled, correct FROM reports WHERE device = ? AND id < ? AND release <> ? AND labelled > 0 ORDER BY id DESC LIMIT ?)",
+            " (SELECT labelled, correct FROM reports WHERE device = ? AND id < ? AND release <> ? AND labelled > 0"
+            " ORDER BY id DESC LIMIT ?)",
             device,
             first,
             release,

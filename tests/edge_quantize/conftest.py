@@ -54,26 +54,22 @@ def make_net():
     def block(inputs, outputs):
         return [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU()]
 
-    trunk = [*block(1, 16), *block(16, 32), nn.MaxPool2d(2), *block(32, 64)]
-    ends = {
-        "pooled": [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 8)],
-        "flattened": [nn.MaxPool2d(4), nn.Flatten(), nn.Linear(64, 8)],
-        "averaged": [nn.AvgPool2d(2), nn.Flatten(), nn.Linear(256, 8)],
-        "deep_head": [
-            *[nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 32), nn.ReLU()],
-            *[nn.Dropout(0.1), nn.Linear(32, 8)],
-        ],
-        "softmax": [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 8), nn.Softmax(dim=1)],
-        "no_head": [nn.Conv2d(64, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()],
-    }
-
     def make(kind):
         torch.manual_seed(0)
         if kind == "mlp":
             return nn.Sequential(nn.Flatten(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 8))
         if kind == "linear":
             return nn.Sequential(nn.Flatten(), nn.Linear(64, 8))
-        return nn.Sequential(*trunk, *ends[kind])
+        pooled = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+        end = {
+            "pooled": [*pooled, nn.Linear(64, 8)],
+            "flattened": [nn.MaxPool2d(4), nn.Flatten(), nn.Linear(64, 8)],
+            "averaged": [nn.AvgPool2d(2), nn.Flatten(), nn.Linear(256, 8)],
+            "deep_head": [*pooled, nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 8)],
+            "softmax": [*pooled, nn.Linear(64, 8), nn.Softmax(dim=1)],
+            "no_head": [nn.Conv2d(64, 8, 1), *pooled],
+        }[kind]
+        return nn.Sequential(*block(1, 16), *block(16, 32), nn.MaxPool2d(2), *block(32, 64), *end)
 
     return make
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from edge_quantize import load_recipe
 from edge_quantize.cli import main
 from edge_sdk.errors import ConfigError
-from edge_sdk.manifest import MANIFEST_NAME, TRUNK_INT8
+from edge_sdk.manifest import MANIFEST_NAME, TRUNK_INT8, parse_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
@@ -72,7 +72,9 @@ def workshop(tmp_path, trained, digits):
 
 def without_torch(code):
     check = "; assert not {'torch', 'onnx', 'onnxscript'} & set(sys.modules), sorted(sys.modules)"
-    return subprocess.run([sys.executable, "-c", f"import sys; {code}{check}"], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}{check}"], capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.torch
@@ -87,7 +89,7 @@ def test_run_builds_what_library_calls_build_and_again_the_same_bytes_in_another
     shutil.move(first, workshop / "first")
     command = [sys.executable, "-m", "quantize", "run", str(workshop / "recipe.toml")]
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     for path in (workshop / "first").iterdir():
         assert path.read_bytes() == (first / path.name).read_bytes(), path.name
@@ -97,9 +99,11 @@ def test_run_builds_what_library_calls_build_and_again_the_same_bytes_in_another
 def test_run_says_in_one_line_that_calibration_rows_are_few(workshop, digits):
     np.savez(workshop / "few.npz", x=digits.train_x[:40])
     recipe = RECIPE.replace('holdout = "holdout.npz"', 'holdout = "holdout.npz"\ncalibration = "few.npz"')
-    (workshop / "recipe.toml").write_text(recipe)
+    undated = recipe.replace('created = "2026-01-01T00:00:00+00:00"', "")
+    (workshop / "recipe.toml").write_text(undated)
     result = invoke("run", workshop / "recipe.toml")
     assert result.exit_code == 0
+    assert parse_manifest((workshop / "out/digits-1" / MANIFEST_NAME).read_bytes()).created.endswith("+00:00")
     assert result.stderr.splitlines() == [
         "warning: calibration on 40 rows; with fewer than 100 the ranges may be too narrow"
     ]
@@ -151,6 +155,13 @@ def test_recipe_mistake_names_file_and_key(tmp_path, old, new, named):
     result = invoke("run", path)
     assert result.exit_code == 2
     assert "recipe.toml" in result.stderr
+
+
+def test_recipe_of_the_readme_is_valid(tmp_path):
+    text = (ROOT / "quantize" / "README.md").read_text()
+    path = tmp_path / "recipe.toml"
+    path.write_text(text.split("```toml\n")[1].split("```")[0])
+    assert load_recipe(path).data.calibration == "data/calibration.npz"
 
 
 def test_absent_recipe_is_a_usage_error(tmp_path):

@@ -65,8 +65,19 @@ def test_network_that_fixes_the_batch_size_is_refused_with_the_reason(spec, digi
         def forward(self, x):
             return x.reshape(2, 64)
 
-    with pytest.raises(ExportError, match="torch cannot export Fixed"):
+    with pytest.raises(ExportError, match=r"Fixed does not keep the batch dimension free: 'input' has shape \[2, 1"):
         export_onnx(Fixed(), spec.apply(digits.train_x[:2]))
+
+
+def test_network_that_fails_in_its_own_code_is_refused_with_its_error(spec, digits):
+    from torch import nn
+
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise LookupError("no such table")
+
+    with pytest.raises(ExportError, match="torch cannot export Broken: LookupError: no such table"):
+        export_onnx(Broken(), spec.apply(digits.train_x[:2]))
 
 
 def test_altered_weights_are_noticed(trained, digits, spec):

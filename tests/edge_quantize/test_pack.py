@@ -8,7 +8,7 @@ from edge_quantize import CalibrationWarning, DataError, Dataset, Memory, encode
 from edge_quantize.card import FILL_IN, CardText
 from edge_quantize.quantize import Trunks
 from edge_sdk.drift.reference import Reference
-from edge_sdk.errors import ConfigError, IncompatibleError, IntegrityError
+from edge_sdk.errors import ConfigError, IncompatibleError, IntegrityError, RuntimeUnavailableError
 from edge_sdk.files import load_npz
 from edge_sdk.head import Head
 from edge_sdk.manifest import (
@@ -248,9 +248,14 @@ def test_labels_must_match_the_networks_outputs(base, build, tmp_path):
         build(tmp_path / "none", data=few, labels=tuple("0123"))
 
 
+def test_labels_must_differ(base, build, tmp_path):
+    with pytest.raises(ConfigError, match="labels must differ: '1' appears more than once"):
+        build(tmp_path / "none", labels=("0", "1", "1", "3", "4", "5", "6", "7"))
+
+
 def test_failure_while_packing_leaves_nothing_behind(base, tmp_path):
     trunks = Trunks(b"no onnx", b"no onnx", base.manifest.latent)
-    with pytest.raises(Exception, match="refuses"):
+    with pytest.raises(RuntimeUnavailableError, match="refuses"):
         pack_checkpoint(
             tmp_path / "none",
             trunks=trunks,

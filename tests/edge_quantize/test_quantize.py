@@ -3,8 +3,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from edge_quantize import Calibration, ExportError, compare_variants, encode, quantize_trunk
+from edge_quantize import Calibration, compare_variants, encode, quantize_trunk
 from edge_quantize.compare import predict
+from edge_sdk.errors import RuntimeUnavailableError
 from edge_sdk.head import Head, dequantize, softmax
 from edge_sdk.manifest import HEAD_NPZ, HEAD_ONNX, TRUNK_FP32, TRUNK_INT8
 from edge_sdk.runtime import HeadSession
@@ -33,8 +34,15 @@ def test_two_sessions_equal_the_fused_graph_bit_for_bit(build, digits, spec, tmp
             assert np.array_equal(split, whole), (variant, batch)
 
 
-@pytest.mark.parametrize("kind", ["pooled", "flattened", "deep_head", "mlp"])
-@pytest.mark.parametrize("calibration", [Calibration(), Calibration(method="percentile")])
+@pytest.mark.parametrize(
+    ("kind", "calibration"),
+    [
+        ("pooled", Calibration()),
+        ("pooled", Calibration(method="percentile")),
+        ("flattened", Calibration()),
+        ("mlp", Calibration()),
+    ],
+)
 def test_int8_is_nearly_as_right_as_float(build, tmp_path, digits, capsys, kind, calibration):
     result = build(tmp_path / kind, kind, calibration=calibration).comparison
     assert result.fp32.accuracy.value > 0.9
@@ -103,7 +111,8 @@ def test_comparison_prints_a_table_and_json(base):
     assert b'"agreement"' in result.to_json()
 
 
-def test_graph_that_onnx_runtime_cannot_run_is_refused_by_type():
-    text = '<ir_version: 10, opset_import: ["" : 20, "nobody" : 1]> g (float[N, 4] x) => (float[N, 4] y) { y = nobody.Op(x) }'
-    with pytest.raises(ExportError, match="cannot run the trunk"):
+def test_graph_that_onnx_runtime_cannot_run_is_refused():
+    domains = '<ir_version: 10, opset_import: ["" : 20, "nobody" : 1]>'
+    text = domains + "g (float[N, 4] x) => (float[N, 4] y) { y = nobody.Op(x) }"
+    with pytest.raises(RuntimeUnavailableError, match="nobody:Op"):
         quantize_trunk(onnx.parser.parse_model(text), np.zeros((16, 4), np.float32))

@@ -124,7 +124,7 @@ def test_a_full_disk_is_a_typed_error_and_leaves_the_old_file(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_no_space_left_is_a_full_disk():
-    with pytest.raises(OSError, match="No space left") as caught, open("/dev/full", "wb", buffering=0) as file:
+    with pytest.raises(OSError, match="No space left") as caught, Path("/dev/full").open("wb", buffering=0) as file:
         file.write(b"x")
     assert isinstance(storage_error(caught.value, "cannot write"), DiskFullError)
 

@@ -1,5 +1,6 @@
 """The manifest: what is damaged or dangerous is refused, what is unknown is ignored."""
 
+import contextlib
 import json
 
 import pytest
@@ -93,7 +94,17 @@ def test_more_files_than_the_manifest_names_do_no_harm(checkpoint):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"name": "x"}', edited(release="3"), edited(labels=None), edited(task="poetry")],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"\xff\xfe",
+        b'{"name": "x"}',
+        edited(release="3"),
+        edited(labels=None),
+        edited(task="poetry"),
+    ],
 )
 def test_what_is_not_a_manifest_is_refused(data):
     with pytest.raises(IntegrityError, match="damaged or not a manifest"):
@@ -161,9 +172,7 @@ names = st.text(st.characters(codec="utf-8"), max_size=20)
     metrics=st.dictionaries(names, st.floats(allow_nan=False, allow_infinity=False), max_size=4),
 )
 def test_manifests_survive_the_round_trip(name, release, labels, scale, metrics):
-    manifest = make_manifest(
-        name=name, release=release, labels=labels, latent=LatentSpec(8, scale, 0), metrics=metrics
-    )
+    manifest = make_manifest(name=name, release=release, labels=labels, latent=LatentSpec(8, scale, 0), metrics=metrics)
     assert parse_manifest(manifest_bytes(manifest)) == manifest
 
 
@@ -171,10 +180,8 @@ def test_manifests_survive_the_round_trip(name, release, labels, scale, metrics)
 def test_a_damaged_manifest_parses_or_is_refused(position, byte):
     data = bytearray(manifest_bytes(make_manifest()))
     data[position % len(data)] = byte
-    try:
+    with contextlib.suppress(ArtifactError):
         parse_manifest(bytes(data))
-    except ArtifactError:
-        pass
 
 
 def test_the_trunk_id_changes_exactly_when_latents_do():

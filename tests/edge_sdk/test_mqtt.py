@@ -60,6 +60,15 @@ def connected(transport, will=None):
     return transport
 
 
+def subscribed(transport, topic_filter):
+    """Connected, and the broker knows of the subscription: it takes what one client asks in turn."""
+    transport.subscribe(topic_filter)
+    transport.subscribe("ready")
+    connected(transport).publish("ready", b"")
+    assert receive(transport, 1) == [Message("ready", b"")]
+    return transport
+
+
 def receive(transport, count):
     messages = []
 
@@ -210,9 +219,7 @@ def test_connecting_without_a_broker_neither_blocks_nor_raises_and_succeeds_late
 
 @pytest.mark.mosquitto
 def test_after_a_killed_broker_birth_and_will_work_again(make, mosquitto):
-    watcher = make(mosquitto, "watcher")
-    watcher.subscribe("state")
-    connected(watcher)
+    watcher = subscribed(make(mosquitto, "watcher"), "state")
     device = connected(make(mosquitto), Message("state", b"lost", retain=True))
     device.publish("state", b"birth 1", retain=True)
     assert receive(watcher, 1) == [Message("state", b"birth 1")]
@@ -405,9 +412,8 @@ def test_wait_returns_on_a_message_a_change_or_the_time_limit(make, embedded_bro
 
 @pytest.mark.mosquitto
 def test_a_full_inbox_drops_counts_and_recovers_what_is_retained(make, mosquitto, caplog):
-    reader, sender = make(mosquitto, "reader", max_inbox=3), connected(make(mosquitto, "sender"))
-    reader.subscribe("t/#")
-    connected(reader)
+    sender = connected(make(mosquitto, "sender"))
+    reader = subscribed(make(mosquitto, "reader", max_inbox=3), "t/#")
     for i in range(5):
         sender.publish(f"t/{i}", b"x", retain=i == 4)
     until(reader, lambda: reader.dropped == 2)

@@ -1,0 +1,271 @@
+"""`edge`: the device's command line. Environment is read here and nowhere below."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+from platformdirs import user_data_path
+
+from edge_sdk import __version__
+from edge_sdk.errors import ArtifactError, ConfigError, EdgeError, TransportError
+
+if TYPE_CHECKING:
+    from edge_sdk.config import DeviceConfig
+    from edge_sdk.transport import Transport
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTEGRITY, EXIT_NETWORK = 1, 2, 3, 4
+CONFIG_NAME = "device.toml"
+
+
+class _BundleBroker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    host: str
+    port: int
+    username: str = ""
+    password: str = ""
+
+
+class Bundle(msgspec.Struct, frozen=True):
+    """What `edge-coordinator devices add` wrote for this device."""
+
+    schema: int
+    device: str
+    group: str
+    prefix: str
+    broker: _BundleBroker
+
+
+class _Group(click.Group):
+    """Turns the SDK's errors into one line and an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run."""
+        try:
+            return super().main(*args, **kwargs)
+        except EdgeError as error:
+            if "--debug" in sys.argv:
+                raise
+            click.echo(f"edge: {error}", err=True)
+            sys.exit(exit_code(error))
+
+
+def exit_code(error: EdgeError) -> int:
+    """The documented exit code of an error."""
+    if isinstance(error, ConfigError):
+        return EXIT_USAGE
+    if isinstance(error, ArtifactError):
+        return EXIT_INTEGRITY
+    if isinstance(error, TransportError):
+        return EXIT_NETWORK
+    return EXIT_FAILED
+
+
+def _default_home() -> Path:
+    return Path(os.environ.get("EDGE_HOME") or user_data_path("edge-sdk"))
+
+
+home_option = click.option(
+    "--home", type=click.Path(path_type=Path), default=None, help="The device's folder [EDGE_HOME, or per user]."
+)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="edge")
+@click.option("--debug", is_flag=True, help="Show tracebacks, log more.")
+def main(debug: bool) -> None:
+    """Run and look after one device.
+
+    Exit codes: 0 ok, 1 failed, 2 usage or configuration, 3 integrity, 4 network.
+    """
+    level = logging.DEBUG if debug else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@home_option
+@click.option("--force", is_flag=True, help="Replace an earlier enrolment.")
+def enroll(bundle: Path, home: Path | None, force: bool) -> None:
+    """Install the BUNDLE that `edge-coordinator devices add` wrote."""
+    from edge_sdk.files import replace_file
+    from edge_sdk.messages import check_name
+
+    try:
+        content = msgspec.json.decode(bundle.read_bytes(), type=Bundle)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"{bundle} is not an enrolment bundle: {error}") from error
+    if content.schema != 1:
+        raise ConfigError(f"{bundle} has schema {content.schema}, this SDK reads 1; update the SDK")
+    check_name(content.device)
+    folder = home or _default_home()
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / CONFIG_NAME
+    if target.exists() and not force:
+        raise ConfigError(f"{target} exists: this device is enrolled already; use --force to replace it")
+    replace_file(target, _device_toml(content).encode(), mode=0o600)
+    target.chmod(0o600)
+    click.echo(f"enrolled as {content.device} in group {content.group}; start with: edge run --home {folder}")
+
+
+def _device_toml(bundle: Bundle) -> str:
+    quote = json.dumps  # a JSON string is a TOML string
+    return (
+        f"device = {quote(bundle.device)}\ngroup = {quote(bundle.group)}\nprefix = {quote(bundle.prefix)}\n\n"
+        f"[broker]\nhost = {quote(bundle.broker.host)}\nport = {bundle.broker.port}\n"
+        f"username = {quote(bundle.broker.username)}\npassword = {quote(bundle.broker.password)}\n"
+    )
+
+
+@main.command()
+@home_option
+@click.option("--checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path), help="To start with.")
+def run(home: Path | None, checkpoint: Path | None) -> None:
+    """Run the device from its device.toml until SIGTERM."""
+    from edge_sdk.config import load_config
+    from edge_sdk.device import EdgeDevice
+
+    folder = home or _default_home()
+    config = load_config(folder / CONFIG_NAME)
+    stop = threading.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: stop.set())
+    device = EdgeDevice(folder, checkpoint=checkpoint, config=config, transport=_transport(config))
+    with device:
+        click.echo(f"{device.name} runs; stop with SIGTERM", err=True)
+        stop.wait()
+    click.echo(f"{device.name} stopped", err=True)
+
+
+def _transport(config: DeviceConfig) -> Transport | None:
+    if not config.broker.host:
+        return None
+    from edge_sdk.mqtt import MqttTransport
+
+    broker = config.broker
+    return MqttTransport(
+        broker.host,
+        broker.port,
+        client_id=config.device,
+        username=broker.username or None,
+        password=broker.password or None,
+        keepalive_s=broker.keepalive_s,
+    )
+
+
+@main.command()
+@home_option
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def status(home: Path | None, as_json: bool) -> None:
+    """Show how the device was when it last saved its state (once a minute, and when it stops)."""
+    from edge_sdk.device import STATUS_KEY
+
+    with _open_store(home) as store:
+        data = store.get(STATUS_KEY)
+    if data is None:
+        raise ConfigError("the device has not run yet")
+    found = json.loads(data)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    counters = found.pop("counters")
+    for key, value in {**found, **counters}.items():
+        click.echo(f"{key:22} {', '.join(value) if isinstance(value, list) else value}")
+
+
+@main.command()
+@home_option
+@click.option("--limit", default=50, show_default=True, type=click.IntRange(1), help="Entries.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON lines.")
+def history(home: Path | None, limit: int, as_json: bool) -> None:
+    """Show what happened: drift, learning, verdicts, releases, rollbacks."""
+    with _open_store(home) as store:
+        for entry in store.history(limit=limit):
+            if as_json:
+                click.echo(json.dumps(entry._asdict()))
+            else:
+                when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry.time))
+                click.echo(f"{when}  {entry.name:20} " + "  ".join(f"{k}={v}" for k, v in entry.detail.items()))
+
+
+@main.command()
+@home_option
+def rollback(home: Path | None) -> None:
+    """Go back to the version before the last change (the device must not be running)."""
+    _change(home, "rollback")
+
+
+@main.command()
+@home_option
+def reset(home: Path | None) -> None:
+    """Drop the learned head and serve the release's own (the device must not be running)."""
+    _change(home, "reset_to_base")
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+def verify(checkpoint: Path) -> None:
+    """Check a CHECKPOINT folder: hashes, sizes, and its self-test on this machine."""
+    from edge_sdk.manifest import verify_checkpoint
+    from edge_sdk.serving import choose_variant
+
+    manifest = verify_checkpoint(checkpoint)
+    variant = choose_variant(checkpoint, manifest, "auto")
+    click.echo(f"{manifest.name} release {manifest.release}: {len(manifest.files)} files ok, self-test ok, {variant}")
+
+
+@main.command()
+@home_option
+def privacy(home: Path | None) -> None:
+    """List every field that can leave the device, and how many bytes did."""
+    from edge_sdk import messages
+
+    for kind in (messages.State, messages.Report, messages.MonitorState, messages.Event, messages.Gap, messages.Need):
+        click.echo(f"{kind.__name__}: {', '.join(kind.__struct_fields__)}")
+    click.echo("No input, latent or label leaves the device; counts below report.min_count are merged or held back.")
+    if ((home or _default_home()) / "edge.db").exists():
+        with _open_store(home) as store:
+            counters = json.loads(store.get("counters") or b"{}")
+        click.echo(f"sent so far: {counters.get('bytes_sent', 0)} bytes of reports and events")
+
+
+class _open_store:  # noqa: N801 - reads as a function
+    """The device's database, which may be in use by the running device."""
+
+    def __init__(self, home: Path | None) -> None:
+        path = (home or _default_home()) / "edge.db"
+        if not path.exists():
+            raise ConfigError(f"there is no device in {path.parent}: use --home, or run one first")
+        from edge_sdk.store import Store
+
+        self._store = Store(path)
+
+    def __enter__(self) -> Any:
+        return self._store
+
+    def __exit__(self, *_: object) -> None:
+        self._store.close()
+
+
+def _change(home: Path | None, what: str) -> None:
+    from edge_sdk.config import DeviceConfig, load_config
+    from edge_sdk.device import EdgeDevice
+
+    folder = home or _default_home()
+    if not (folder / "edge.db").exists():
+        raise ConfigError(f"there is no device in {folder}: use --home, or run one first")
+    path = folder / CONFIG_NAME
+    device = EdgeDevice(folder, config=load_config(path) if path.exists() else DeviceConfig())
+    try:
+        version = getattr(device, what)()
+    finally:
+        device.stop()
+    click.echo(f"release {version.release}, head {version.head} will serve")

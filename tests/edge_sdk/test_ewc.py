@@ -1,0 +1,201 @@
+"""Elastic weight consolidation, with a test for each mistake known from other implementations of it."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_sdk.errors import EmptyBufferError
+from edge_sdk.head import Head, softmax
+from edge_sdk.learn.ewc import backward, fisher_diagonal, flatten, grown_like, penalty, proximal_step
+
+
+def make_head(rng, *widths):
+    weights = {}
+    for i, (inputs, outputs) in enumerate(pairwise(widths)):
+        weights[f"W{i}"] = rng.normal(size=(inputs, outputs)).astype(np.float32)
+        weights[f"b{i}"] = rng.normal(size=outputs).astype(np.float32)
+    return Head(weights, tuple(str(i) for i in range(widths[-1])))
+
+
+@pytest.fixture(params=[(5, 3), (5, 6, 4)], ids=["linear", "one hidden layer"])
+def head(request, rng):
+    return make_head(rng, *request.param)
+
+
+@pytest.fixture
+def features(rng):
+    return rng.normal(size=(40, 5)).astype(np.float32)
+
+
+def log_likelihood(head, x, label):
+    logits = head.logits(x[None].astype(np.float64))[0]
+    return logits[label] - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
+
+
+def moved(weights, rng, size=0.1):
+    return {key: value + rng.normal(scale=size, size=value.shape).astype(np.float32) for key, value in weights.items()}
+
+
+def test_penalty_is_zero_at_the_anchor_and_positive_off_it(head, features, rng):
+    fisher = fisher_diagonal(head, features)
+    assert penalty(head.weights, head.weights, fisher, ewc_lambda=1e6) == 0.0
+    for key in head.weights:
+        off = {**head.weights, key: head.weights[key] + np.float32(0.01)}
+        assert penalty(off, head.weights, fisher, ewc_lambda=1.0) > 0
+
+
+def test_penalty_is_the_formula(head, features, rng):
+    fisher = fisher_diagonal(head, features)
+    weights = moved(head.weights, rng)
+    expected = 0.5 * 7 * (flatten(fisher) * (flatten(weights) - flatten(head.weights)) ** 2).sum()
+    assert penalty(weights, head.weights, fisher, ewc_lambda=7.0) == pytest.approx(expected, rel=1e-5)
+    assert penalty(weights, head.weights, fisher, ewc_lambda=0.0) == 0.0
+
+
+def test_fisher_equals_the_analytic_value_for_a_logistic_head(rng):
+    """For softmax regression F[W_jk] = E[x_j**2 p_k (1 - p_k)] and F[b_k] = E[p_k (1 - p_k)]."""
+    head = make_head(rng, 4, 3)
+    x = rng.normal(size=(100, 4)).astype(np.float32)
+    p = softmax(head.logits(x)).astype(np.float64)
+    fisher = fisher_diagonal(head, x)
+    np.testing.assert_allclose(fisher["W0"], (x.astype(float) ** 2).T @ (p * (1 - p)) / 100, rtol=1e-4)
+    np.testing.assert_allclose(fisher["b0"], (p * (1 - p)).mean(axis=0), rtol=1e-4)
+
+
+def test_fisher_pass_changes_nothing(head, features):
+    weights = {key: value.copy() for key, value in head.weights.items()}
+    seen = features.copy()
+    state = np.random.get_state()[1].copy()  # noqa: NPY002 - the global state is what must not move
+    fisher = fisher_diagonal(head, features)
+    for key, value in weights.items():
+        np.testing.assert_array_equal(head.weights[key], value)
+        assert not np.shares_memory(fisher[key], head.weights[key])
+    np.testing.assert_array_equal(features, seen)
+    np.testing.assert_array_equal(np.random.get_state()[1], state)  # noqa: NPY002
+
+
+def test_gradients_are_squared_per_sample_not_after_averaging(head, features):
+    """Against a loop over samples and labels that differentiates the log-likelihood numerically."""
+    features = features[:8]
+    step = 1e-5
+    expected = {key: np.zeros(value.shape) for key, value in head.weights.items()}
+    for x in features:
+        probabilities = softmax(head.logits(x[None]))[0]
+        for label, probability in enumerate(probabilities):
+            for key, value in head.weights.items():
+                for index in np.ndindex(value.shape):
+                    sides = []
+                    for sign in (1, -1):
+                        nudged = {name: array.astype(np.float64) for name, array in head.weights.items()}
+                        nudged[key][index] += sign * step
+                        sides.append(log_likelihood(Head(nudged, head.labels), x, label))
+                    slope = (sides[0] - sides[1]) / (2 * step)
+                    expected[key][index] += probability * slope**2 / len(features)
+    fisher = fisher_diagonal(head, features)
+    for key, value in expected.items():
+        np.testing.assert_allclose(fisher[key], value, rtol=2e-3, atol=1e-6)
+
+
+def test_fisher_is_the_mean_over_samples_and_does_not_depend_on_their_order(head, features, rng):
+    whole = fisher_diagonal(head, features)
+    shuffled = fisher_diagonal(head, rng.permutation(features))
+    each = [fisher_diagonal(head, row[None]) for row in features]
+    for key, value in whole.items():
+        assert value.shape == head.weights[key].shape
+        assert value.dtype == np.float32
+        assert (value >= 0).all()
+        np.testing.assert_allclose(shuffled[key], value, rtol=1e-4, atol=1e-8)
+        np.testing.assert_allclose(np.mean([one[key] for one in each], axis=0), value, rtol=1e-4, atol=1e-8)
+
+
+def test_fisher_of_no_samples_is_refused(head):
+    with pytest.raises(EmptyBufferError, match="at least one sample"):
+        fisher_diagonal(head, np.zeros((0, 5), np.float32))
+
+
+def test_backward_gives_the_gradient_of_the_loss(head, features):
+    targets = np.arange(len(features)) % len(head.labels)
+    delta = softmax(head.logits(features))
+    delta[np.arange(len(features)), targets] -= 1
+    step = 1e-5
+    for i, (inputs, gradient) in enumerate(backward(head, features, delta)):
+        for index in [(0, 0), (2, 1)]:
+            sides = []
+            for sign in (1, -1):
+                nudged = {name: array.astype(np.float64) for name, array in head.weights.items()}
+                nudged[f"W{i}"][index] += sign * step
+                other = Head(nudged, head.labels)
+                sides.append(-sum(log_likelihood(other, x, y) for x, y in zip(features, targets, strict=True)))
+            slope = (sides[0] - sides[1]) / (2 * step)
+            assert (inputs.T @ gradient)[index] == pytest.approx(slope, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("ewc_lambda", [0, 1, 1e2, 1e4, 1e6])
+def test_proximal_step_never_diverges(head, features, rng, ewc_lambda):
+    fisher = fisher_diagonal(head, features)
+    start = weights = moved(head.weights, rng, size=1.0)
+    distance = np.abs(flatten(start) - flatten(head.weights))
+    for _ in range(100):
+        weights = proximal_step(weights, head.weights, fisher, strength=0.1 * ewc_lambda)
+        now = np.abs(flatten(weights) - flatten(head.weights))
+        assert (now <= distance + 1e-5).all()
+        distance = now
+    assert np.isfinite(flatten(weights)).all()
+    if ewc_lambda == 0:
+        np.testing.assert_array_equal(flatten(weights), flatten(start))
+    for value in weights.values():
+        assert value.dtype == np.float32
+
+
+def test_proximal_step_of_huge_strength_lands_on_the_anchor_where_weights_matter(head, rng):
+    fisher = {key: np.ones_like(value) for key, value in head.weights.items()}
+    fisher["b0"] = np.zeros_like(fisher["b0"])
+    start = moved(head.weights, rng, size=1.0)
+    weights = proximal_step(start, head.weights, fisher, strength=1e9)
+    np.testing.assert_allclose(weights["W0"], head.weights["W0"], atol=1e-5)
+    np.testing.assert_array_equal(weights["b0"], start["b0"])
+
+
+@given(value=st.floats(-10, 10), anchor=st.floats(-10, 10), importance=st.floats(0, 100), strength=st.floats(0, 1e4))
+def test_proximal_step_solves_its_problem(value, anchor, importance, strength):
+    """At the solution w the gradient (w - v) + strength F (w - anchor) is zero, up to float32."""
+
+    def weights(number):
+        return {"W0": np.array([[number]], np.float32)}
+
+    w = float(proximal_step(weights(value), weights(anchor), weights(importance), strength=strength)["W0"][0, 0])
+    pull = strength * importance
+    assert (w - value) + pull * (w - anchor) == pytest.approx(0, abs=1e-4 * (1 + pull))
+
+
+def test_proximal_step_leaves_its_arguments_alone(head, features, rng):
+    fisher = fisher_diagonal(head, features)
+    weights = moved(head.weights, rng)
+    before = flatten(weights), flatten(head.weights), flatten(fisher)
+    proximal_step(weights, head.weights, fisher, strength=3.0)
+    for array, after in zip(before, (weights, head.weights, fisher), strict=True):
+        np.testing.assert_array_equal(array, flatten(after))
+
+
+def test_grown_like_pads_with_zeros(head, features):
+    fisher = fisher_diagonal(head, features)
+    grown = head.grown([*head.labels, "new 1", "new 2"])
+    padded = grown_like(fisher, grown.weights)
+    for key, value in padded.items():
+        assert value.shape == grown.weights[key].shape
+        assert value.dtype == np.float32
+        old = tuple(slice(0, size) for size in fisher[key].shape)
+        np.testing.assert_array_equal(value[old], fisher[key])
+        assert value.sum() == pytest.approx(fisher[key].sum())
+
+
+def test_new_outputs_are_free_to_move(head, features, rng):
+    grown = head.grown([*head.labels, "new"])
+    fisher = grown_like(fisher_diagonal(head, features), grown.weights)
+    weights = moved(grown.weights, rng)
+    after = proximal_step(weights, grown.weights, fisher, strength=1e6)
+    last = f"W{head.depth - 1}"
+    np.testing.assert_array_equal(after[last][:, -1], weights[last][:, -1])

@@ -1,0 +1,288 @@
+"""A fleet of scripted devices around a coordinator in memory."""
+
+from pathlib import Path
+
+import pytest
+
+from edge_sdk.clock import ManualClock
+from edge_sdk.manifest import (
+    MANIFEST_NAME,
+    REQUIRED,
+    HeadSpec,
+    LatentSpec,
+    Manifest,
+    describe_folder,
+    manifest_bytes,
+)
+from edge_sdk.messages import (
+    Ack,
+    Desired,
+    Envelope,
+    Event,
+    Gap,
+    Need,
+    Report,
+    State,
+    Topics,
+    block_count,
+    cohort,
+    decode,
+    encode,
+    raw,
+    to_bitmap,
+)
+from edge_sdk.schema import InputSpec
+from edge_sdk.transport import MemoryBroker, MemoryTransport
+from edge_server.coordinator import Coordinator
+from edge_server.settings import Settings
+
+TOPICS = Topics()
+
+
+def make_report(**changes):
+    fields = {
+        "start": 0.0,
+        "end": 1.0,
+        "release": 1,
+        "head": 0,
+        "mode": "adapt",
+        "predictions": 100,
+        "labelled": 100,
+        "correct": 90,
+        "unmatched": 0,
+        "rejected_inputs": 0,
+        "errors": 0,
+        "mean_confidence": 0.9,
+        "p50_ms": 1.0,
+        "p95_ms": 2.0,
+        "predicted": {"a": 100},
+        "monitors": [],
+        "replay_rows": 0,
+        "fresh_rows": 0,
+        "promotions": 0,
+        "rejections": 0,
+        "rollbacks": 0,
+        "labels_lost": 0,
+        "outbox_dropped": 0,
+        "rss_mb": 50.0,
+        "written_bytes": 0,
+    }
+    return Report(**{**fields, **changes})
+
+
+class ScriptedDevice:
+    """Speaks the protocol and does what a test tells it: an outbox that resends, and releases by number."""
+
+    def __init__(self, name, broker, clock, *, group="default", store_id="s1"):
+        self.name, self.clock, self.group, self.store_id = name, clock, group, store_id
+        self.transport = MemoryTransport(broker)
+        self.rows = []
+        self.seq = 0
+        self.release = 0
+        self.previous = 0
+        self.accuracy = 0.9
+        self.keeps_release = True
+        self.desired = None
+        self.blocks = {}
+
+    def connect(self):
+        self.transport.connect()
+        self.transport.subscribe(TOPICS.down(self.name, "ack"))
+        self.transport.subscribe(TOPICS.desired(self.group))
+        self.state()
+        return self
+
+    def state(self, **changes):
+        fields = {
+            "device": self.name,
+            "store_id": self.store_id,
+            "time": self.clock.now(),
+            "online": True,
+            "reason": "birth",
+            "boot": 1,
+            "release": self.release,
+            "head": 0,
+            "digest": "",
+            "group": self.group,
+            "mode": "adapt",
+            "sdk": "0.1.0",
+        }
+        payload = encode(State(**{**fields, **changes}))
+        self.transport.publish(TOPICS.up(self.name, "state"), payload, retain=True)
+
+    def put(self, message):
+        self.seq += 1
+        kind = type(message).__name__.lower()
+        self.rows.append((self.seq, self.seq, kind, self.clock.now(), raw(message)))
+
+    def event(self, name, **detail):
+        self.put(Event(name=name, release=self.release, head=0, detail=detail))
+
+    def report(self, labelled=100, *, start=None, **changes):
+        now = self.clock.now()
+        correct = round(labelled * self.accuracy)
+        fields = {"start": now if start is None else start, "end": now, "release": self.release}
+        self.put(make_report(labelled=labelled, correct=correct, **{**fields, **changes}))
+
+    def drop(self, first, last):
+        """Rows `first` to `last` become a gap."""
+        self.rows = [row for row in self.rows if not first <= row[0] <= last]
+        self.rows.append((last, first, "gap", self.clock.now(), raw(Gap(first, last))))
+        self.rows.sort()
+
+    def payload(self, row):
+        seq, _, kind, time, body = row
+        oldest = min(row[1] for row in self.rows)
+        return encode(
+            Envelope(store_id=self.store_id, seq=seq, oldest=oldest, time=time, kind=kind, body=body)
+        )
+
+    def send(self):
+        for row in self.rows:
+            topic = TOPICS.up(self.name, "report" if row[2] == "report" else "event")
+            self.transport.publish(topic, self.payload(row))
+
+    def receive(self):
+        for message in self.transport.receive():
+            if message.topic == TOPICS.down(self.name, "ack"):
+                ack = decode(message.payload, Ack)
+                if ack.store_id == self.store_id:
+                    self.rows = [row for row in self.rows if row[0] > ack.seq]
+            elif message.topic == TOPICS.desired(self.group):
+                self.desired = decode(message.payload, Desired)
+            elif (block := TOPICS.parse_block(message.topic)) is not None:
+                self.blocks[block] = message.payload
+
+    def ask(self, digest, size, blocks=None):
+        self.transport.subscribe(TOPICS.block(digest, "+"))
+        count = block_count(size)
+        wanted = set(range(count)) if blocks is None else blocks
+        need = Need(digest=digest, size=size, blocks=to_bitmap(wanted, count))
+        self.transport.publish(TOPICS.up(self.name, "need"), encode(need))
+
+    def obey(self):
+        """Install or leave releases as the desired state says."""
+        desired = self.desired
+        if desired is None:
+            return
+        if self.release in desired.revoked:
+            gone, self.release = self.release, self.previous
+            self.event("release_rolled_back", release=gone, to=self.release, reason="revoked")
+        offer = desired.base
+        if desired.candidate is not None and cohort(desired.salt, self.name) < desired.threshold:
+            offer = desired.candidate
+        if offer is None or offer.release <= self.release or offer.release in desired.revoked:
+            return
+        if not self.keeps_release:
+            self.event("release_failed", release=offer.release, reason="self-test")
+            return
+        self.previous, self.release = self.release, offer.release
+        self.event("release_activated", release=self.release, previous=self.previous, carried=True)
+
+
+@pytest.fixture
+def clock():
+    return ManualClock()
+
+
+@pytest.fixture
+def broker():
+    return MemoryBroker()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Makes a checkpoint folder of a release: valid as far as the coordinator looks."""
+
+    def make(release, *, trunk=b"trunk", name="digits"):
+        folder = tmp_path / f"checkpoint-{release}-{len(trunk)}"
+        folder.mkdir()
+        for file in REQUIRED:
+            (folder / file).write_bytes(f"{file} of {release}".encode())
+        (folder / "trunk.int8.onnx").write_bytes(trunk)
+        manifest = Manifest(
+            name=name,
+            release=release,
+            created="2026-01-01",
+            labels=["a", "b"],
+            input=InputSpec(shape=[4]),
+            latent=LatentSpec(4, 0.1, 0),
+            head=HeadSpec(),
+            files=describe_folder(folder),
+        )
+        (folder / MANIFEST_NAME).write_bytes(manifest_bytes(manifest))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def make_coordinator(tmp_path, broker, clock):
+    made = []
+
+    def make(*, home: Path | None = None, start=True, **settings):
+        defaults = {"accept_unknown": True, "durable": False, "rollout_interval_s": 10.0}
+        coordinator = Coordinator(
+            home or tmp_path / "home",
+            transport=MemoryTransport(broker),
+            clock=clock,
+            settings=Settings(**{**defaults, **settings}),
+        )
+        made.append(coordinator)
+        if start:
+            coordinator.start()
+        return coordinator
+
+    yield make
+    for coordinator in made:
+        coordinator.close()
+
+
+@pytest.fixture
+def coordinator(make_coordinator):
+    return make_coordinator()
+
+
+@pytest.fixture
+def make_device(broker, clock):
+    def make(name, **options):
+        return ScriptedDevice(name, broker, clock, **options).connect()
+
+    return make
+
+
+@pytest.fixture
+def settle(coordinator):
+    """Lets devices and the coordinator talk until nobody has anything to say."""
+
+    def run(devices):
+        for _ in range(100):
+            for device in devices:
+                device.send()
+            handled = coordinator.pump()
+            for device in devices:
+                device.receive()
+            if not handled and not any(device.rows for device in devices):
+                return
+        raise AssertionError("devices and coordinator never fell silent")
+
+    return run
+
+
+@pytest.fixture
+def report():
+    return make_report
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """Reads the coordinator's database as a stranger would."""
+    import sqlite3
+    from contextlib import closing
+
+    def read(sql):
+        with closing(sqlite3.connect(tmp_path / "home" / "coordinator.db")) as database:
+            return database.execute(sql).fetchall()
+
+    return read
+
