@@ -31,7 +31,7 @@ class RolloutRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         max_accuracy_drop: Loss of accuracy that is tolerated, 0 to 1.
         max_failures: Devices that may fail to install the release or leave it by themselves.
         max_error_rate: Share of predictions on the release that may end in an error, 0 to 1.
-        baseline_reports: Reports before the release that make up a device's accuracy before.
+        baseline_reports: Reports that make up a device's accuracy before.
     """
 
     stages: tuple[int, ...] = (10, 100)
@@ -88,7 +88,6 @@ class RolloutState(msgspec.Struct, frozen=True, kw_only=True):
         stage: Position in the plan's stages.
         stage_started: Seconds since the epoch; of the halt once it is being rolled back.
         soaking_since: When all reachable devices of the stage first ran the release.
-        labelled_at_stage: Labelled predictions on the release when the stage began.
         threshold: Devices whose cohort number is below may run it.
         reason: Why it is in this status, with the numbers.
         history: What happened, oldest first.
@@ -98,7 +97,6 @@ class RolloutState(msgspec.Struct, frozen=True, kw_only=True):
     stage: int = 0
     stage_started: float
     soaking_since: float | None = None
-    labelled_at_stage: int = 0
     threshold: int = 0
     reason: str = ""
     history: tuple[Step, ...] = ()
@@ -115,19 +113,22 @@ class DeviceMetrics(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         device: Its name.
         on_candidate: Its last row came from the release that is being rolled out.
+        switched: It runs the candidate, and did not before this stage.
         reachable: Its last row is recent.
         failed: The last it said about the release is that it could not be installed.
         rolled_back: The last it said about the release is that it left it.
-        predictions: On the candidate, if it runs it; else since the rollout began. So are the next three.
+        predictions: Since the stage began; of a device that runs the candidate, only those on it. So are
+            the next three.
         errors: Predictions that ended in an error.
         labelled: Labelled predictions.
         correct: Those that were right.
-        labelled_before: In its last reports before the candidate, or before the rollout began.
+        labelled_before: In its last reports before those, on what it ran when the stage began.
         correct_before: Those that were right.
     """
 
     device: str
     on_candidate: bool = False
+    switched: bool = False
     reachable: bool = True
     failed: bool = False
     rolled_back: bool = False
@@ -247,10 +248,9 @@ def _advance_running(
     ]
     settled = running > 0 and not missing
     soaking_since = now if state.soaking_since is None and settled else state.soaking_since
-    labelled = sum(entry.labelled for entry in metrics if entry.on_candidate)
-    gained = labelled - state.labelled_at_stage
+    labelled = _labelled([entry for entry in metrics if entry.on_candidate])
     soaked = soaking_since is not None and now - soaking_since >= plan.soak_s
-    if settled and soaked and gained >= plan.min_labelled:
+    if settled and soaked and labelled >= plan.min_labelled:
         return _next_stage(state, plan, metrics, labelled=labelled, now=now)
     if now - state.stage_started >= plan.timeout_s:
         lacks = []
@@ -258,8 +258,8 @@ def _advance_running(
             lacks.append(f"{len(missing)} reachable devices do not run it, {running} do")
         elif not soaked:
             lacks.append(f"it has not run for {plan.soak_s:g} s")
-        if gained < plan.min_labelled:
-            lacks.append(f"{gained} of {plan.min_labelled} labelled predictions")
+        if labelled < plan.min_labelled:
+            lacks.append(f"{labelled} of {plan.min_labelled} labelled predictions")
         return halt(state, f"stage {state.stage + 1} timed out after {plan.timeout_s:g} s: {'; '.join(lacks)}", now)
     return msgspec.structs.replace(state, threshold=threshold, soaking_since=soaking_since)
 
@@ -276,7 +276,6 @@ def _next_stage(
         stage=state.stage + 1,
         stage_started=now,
         soaking_since=None,
-        labelled_at_stage=labelled,
         threshold=stage_threshold(plan, state.stage + 1, metrics),
     )
     return _note(following, f"{passed}; next {plan.stages[state.stage + 1]} % of the group", now)
@@ -315,39 +314,47 @@ def _too_many_errors(plan: RolloutPlan, metrics: Sequence[DeviceMetrics]) -> str
 
 
 def _less_accurate(plan: RolloutPlan, metrics: Sequence[DeviceMetrics]) -> str | None:
-    """Compare the candidate's devices with themselves before, less what happened to everybody else."""
-    treated = [entry for entry in metrics if entry.on_candidate and entry.labelled and entry.labelled_before]
-    labelled = sum(entry.labelled for entry in treated)
-    if labelled < max(1, plan.min_labelled):
+    """Compare the candidate's devices with themselves before, less what happened to the control group meanwhile.
+
+    The control group are the devices still on the old release. In the last stage there are hardly any: then it is
+    those that ran the candidate before the stage, for which nothing has changed but the world either.
+    """
+    least = max(1, plan.min_labelled)
+    scored = [entry for entry in metrics if entry.labelled and entry.labelled_before]
+    treated = [entry for entry in scored if entry.on_candidate]
+    control = [entry for entry in scored if not entry.on_candidate and not entry.has_failed]
+    if _labelled(control) < least:
+        control = [entry for entry in treated if not entry.switched]
+        treated = [entry for entry in treated if entry.switched]
+    if _labelled(treated) < least:
         return None
-    after = sum(entry.correct for entry in treated) / labelled
-    before = _accuracy_before(treated)
-    control = [
-        entry
-        for entry in metrics
-        if not entry.on_candidate and not entry.has_failed and entry.labelled and entry.labelled_before
-    ]
-    control_labelled = sum(entry.labelled for entry in control)
-    control_change = 0.0
-    if control_labelled >= max(1, plan.min_labelled):
-        control_change = sum(entry.correct for entry in control) / control_labelled - _accuracy_before(control)
+    before, after = _accuracy_before(treated), _accuracy(treated)
+    change = _accuracy(control) - _accuracy_before(control) if _labelled(control) >= least else 0.0
     # a fleet that got better does not raise the bar; one that got worse lowers it
-    expected = before + min(0.0, control_change)
-    _, high = wilson_interval(sum(entry.correct for entry in treated), labelled)
+    expected = before + min(0.0, change)
+    _, high = wilson_interval(sum(entry.correct for entry in treated), _labelled(treated))
     if high >= expected - plan.max_accuracy_drop:
         return None
     return (
-        f"accuracy on release {plan.release} is {after:.1%} (at most {high:.1%}, {labelled} labelled, "
-        f"{len(treated)} devices), before {before:.1%}; control changed by {control_change:+.1%} "
-        f"({control_labelled} labelled, {len(control)} devices); "
+        f"accuracy on release {plan.release} is {after:.1%} (at most {high:.1%}, {_labelled(treated)} labelled, "
+        f"{len(treated)} devices), before {before:.1%}; control changed by {change:+.1%} "
+        f"({_labelled(control)} labelled, {len(control)} devices); "
         f"a drop of {plan.max_accuracy_drop:.1%} is tolerated"
     )
+
+
+def _labelled(entries: Sequence[DeviceMetrics]) -> int:
+    return sum(entry.labelled for entry in entries)
+
+
+def _accuracy(entries: Sequence[DeviceMetrics]) -> float:
+    return sum(entry.correct for entry in entries) / _labelled(entries)
 
 
 def _accuracy_before(entries: Sequence[DeviceMetrics]) -> float:
     """Accuracy before, with each device weighing as much as it does after: a change of mix is no change."""
     weighted = sum(entry.labelled * entry.correct_before / entry.labelled_before for entry in entries)
-    return weighted / sum(entry.labelled for entry in entries)
+    return weighted / _labelled(entries)
 
 
 def _names(devices: Sequence[str]) -> str:

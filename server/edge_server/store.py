@@ -327,28 +327,28 @@ class Store(Database):
 
     # ---- what rollouts are judged by
 
-    def metrics(self, plan: RolloutPlan, *, started: float, now: float) -> list[DeviceMetrics]:
+    def metrics(self, plan: RolloutPlan, *, since: float, now: float) -> list[DeviceMetrics]:
         """One entry for every device of the plan's group, from committed reports and events alone.
 
         Windows are cut by the devices' own report times, not by when the messages came.
+
+        Args:
+            plan: The rollout.
+            since: When its present stage began.
+            now: Seconds since the epoch.
         """
-        release, group = plan.release, plan.group
-        on_candidate = self.read(
+        release = plan.release
+        windows = self.read(
             "SELECT r.device, sum(r.predictions), sum(r.errors), sum(r.labelled), sum(r.correct), min(r.id)"
-            " FROM reports r JOIN devices d ON d.name = r.device"
-            " WHERE d.group_name = ? AND r.release = ? GROUP BY r.device",
-            group,
+            " FROM reports r JOIN devices d ON d.name = r.device WHERE d.group_name = ?1 AND r.start >= ?3"
+            " AND (r.release = ?2) = (d.row_release IS ?2) GROUP BY r.device",
+            plan.group,
             release,
+            since,
         )
-        others = self.read(
-            "SELECT r.device, sum(r.predictions), sum(r.errors), sum(r.labelled), sum(r.correct), min(r.id)"
-            " FROM reports r JOIN devices d ON d.name = r.device"
-            " WHERE d.group_name = ? AND d.row_release IS NOT ?2 AND r.release <> ?2 AND r.start >= ?3"
-            " GROUP BY r.device",
-            group,
-            release,
-            started,
-        )
+        counts = {row[0]: row[1:] for row in windows}
+        earlier = self.read("SELECT DISTINCT device FROM reports WHERE release = ? AND start < ?", release, since)
+        had_it = {row[0] for row in earlier}
         last_words = dict(
             self.read(
                 # with a bare column beside max(), SQLite gives the row of the maximum
@@ -358,42 +358,47 @@ class Store(Database):
                 release,
             )
         )
-        candidate = {row[0]: row[1:] for row in on_candidate}
-        control = {row[0]: row[1:] for row in others}
         entries = []
         for name, row_release, row_time in self.read(
-            "SELECT name, row_release, row_time FROM devices WHERE group_name = ? ORDER BY name", group
+            "SELECT name, row_release, row_time FROM devices WHERE group_name = ? ORDER BY name", plan.group
         ):
             runs_it = row_release == release
-            counts = (candidate if runs_it else control).get(name, (0, 0, 0, 0, None))
-            before = self._before(name, counts[4], release, plan.baseline_reports) if counts[2] else (0, 0)
+            predictions, errors, labelled, correct, first = counts.get(name, (0, 0, 0, 0, 0))
+            before = (0, 0)
+            if labelled:
+                before = self._before(name, first, had_it=name in had_it, plan=plan)
             entries.append(
                 DeviceMetrics(
                     device=name,
                     on_candidate=runs_it,
+                    switched=runs_it and name not in had_it,
                     reachable=row_time is not None and now - row_time <= plan.reachable_s,
                     failed=last_words.get(name) == "release_failed" and not runs_it,
                     rolled_back=last_words.get(name) == "release_rolled_back" and not runs_it,
-                    predictions=counts[0],
-                    errors=counts[1],
-                    labelled=counts[2],
-                    correct=counts[3],
+                    predictions=predictions,
+                    errors=errors,
+                    labelled=labelled,
+                    correct=correct,
                     labelled_before=before[0],
                     correct_before=before[1],
                 )
             )
         return entries
 
-    def _before(self, device: str, first: int, release: int, reports: int) -> tuple[int, int]:
-        """(labelled, correct) in a device's last labelled reports on another release before row `first`."""
+    def _before(self, device: str, first: int, *, had_it: bool, plan: RolloutPlan) -> tuple[int, int]:
+        """(labelled, correct) in a device's last labelled reports before row `first`.
+
+        On the candidate, if the device ran it before this stage already; else on what it ran before.
+        """
         row = self.read(
             "SELECT coalesce(sum(labelled), 0), coalesce(sum(correct), 0) FROM"
-            " (SELECT labelled, correct FROM reports WHERE device = ? AND id < ? AND release <> ? AND labelled > 0"
-            " ORDER BY id DESC LIMIT ?)",
+            " (SELECT labelled, correct FROM reports WHERE device = ? AND id < ? AND (release = ?) = ?"
+            " AND labelled > 0 ORDER BY id DESC LIMIT ?)",
             device,
             first,
-            release,
-            reports,
+            plan.release,
+            had_it,
+            plan.baseline_reports,
         )[0]
         return row[0], row[1]
 

@@ -133,9 +133,7 @@ class ScriptedDevice:
     def payload(self, row):
         seq, _, kind, time, body = row
         oldest = min(row[1] for row in self.rows)
-        return encode(
-            Envelope(store_id=self.store_id, seq=seq, oldest=oldest, time=time, kind=kind, body=body)
-        )
+        return encode(Envelope(store_id=self.store_id, seq=seq, oldest=oldest, time=time, kind=kind, body=body))
 
     def send(self):
         for row in self.rows:
@@ -285,4 +283,3 @@ def rows(tmp_path):
             return database.execute(sql).fetchall()
 
     return read
-

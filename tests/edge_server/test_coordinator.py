@@ -71,9 +71,7 @@ class TestIngest:
         assert device.rows == []
 
     @pytest.mark.parametrize("at", ["commit:before", "commit:after"])
-    def test_a_crash_around_the_commit_loses_nothing(
-        self, make_coordinator, make_device, crash, rows, at
-    ):
+    def test_a_crash_around_the_commit_loses_nothing(self, make_coordinator, make_device, crash, rows, at):
         class PowerCutError(BaseException):
             pass
 
@@ -103,9 +101,7 @@ class TestIngest:
         assert rows("SELECT count(*) FROM reports") == [(1,)]
         assert rows("SELECT count(*) FROM events") == [(1,)]
 
-    def test_a_full_disk_stores_and_acknowledges_nothing_and_goes_on_later(
-        self, coordinator, make_device, monkeypatch
-    ):
+    def test_a_full_disk_stores_and_acknowledges_nothing_and_goes_on_later(self, coordinator, make_device, monkeypatch):
         device = make_device("a")
         coordinator.pump()
         device.report()
@@ -145,9 +141,7 @@ class TestIngest:
         (record,) = coordinator.devices()
         assert (record.group, record.enrolled, record.online, record.health) == ("lab", False, True, "ok")
 
-    def test_the_group_of_an_enrolled_device_is_not_its_own_to_change(
-        self, coordinator, make_device, tmp_path
-    ):
+    def test_the_group_of_an_enrolled_device_is_not_its_own_to_change(self, coordinator, make_device, tmp_path):
         coordinator.registry.enrol("a", group="lab", out=tmp_path / "a.json", actor="test")
         make_device("a", group="default")
         coordinator.pump()
@@ -217,9 +211,7 @@ class TestPush:
             coordinator.push(folder)
         assert coordinator.push(folder, group="other") == 2
 
-    def test_a_second_push_to_a_busy_group_is_refused_and_leaves_no_trace(
-        self, coordinator, checkpoint
-    ):
+    def test_a_second_push_to_a_busy_group_is_refused_and_leaves_no_trace(self, coordinator, checkpoint):
         coordinator.push(checkpoint(1))
         coordinator.push(checkpoint(2))
         with pytest.raises(RolloutError, match="busy with rollout 2 of release 2"):
@@ -255,9 +247,7 @@ class TestPush:
             device.receive()
             assert device.blocks[offer.digest, 0] == (folder / "manifest.json").read_bytes()
 
-    def test_a_turn_sends_no_more_blocks_than_the_setting(
-        self, make_coordinator, make_device, broker, checkpoint
-    ):
+    def test_a_turn_sends_no_more_blocks_than_the_setting(self, make_coordinator, make_device, broker, checkpoint):
         coordinator = make_coordinator(blocks_per_turn=1)
         coordinator.push(checkpoint(1, trunk=bytes(200_000)))
         device = make_device("a")
@@ -270,9 +260,7 @@ class TestPush:
 
 
 class TestRollouts:
-    def test_a_good_release_reaches_all_in_stages(
-        self, coordinator, fleet, clock, settle, checkpoint, broker
-    ):
+    def test_a_good_release_reaches_all_in_stages(self, coordinator, fleet, clock, settle, checkpoint, broker):
         number = coordinator.push(checkpoint(2), plan=QUICK)
         assert desired(broker).threshold < THRESHOLD_ALL
         for device in fleet:
@@ -305,9 +293,7 @@ class TestRollouts:
         assert coordinator.registry.rollout(number).state.status == "rolled_back"
         assert coordinator.push(checkpoint(3), plan=QUICK) == number + 1
 
-    def test_drift_of_the_whole_fleet_is_not_blamed_on_the_release(
-        self, coordinator, fleet, clock, settle, checkpoint
-    ):
+    def test_drift_of_the_whole_fleet_is_not_blamed_on_the_release(self, coordinator, fleet, clock, settle, checkpoint):
         number = coordinator.push(checkpoint(2), plan=QUICK)
         for device in fleet:
             device.receive()
@@ -315,9 +301,7 @@ class TestRollouts:
         live(coordinator, fleet, clock, settle, turns=8)
         assert coordinator.registry.rollout(number).state.status == "completed"
 
-    def test_a_release_that_devices_cannot_install_is_halted(
-        self, coordinator, fleet, clock, settle, checkpoint
-    ):
+    def test_a_release_that_devices_cannot_install_is_halted(self, coordinator, fleet, clock, settle, checkpoint):
         number = coordinator.push(checkpoint(2), plan=QUICK)
         for device in fleet:
             device.receive()
@@ -327,9 +311,7 @@ class TestRollouts:
         assert state.status in ("rolling_back", "rolled_back")
         assert "failed to install" in state.reason
 
-    def test_a_device_that_failed_and_then_managed_is_no_failure(
-        self, coordinator, fleet, clock, settle, checkpoint
-    ):
+    def test_a_device_that_failed_and_then_managed_is_no_failure(self, coordinator, fleet, clock, settle, checkpoint):
         number = coordinator.push(checkpoint(2), plan=QUICK)
         for device in fleet:
             device.receive()
@@ -363,9 +345,7 @@ class TestRollouts:
         coordinator.step()
         assert coordinator.registry.rollout(number).state.status == "rolling_back"
 
-    def test_a_rollout_goes_on_after_a_restart(
-        self, make_coordinator, fleet, clock, settle, checkpoint, coordinator
-    ):
+    def test_a_rollout_goes_on_after_a_restart(self, make_coordinator, fleet, clock, settle, checkpoint, coordinator):
         number = coordinator.push(checkpoint(2), plan=QUICK)
         before = coordinator.registry.rollout(number)
         coordinator.close()
@@ -386,9 +366,7 @@ class TestRollouts:
             for device in reversed(devices) if reverse else devices:
                 device.send()
             coordinator.pump()
-            number = coordinator.push(
-                checkpoint(2) if not reverse else tmp_path / "checkpoint-2-5", plan=plan
-            )
+            number = coordinator.push(checkpoint(2) if not reverse else tmp_path / "checkpoint-2-5", plan=plan)
             for i, device in enumerate(devices):
                 device.release, device.accuracy = 2, 0.9 - 0.1 * i
                 device.report()
@@ -420,9 +398,7 @@ class TestRollouts:
 
 
 class TestPublishing:
-    def test_desired_is_published_once_the_connection_is_there(
-        self, make_coordinator, broker, checkpoint
-    ):
+    def test_desired_is_published_once_the_connection_is_there(self, make_coordinator, broker, checkpoint):
         broker.stop()
         coordinator = make_coordinator()
         coordinator.push(checkpoint(1))

@@ -14,9 +14,7 @@ EVENT = Event(name="boot", release=1, head=0, detail={})
 
 
 def new_turn(positions=None, *, known=("a",), accept_unknown=False):
-    return Turn(
-        topics=TOPICS, positions=positions or {}, known=set(known), accept_unknown=accept_unknown, now=100.0
-    )
+    return Turn(topics=TOPICS, positions=positions or {}, known=set(known), accept_unknown=accept_unknown, now=100.0)
 
 
 def envelope(seq, *, oldest=1, body=EVENT, kind="event", time=1.0, store_id="s"):
@@ -240,9 +238,7 @@ class TestTurn:
     def test_a_state_must_be_of_the_device_whose_topic_it_came_on(self):
         turn = new_turn()
         fields = dict.fromkeys(("store_id", "reason", "digest", "mode", "sdk"), "x")
-        state = State(
-            device="b", time=1.0, online=True, boot=1, release=1, head=0, group="default", **fields
-        )
+        state = State(device="b", time=1.0, online=True, boot=1, release=1, head=0, group="default", **fields)
         turn.read(Message(TOPICS.up("a", "state"), encode(state)))
         assert turn.states == {}
         turn.read(Message(TOPICS.up("a", "state"), encode(msgspec.structs.replace(state, device="a"))))

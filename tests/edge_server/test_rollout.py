@@ -19,15 +19,13 @@ from edge_server.rollout import (
     stage_threshold,
 )
 
-PLAN = RolloutPlan(
-    release=2, stages=(20, 100), soak_s=60.0, timeout_s=1000.0, min_labelled=100, max_accuracy_drop=0.05
-)
+PLAN = RolloutPlan(release=2, stages=(20, 100), soak_s=60.0, timeout_s=1000.0, min_labelled=100, max_accuracy_drop=0.05)
 
 
 def fleet(count=10, on=0, **changes):
     """Devices in the order of the cohort, the first `on` of them on the candidate."""
     names = sorted((f"d{i}" for i in range(count)), key=lambda name: cohort(PLAN.salt, name))
-    return [DeviceMetrics(device=name, on_candidate=i < on, **changes) for i, name in enumerate(names)]
+    return [DeviceMetrics(device=name, on_candidate=i < on, switched=i < on, **changes) for i, name in enumerate(names)]
 
 
 def scored(entries, before, after, *, labelled=200):
@@ -108,14 +106,13 @@ class TestStages:
         state = advance(state, PLAN, enough, 80.0)
         assert (state.stage, state.threshold) == (1, THRESHOLD_ALL)
 
-    def test_each_stage_gathers_labels_of_its_own(self):
-        state = advance(running(fleet()), PLAN, scored(fleet(on=2), 0.9, 0.9, labelled=50), 1.0)
-        state = advance(state, PLAN, scored(fleet(on=2), 0.9, 0.9, labelled=50), 70.0)
-        assert state.stage == 1
-        all_on = scored(fleet(on=10), 0.9, 0.9, labelled=15)
+    def test_it_goes_through_all_stages_to_completion(self):
+        enough = scored(fleet(on=2), 0.9, 0.9, labelled=50)
+        state = advance(running(fleet()), PLAN, enough, 1.0)
+        state = advance(state, PLAN, enough, 70.0)
+        assert (state.stage, state.stage_started, state.soaking_since) == (1, 70.0, None)
+        all_on = scored(fleet(on=10), 0.9, 0.9, labelled=20)
         state = advance(advance(state, PLAN, all_on, 80.0), PLAN, all_on, 200.0)
-        assert state.status == "running", "50 labels came since the stage began"
-        state = advance(state, PLAN, scored(fleet(on=10), 0.9, 0.9, labelled=20), 201.0)
         assert state.status == "completed"
         assert [step.status for step in state.history] == ["running", "running", "completed"]
 
@@ -179,18 +176,20 @@ class TestGates:
     def test_a_loss_within_what_is_tolerated_passes(self):
         assert failure(PLAN, scored(fleet(on=2), 0.9, 0.87)) is None
 
+    def test_in_the_last_stage_the_earlier_devices_are_the_control_group(self):
+        earlier = [msgspec.structs.replace(entry, switched=False) for entry in fleet(on=10)[:2]]
+        later = scored(fleet(on=10)[2:], 0.9, 0.6)
+        assert failure(PLAN, scored(earlier, 0.9, 0.6) + later) is None
+        assert "control changed by -10.0%" in failure(PLAN, scored(earlier, 0.9, 0.8) + later)
+
     def test_too_few_labels_decide_nothing(self):
         assert failure(PLAN, scored(fleet(on=2)[:2], 0.9, 0.0, labelled=40)) is None
 
     def test_a_change_of_mix_is_no_change(self):
         good, bad = fleet(on=2)[:2]
         metrics = [
-            msgspec.structs.replace(
-                good, labelled=100, correct=99, labelled_before=1000, correct_before=990
-            ),
-            msgspec.structs.replace(
-                bad, labelled=1000, correct=500, labelled_before=100, correct_before=50
-            ),
+            msgspec.structs.replace(good, labelled=100, correct=99, labelled_before=1000, correct_before=990),
+            msgspec.structs.replace(bad, labelled=1000, correct=500, labelled_before=100, correct_before=50),
         ]
         assert failure(PLAN, metrics) is None
 
@@ -261,7 +260,7 @@ class Fleet(RuleBasedStateMachine):
         if self.state.status in ("rolling_back", "rolled_back"):
             self.change(name, on_candidate=False)
         elif cohort(self.plan.salt, name) < self.state.threshold and not device.has_failed:
-            self.change(name, on_candidate=not fails, failed=fails)
+            self.change(name, on_candidate=not fails, switched=not fails, failed=fails)
 
     @precondition(lambda self: self.devices)
     @rule(data=st.data(), labelled=st.integers(0, 200), accuracy=st.sampled_from([0.9, 0.3]))
