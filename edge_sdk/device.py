@@ -235,6 +235,11 @@ class EdgeDevice:
         return self._served is not None
 
     @property
+    def connected(self) -> bool:
+        """Whether there is a connection to the broker now."""
+        return self._reporter.connected
+
+    @property
     def mode(self) -> Mode:
         """How far the device is trusted; can be changed while it runs."""
         return self._reporter.mode
@@ -597,7 +602,7 @@ class EdgeDevice:
                 fresh_rows=adaptation.fresh_rows if adaptation else 0,
                 replay_rows=len(adaptation.buffer) if adaptation else 0,
                 judge_rows=len(adaptation.judge_rows[1]) if adaptation else 0,
-                connected=self._reporter.connected,
+                connected=self.connected,
                 outbox_rows=self._reporter.outbox.pending,
                 fetching=fetching.release if fetching else None,
                 problem=self._problem,

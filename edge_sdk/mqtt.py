@@ -108,6 +108,8 @@ class MqttTransport:
         self._changed = threading.Condition()
         self._inbox: deque[Message] = deque()
         self._connected = False
+        self._accepted = self._refused = False
+        self._unsubscribed: set[int] = set()  # subscriptions that the broker has not acknowledged
         self._connections = 0
         self._dropped = 0
         self._missed_retained = False
@@ -119,7 +121,10 @@ class MqttTransport:
 
     @property
     def connected(self) -> bool:
-        """Whether a publication would be sent now."""
+        """Whether a publication would be sent now, and what it calls forth would be received.
+
+        So not before the broker has acknowledged the subscriptions made before the connection came about.
+        """
         return self._connected
 
     @property
@@ -180,14 +185,14 @@ class MqttTransport:
         """Receive what matches, `+` and `#` as in MQTT. Remembered across reconnects; twice is once."""
         with self._calling:
             self._filters[topic_filter] = None
-            if self._client is not None and self._connected:
+            if self._client is not None and self._accepted:
                 self._client.subscribe(topic_filter, _QOS)
 
     def unsubscribe(self, topic_filter: str) -> None:
         """Receive it no longer."""
         with self._calling:
             self._filters.pop(topic_filter, None)
-            if self._client is not None and self._connected:
+            if self._client is not None and self._accepted:
                 self._client.unsubscribe(topic_filter)
 
     def receive(self) -> list[Message]:
@@ -222,6 +227,7 @@ class MqttTransport:
         with self._calling:
             client, self._client = self._client, None
             was_connected = self._connected
+            self._accepted = False
             self._set_state(connected=False, error=None)
         if client is None:
             return
@@ -248,9 +254,10 @@ class MqttTransport:
         if error is not None and new_error:
             logger.warning("%s: %s", self._client_id, error)
 
-    def _subscribe_all(self, client: Client) -> None:
-        for topic_filter in self._filters:
-            client.subscribe(topic_filter, _QOS)
+    def _subscribe_all(self, client: Client) -> set[int]:
+        """Subscribe to all filters; returns the numbers under which the broker will acknowledge them."""
+        sent = [client.subscribe(topic_filter, _QOS) for topic_filter in self._filters]
+        return {number for _, number in sent if number is not None}
 
     def _pause_before_retry(self, client: Client) -> None:
         longest = min(_BACKOFF_MOST_S, _BACKOFF_FIRST_S * 2**self._failures)
@@ -263,7 +270,7 @@ class MqttTransport:
     def _on_pre_connect(self, client: Client, _userdata: Any) -> None:
         with self._calling:
             if client is self._client:
-                self._connected = self._answered = False
+                self._connected = self._accepted = self._answered = False
                 self._last_sent = None
                 self._goodbye_written.clear()
             client.drop_out_messages()
@@ -276,10 +283,15 @@ class MqttTransport:
             if reason.is_failure:
                 self._set_state(connected=False, error=f"{self._broker} refused the connection: {reason}")
                 return
-            self._connections += 1
             self._failures = 0
-            self._subscribe_all(client)
-            self._set_state(connected=True, error=None)
+            self._accepted, self._refused = True, False
+            self._unsubscribed = self._subscribe_all(client)
+            if not self._unsubscribed:
+                self._ready()
+
+    def _ready(self) -> None:
+        self._connections += 1
+        self._set_state(connected=True, error=self._last_error if self._refused else None)
         logger.info("%s: connected to %s", self._client_id, self._broker)
 
     def _on_connect_fail(self, client: Client, _userdata: Any) -> None:
@@ -293,18 +305,26 @@ class MqttTransport:
         self._goodbye_written.set()
         if client is not self._client:
             return
-        if self._connected:
+        if self._connected or self._accepted:
             self._set_state(connected=False, error=f"the connection to {self._broker} was lost: {reason}")
         elif not self._answered:  # so do some brokers refuse credentials
             self._set_state(connected=False, error=f"{self._broker} hung up: are the credentials right?")
         self._pause_before_retry(client)
 
     def _on_subscribe(
-        self, client: Client, _userdata: Any, _mid: int, reasons: list[ReasonCode], _properties: Any
+        self, client: Client, _userdata: Any, number: int, reasons: list[ReasonCode], _properties: Any
     ) -> None:
-        refused = [str(reason) for reason in reasons if reason.is_failure]
-        if refused and client is self._client:
-            self._set_state(connected=self._connected, error=f"the broker refused a subscription: {', '.join(refused)}")
+        with self._calling:
+            if client is not self._client:
+                return
+            if refused := [str(reason) for reason in reasons if reason.is_failure]:
+                self._refused = True
+                error = f"the broker refused a subscription: {', '.join(refused)}"
+                self._set_state(connected=self._connected, error=error)
+            waiting = bool(self._unsubscribed)
+            self._unsubscribed.discard(number)
+            if waiting and not self._unsubscribed and self._accepted and not self._connected:
+                self._ready()
 
     def _on_message(self, _client: Client, _userdata: Any, message: MQTTMessage) -> None:
         with self._changed:

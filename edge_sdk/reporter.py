@@ -156,9 +156,10 @@ class Reporter:
 
     def connect(self) -> None:
         """Connect and listen for acknowledgements and the desired state."""
-        self._transport.connect(self._state(online=False, reason="lost"))
+        # before the connection, so that it does not count as one until both are in force
         self._transport.subscribe(self.topics.down(self._config.device, "ack"))
         self._transport.subscribe(self.topics.desired(self._config.group))
+        self._transport.connect(self._state(online=False, reason="lost"))
 
     def close(self) -> None:
         """Say goodbye and disconnect."""

@@ -176,9 +176,20 @@ class Fleet:
         self._told: dict[str, int] = {}
 
     def connect(self) -> None:
-        """Connect every device and let the first exchange settle."""
+        """Connect every device and let the first exchange settle.
+
+        Raises:
+            FleetTimeoutError: A device finds no broker.
+        """
         for simulated in self.devices:
             simulated.device.connect()
+        deadline = time.monotonic() + self._timeout_s
+        while missing := [s.device.name for s in self.devices if not s.device.connected]:
+            if time.monotonic() > deadline:
+                raise FleetTimeoutError(f"no connection to the broker: {', '.join(missing[:5])}")
+            threading.Event().wait(_WAIT_S)
+        for simulated in self.devices:
+            simulated.device.step()
         self.settle()
 
     def tick(self) -> list[TickResult]:

@@ -57,8 +57,9 @@ class Coordinator:
 
     def start(self) -> None:
         """Connect and subscribe. What groups should run is published as soon as the connection is there."""
-        self._transport.connect()
+        # subscribed first, so that the connection counts only once nothing can be missed on it
         self._transport.subscribe(f"{self._topics.prefix}/d/+/up/#")
+        self._transport.connect()
         self._publish_desired()
 
     def close(self) -> None:

@@ -131,7 +131,7 @@ class Registry:
                 )
         now = self.clock.now()
         group = self.store.group(plan.group)
-        metrics = self.store.metrics(plan, since=now, now=now)
+        metrics = self.store.metrics(plan, None, now=now)
         rollout = RolloutRecord(
             id=self.store.next_rollout(),
             started=now,
@@ -152,7 +152,7 @@ class Registry:
         with self.store.transaction():
             now = self.clock.now()
             for rollout in self.store.rollouts(active=True):
-                metrics = self.store.metrics(rollout.plan, since=rollout.state.stage_started, now=now)
+                metrics = self.store.metrics(rollout.plan, rollout.state, now=now)
                 state = advance(rollout.state, rollout.plan, metrics, now)
                 if state != rollout.state:
                     changed.append(msgspec.structs.replace(rollout, state=state))

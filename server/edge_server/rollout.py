@@ -87,6 +87,8 @@ class RolloutState(msgspec.Struct, frozen=True, kw_only=True):
         status: See the module.
         stage: Position in the plan's stages.
         stage_started: Seconds since the epoch; of the halt once it is being rolled back.
+        baseline_since: Accuracy before is taken from reports begun after this: the stage before, so that the
+            control group's past and that of the others are the same times. 0 in the first stage.
         soaking_since: When all reachable devices of the stage first ran the release.
         threshold: Devices whose cohort number is below may run it.
         reason: Why it is in this status, with the numbers.
@@ -96,6 +98,7 @@ class RolloutState(msgspec.Struct, frozen=True, kw_only=True):
     status: Status
     stage: int = 0
     stage_started: float
+    baseline_since: float = 0.0
     soaking_since: float | None = None
     threshold: int = 0
     reason: str = ""
@@ -275,6 +278,7 @@ def _next_stage(
         state,
         stage=state.stage + 1,
         stage_started=now,
+        baseline_since=state.stage_started,
         soaking_since=None,
         threshold=stage_threshold(plan, state.stage + 1, metrics),
     )

@@ -22,7 +22,7 @@ from edge_server.records import (
     ReleaseRecord,
     RolloutRecord,
 )
-from edge_server.rollout import DeviceMetrics, RolloutPlan
+from edge_server.rollout import DeviceMetrics, RolloutPlan, RolloutState
 
 _MAX_UNKNOWN = 1000
 _NESTED = {"detail", "labels", "metrics", "revoked", "plan", "state"}
@@ -327,17 +327,18 @@ class Store(Database):
 
     # ---- what rollouts are judged by
 
-    def metrics(self, plan: RolloutPlan, *, since: float, now: float) -> list[DeviceMetrics]:
+    def metrics(self, plan: RolloutPlan, state: RolloutState | None, *, now: float) -> list[DeviceMetrics]:
         """One entry for every device of the plan's group, from committed reports and events alone.
 
         Windows are cut by the devices' own report times, not by when the messages came.
 
         Args:
             plan: The rollout.
-            since: When its present stage began.
+            state: Where it is; None before it begins.
             now: Seconds since the epoch.
         """
         release = plan.release
+        since, baseline_since = (now, now) if state is None else (state.stage_started, state.baseline_since)
         windows = self.read(
             "SELECT r.device, sum(r.predictions), sum(r.errors), sum(r.labelled), sum(r.correct), min(r.id)"
             " FROM reports r JOIN devices d ON d.name = r.device WHERE d.group_name = ?1 AND r.start >= ?3"
@@ -366,7 +367,7 @@ class Store(Database):
             predictions, errors, labelled, correct, first = counts.get(name, (0, 0, 0, 0, 0))
             before = (0, 0)
             if labelled:
-                before = self._before(name, first, had_it=name in had_it, plan=plan)
+                before = self._before(name, first, baseline_since, had_it=name in had_it, plan=plan)
             entries.append(
                 DeviceMetrics(
                     device=name,
@@ -385,17 +386,18 @@ class Store(Database):
             )
         return entries
 
-    def _before(self, device: str, first: int, *, had_it: bool, plan: RolloutPlan) -> tuple[int, int]:
-        """(labelled, correct) in a device's last labelled reports before row `first`.
+    def _before(self, device: str, first: int, since: float, *, had_it: bool, plan: RolloutPlan) -> tuple[int, int]:
+        """(labelled, correct) in a device's last labelled reports begun after `since` and before row `first`.
 
         On the candidate, if the device ran it before this stage already; else on what it ran before.
         """
         row = self.read(
             "SELECT coalesce(sum(labelled), 0), coalesce(sum(correct), 0) FROM"
-            " (SELECT labelled, correct FROM reports WHERE device = ? AND id < ? AND (release = ?) = ?"
-            " AND labelled > 0 ORDER BY id DESC LIMIT ?)",
+            " (SELECT labelled, correct FROM reports WHERE device = ? AND id < ? AND start >= ?"
+            " AND (release = ?) = ? AND labelled > 0 ORDER BY id DESC LIMIT ?)",
             device,
             first,
+            since,
             plan.release,
             had_it,
             plan.baseline_reports,

@@ -149,6 +149,12 @@ def accept(line):
     line.send(ACCEPTED)
 
 
+def grant(line):
+    kind, body = line.read()
+    line.send(bytes([0x90, 4, *body[:2], 0, 0x01]))
+    return kind
+
+
 def refuse(line):
     assert line.read()[0] == CONNECT
     line.send(NOT_AUTHORIZED)
@@ -272,7 +278,7 @@ def test_every_connection_starts_clean_and_subscribes_again(make):
     def record(line):
         connects.append(line.read()[1])
         line.send(ACCEPTED)
-        subscribes.append([line.read()[0], line.read()[0]])
+        subscribes.append([grant(line), grant(line)])
 
     with ScriptedBroker(record, record) as broker:
         transport = make(broker)
@@ -284,6 +290,31 @@ def test_every_connection_starts_clean_and_subscribes_again(make):
     clean_start = [body[7] & 0x02 for body in connects]
     assert clean_start == [0x02, 0x02]
     assert subscribes == [[SUBSCRIBE, SUBSCRIBE]] * 2
+
+
+def test_a_connection_counts_only_once_its_subscriptions_are_in_force(make):
+    subscribed, go = threading.Event(), threading.Event()
+
+    def hesitate(line):
+        accept(line)
+        kind, body = line.read()
+        subscribed.set()
+        go.wait(DEADLINE_S)
+        line.send(bytes([0x90, 4, *body[:2], 0, 0x01]))
+        line.read_until(0)
+
+    with ScriptedBroker(hesitate) as broker:
+        transport = make(broker)
+        transport.subscribe("orders/#")
+        transport.connect()
+        assert subscribed.wait(DEADLINE_S)
+        assert not transport.connected
+        with pytest.raises(NotConnectedError):
+            transport.publish("report", b"x")
+        go.set()
+        until(transport, lambda: transport.connected)
+        assert transport.connections == 1
+        transport.close()
 
 
 def test_a_refused_connection_is_visible_logged_once_and_tried_again(make, caplog):

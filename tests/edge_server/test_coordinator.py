@@ -299,7 +299,8 @@ class TestRollouts:
             device.receive()
             device.accuracy = 0.6
         live(coordinator, fleet, clock, settle, turns=8)
-        assert coordinator.registry.rollout(number).state.status == "completed"
+        state = coordinator.registry.rollout(number).state
+        assert state.status == "completed", state.reason
 
     def test_a_release_that_devices_cannot_install_is_halted(self, coordinator, fleet, clock, settle, checkpoint):
         number = coordinator.push(checkpoint(2), plan=QUICK)

@@ -1,0 +1,263 @@
+import asyncio
+
+import httpx
+import pytest
+
+from edge_sdk.messages import MonitorState
+from edge_server.app import create_app
+
+ORIGIN = "http://127.0.0.1:8080"
+
+
+@pytest.fixture
+def request_(coordinator):
+    app = create_app(coordinator.registry)
+
+    def send(method, path, *, base=ORIGIN, **options):
+        async def run():
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url=base) as client:
+                return await client.request(method, path, **options)
+
+        return asyncio.run(run())
+
+    return send
+
+
+@pytest.fixture
+def get(request_):
+    return lambda path, **options: request_("GET", path, **options)
+
+
+@pytest.fixture
+def post(request_):
+    return lambda path, **options: request_("POST", path, **{"json": {}, **options})
+
+
+@pytest.fixture
+def fleet(coordinator, make_device, settle, checkpoint):
+    devices = [make_device(name) for name in ("a", "b", "c")]
+    for device in devices:
+        device.release = 1
+        device.report(monitors=[MonitorState("inputs", 30.0, 20.0, True, device.name == "a")])
+        device.event("boot")
+    settle(devices)
+    coordinator.push(checkpoint(1))
+    coordinator.push(checkpoint(2))
+    return devices
+
+
+def error(response):
+    assert response.headers["content-type"] == "application/json"
+    return response.status_code, response.json()["error"]["type"]
+
+
+class TestReading:
+    def test_health(self, get):
+        assert get("/healthz").json() == {"status": "ok"}
+
+    def test_fleet(self, get, fleet):
+        body = get("/api/v1/fleet").json()
+        assert body["devices"] == body["online"] == 3
+        assert (body["in_drift"], body["accuracy"], body["releases"]) == (1, 0.9, {"1": 3})
+        assert body["counters"]["accepted"] == 6
+
+    def test_devices_in_pages(self, get, fleet):
+        first = get("/api/v1/devices?limit=2").json()
+        assert [device["name"] for device in first["devices"]] == ["a", "b"]
+        second = get(f"/api/v1/devices?limit=2&after={first['next']}").json()
+        assert [device["name"] for device in second["devices"]] == ["c"]
+        assert second["next"] is None
+        assert get("/api/v1/devices?group=nobody").json() == {"devices": [], "next": None}
+
+    def test_a_device_with_its_last_report(self, get, fleet):
+        body = get("/api/v1/devices/a").json()
+        assert (body["health"], body["release"], body["alarms"]) == ("drift", 1, 1)
+        assert body["last_report"]["predicted"] == {"a": 100}
+
+    def test_a_device_that_never_reported(self, get, coordinator, tmp_path):
+        coordinator.registry.enrol("new", group="default", out=tmp_path / "b.json", actor="test")
+        body = get("/api/v1/devices/new").json()
+        assert (body["health"], body["last_report"], body["enrolled"]) == ("new", None, True)
+
+    def test_releases_rollouts_and_events_in_pages(self, get, fleet):
+        for kind, key in (("releases", "release"), ("rollouts", "id"), ("events", "id")):
+            numbers, following = [], None
+            while True:
+                query = "" if following is None else f"&before={following}"
+                page = get(f"/api/v1/{kind}?limit=1{query}").json()
+                numbers += [entry[key] for entry in page[kind]]
+                following = page["next"]
+                if following is None:
+                    break
+            assert numbers == sorted(numbers, reverse=True)
+            assert len(numbers) == (3 if kind == "events" else 2)
+
+    def test_events_of_one_device_by_name(self, get, fleet):
+        events = get("/api/v1/events?device=b&name=boot").json()["events"]
+        assert [event["device"] for event in events] == ["b"]
+
+    def test_a_rollout_with_plan_state_and_history(self, get, fleet):
+        body = get("/api/v1/rollouts/2").json()
+        assert body["plan"]["stages"] == [10, 100]
+        assert body["state"]["status"] == "running"
+        assert len(body["state"]["history"]) == 1
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("kind", ["devices", "releases", "rollouts", "events"])
+    @pytest.mark.parametrize("limit", ["0", "-1", "501", "ten", "1e2", "", "٣", "9" * 30])
+    def test_page_sizes_out_of_range_are_refused(self, get, kind, limit):
+        assert error(get(f"/api/v1/{kind}", params={"limit": limit})) == (400, "BadRequestError")
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "releases?before=x",
+            "rollouts?before=-3",
+            "events?before=99999999999999999999",
+            "events?device=a/b",
+            "events?name=" + "x" * 257,
+            "devices?group=%00",
+            "devices?after=" + "x" * 257,
+            "devices?unknown=1",
+            "devices/%3Cscript%3E",
+            "rollouts/abc",
+            "rollouts/0",
+        ],
+    )
+    def test_parameters_that_make_no_sense_are_refused(self, get, path):
+        assert error(get("/api/v1/" + path)) == (400, "BadRequestError")
+
+    def test_what_is_not_there_is_not_found(self, get):
+        assert error(get("/api/v1/devices/nobody")) == (404, "UnknownDeviceError")
+        assert error(get("/api/v1/rollouts/7")) == (404, "UnknownRolloutError")
+        assert error(get("/api/v1/nothing")) == (404, "HTTPError")
+        assert error(get("/static/../app.py")) == (404, "HTTPError")
+
+    def test_wrong_methods_are_refused(self, post, get):
+        assert error(post("/api/v1/fleet")) == (405, "HTTPError")
+        assert error(get("/api/v1/rollouts/1/abort")) == (405, "HTTPError")
+
+    def test_a_database_that_fails_is_said_to_be_unavailable(self, get, coordinator):
+        coordinator.registry.store.conn.execute("DROP TABLE events")
+        assert error(get("/api/v1/events")) == (503, "StoreError")
+
+    def test_what_nobody_foresaw_is_a_typed_error_without_details(self, get, coordinator, monkeypatch):
+        monkeypatch.setattr(coordinator.registry, "fleet", lambda: 1 / 0)
+        response = get("/api/v1/fleet")
+        assert error(response) == (500, "InternalError")
+        assert "division" not in response.text
+
+
+class TestAbort:
+    def test_it_withdraws_the_release(self, post, fleet, rows):
+        response = post("/api/v1/rollouts/2/abort", json={"reason": "wrong labels"})
+        assert response.json()["state"]["reason"] == "aborted: wrong labels"
+        assert rows("SELECT actor FROM audit ORDER BY id DESC LIMIT 1") == [("api",)]
+        assert error(post("/api/v1/rollouts/2/abort")) == (409, "RolloutError")
+
+    def test_a_page_of_another_site_cannot_order_it(self, post, fleet):
+        path = "/api/v1/rollouts/2/abort"
+        for content_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+            response = post(path, json=None, content=b"{}", headers={"content-type": content_type})
+            assert error(response) == (415, "HTTPError")
+        for origin in ("http://evil.example", "null", "http://127.0.0.1:9999"):
+            assert error(post(path, headers={"origin": origin})) == (403, "HTTPError")
+        assert post(path, headers={"origin": ORIGIN}).status_code == 200
+
+    @pytest.mark.parametrize(
+        "body", [b"{", b"[]", b'"x"', b'{"reason": 1}', b'{"raeson": "x"}', b'{"reason": "\xff"}', b"\x00"]
+    )
+    def test_a_body_that_cannot_be_read_is_refused(self, post, fleet, body):
+        headers = {"content-type": "application/json"}
+        response = post("/api/v1/rollouts/2/abort", json=None, content=body, headers=headers)
+        assert error(response) == (400, "BadRequestError")
+
+    def test_texts_and_bodies_too_long_are_refused(self, post, fleet):
+        assert error(post("/api/v1/rollouts/2/abort", json={"reason": "x" * 501})) == (400, "BadRequestError")
+        assert error(post("/api/v1/rollouts/2/abort", json={"reason": "x" * 5000})) == (413, "HTTPError")
+
+    def test_unknown_rollouts_are_not_found(self, post):
+        assert error(post("/api/v1/rollouts/9/abort")) == (404, "UnknownRolloutError")
+
+
+class TestGuard:
+    @pytest.mark.parametrize("path", ["/", "/healthz", "/api/v1/nothing", "/static/dashboard.css"])
+    def test_every_response_has_the_security_headers(self, get, path):
+        headers = get(path).headers
+        assert "default-src 'none'" in headers["content-security-policy"]
+        assert "frame-ancestors 'none'" in headers["content-security-policy"]
+        assert headers["x-content-type-options"] == "nosniff"
+
+    @pytest.mark.parametrize("base", ["http://evil.example", "http://127.0.0.1.evil.example:8080"])
+    def test_a_foreign_name_for_this_machine_is_refused(self, get, base):
+        assert error(get("/api/v1/fleet", base=base)) == (400, "HTTPError")
+
+    @pytest.mark.parametrize("host", ["[", "a]b", ""])
+    def test_a_host_header_that_is_none_is_refused(self, get, host):
+        assert error(get("/api/v1/fleet", headers={"host": host})) == (400, "HTTPError")
+
+    @pytest.mark.parametrize("base", ["http://localhost:8080", "http://127.0.0.1", "http://[::1]:8080"])
+    def test_this_machines_own_names_are_served(self, get, base):
+        assert get("/healthz", base=base).status_code == 200
+
+
+class TestDashboard:
+    def test_it_shows_the_fleet_before_anything_happened(self, get):
+        page = get("/").text
+        assert "edge-coordinator devices add" in page
+        assert page.count("None yet") == 3
+
+    def test_it_shows_devices_rollouts_and_events(self, get, fleet):
+        page = get("/").text
+        assert '<th scope="row">a</th>' in page
+        assert "badge drift" in page
+        assert "90.0%" in page
+        assert "Release 2 to default" in page
+        assert "stage 1 of 2" in page
+        assert "boot" in page
+
+    def test_nothing_comes_from_elsewhere(self, get, fleet):
+        page = get("/").text
+        assert "<script" not in page
+        assert "http://" not in page
+        assert "https://" not in page
+        assert get("/static/dashboard.css").headers["content-type"].startswith("text/css")
+
+    def test_what_devices_and_people_say_is_escaped(self, get, coordinator, fleet, settle):
+        attack = "<script>alert(1)</script>"
+        fleet[0].event(attack, **{attack: attack})
+        fleet[0].state(mode=attack)
+        settle(fleet)
+        fleet[0].report(mode=attack)
+        settle(fleet)
+        coordinator.abort(2, reason=attack)
+        page = get("/").text
+        assert "<script" not in page
+        assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 4
+
+    def test_unknown_devices_are_visible(self, get, coordinator, make_coordinator, make_device, tmp_path):
+        strict = make_coordinator(accept_unknown=False)
+        make_device("stranger")
+        strict.pump()
+        page = get("/").text
+        assert "stranger (1)" in page
+
+    def test_more_devices_than_a_page_holds_are_a_link_away(self, get, coordinator, make_device):
+        for i in range(101):
+            make_device(f"d{i:03}")
+        coordinator.pump()
+        page = get("/").text
+        assert 'href="/?after=d099"' in page
+        assert '<th scope="row">d100</th>' in get("/?after=d099").text
+
+    def test_odd_details_do_not_break_it(self, get, coordinator, fleet, settle):
+        fleet[0].event("x" * 256, text="y" * 10_000, big=2**64 - 1, nan=float("nan"))
+        settle(fleet)
+        response = get("/")
+        assert response.status_code == 200
+        assert "y" * 400 not in response.text
+
+    def test_bad_parameters_are_refused(self, get):
+        assert error(get("/?after=" + "x" * 257)) == (400, "BadRequestError")

@@ -1,0 +1,188 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from edge_server.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def home(tmp_path):
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def run(home, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+
+    def invoke(*arguments, expect=0):
+        result = runner.invoke(main, [*map(str, arguments), "--home", str(home)])
+        assert result.exit_code == expect, (result.output, result.exception)
+        return result
+
+    return invoke
+
+
+@pytest.fixture
+def ready(run):
+    run("init")
+    return run
+
+
+class TestInit:
+    def test_it_makes_settings_and_database(self, run, home):
+        assert "serve --home" in run("init").output
+        assert (home / "coordinator.toml").is_file()
+        assert (home / "coordinator.db").is_file()
+
+    def test_it_does_not_overwrite(self, ready):
+        result = ready("init", expect=2)
+        assert "exists already" in result.stderr
+
+    def test_a_folder_that_cannot_be_made_is_refused(self, run, home):
+        home.write_text("a file")
+        result = run("init", expect=2)
+        assert "home" in result.stderr
+
+
+class TestPush:
+    def test_the_first_release_and_then_a_staged_one(self, ready, checkpoint):
+        assert "release 1 to group default" in ready("push", checkpoint(1)).output
+        result = ready("push", checkpoint(2), "--stages", "5,50,100", "--soak", "60", "--min-labelled", "0")
+        assert "5 % of the group" in result.output
+        plan = json.loads(ready("rollout", "show", "2", "--json").output)["plan"]
+        assert (plan["stages"], plan["soak_s"], plan["min_labelled"]) == ([5, 50, 100], 60.0, 0)
+
+    def test_a_busy_group_is_an_error_on_one_line(self, ready, checkpoint):
+        ready("push", checkpoint(1))
+        ready("push", checkpoint(2))
+        result = ready("push", checkpoint(3), expect=1)
+        assert result.stderr.startswith("error: group 'default' is busy with rollout 2")
+        assert result.stderr.count("\n") == 1
+
+    def test_a_damaged_checkpoint_is_an_integrity_error(self, ready, checkpoint):
+        folder = checkpoint(1)
+        (folder / "card.md").write_text("!")
+        assert "card.md" in ready("push", folder, expect=3).stderr
+
+    def test_a_folder_that_is_no_checkpoint_is_an_integrity_error(self, ready, tmp_path):
+        assert "manifest.json" in ready("push", tmp_path / "nothing", expect=3).stderr
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ("--stages", "10"),
+            ("--stages", "a,b"),
+            ("--stages", ""),
+            ("--soak", "-1"),
+            ("--soak", "x"),
+            ("--max-drop", "7"),
+            ("--group", "a/b"),
+        ],
+    )
+    def test_wrong_options_are_wrong_usage(self, ready, checkpoint, options):
+        assert ready("push", checkpoint(1), *options, expect=2).stderr
+
+    def test_without_settings_it_says_what_to_do(self, run, checkpoint):
+        assert "edge-coordinator init" in run("push", checkpoint(1), expect=2).stderr
+
+    def test_a_traceback_only_with_debug(self, ready, checkpoint, home):
+        ready("push", checkpoint(2))
+        folder = checkpoint(1)
+        assert "Traceback" not in ready("push", folder, expect=1).stderr
+        result = CliRunner().invoke(main, ["--debug", "push", str(folder), "--home", str(home)])
+        assert result.exit_code == 1
+        assert type(result.exception).__name__ == "ReleaseError"
+
+
+class TestRollout:
+    def test_list_show_and_abort(self, ready, checkpoint):
+        ready("push", checkpoint(1))
+        ready("push", checkpoint(2))
+        table = ready("rollout", "list").output.splitlines()
+        assert table[0].split()[:4] == ["id", "release", "group", "status"]
+        assert table[1].split()[:4] == ["2", "2", "default", "running"]
+        ready("rollout", "abort", "2", "--reason", "wrong labels")
+        assert "aborted: wrong labels" in ready("rollout", "show", "2").output
+        records = json.loads(ready("rollout", "list", "--json").output)
+        assert [record["state"]["status"] for record in records] == ["rolling_back", "completed"]
+
+    def test_unknown_and_ended_rollouts_are_refused(self, ready, checkpoint):
+        ready("push", checkpoint(1))
+        assert "no rollout 9" in ready("rollout", "show", "9", expect=1).stderr
+        assert "no rollout 9" in ready("rollout", "abort", "9", expect=1).stderr
+        assert "completed" in ready("rollout", "abort", "1", expect=1).stderr
+        ready("rollout", "show", "x", expect=2)
+
+
+class TestDevices:
+    def test_add_list_and_password_file(self, ready, tmp_path):
+        assert "edge enroll pump-1.bundle.json" in ready("devices", "add", "pump-1", "--group", "lab").output
+        bundle = json.loads((tmp_path / "pump-1.bundle.json").read_text())
+        assert bundle["group"] == "lab"
+        assert ready("devices", "list").output.splitlines()[1].split()[:3] == ["pump-1", "lab", "new"]
+        (record,) = json.loads(ready("devices", "list", "--json").output)
+        assert (record["name"], record["health"], record["accuracy"]) == ("pump-1", "new", None)
+        password_file = ready("devices", "passwd").output
+        assert password_file.startswith("pump-1:$7$")
+        assert bundle["broker"]["password"] not in password_file
+
+    def test_a_duplicate_is_refused(self, ready):
+        ready("devices", "add", "pump-1")
+        assert "choose another name" in ready("devices", "add", "pump-1", "--out", "b.json", expect=1).stderr
+
+    def test_a_bad_name_is_wrong_usage(self, ready):
+        assert "device name" in ready("devices", "add", "a/b", "--out", "b.json", expect=2).stderr
+
+
+class TestServe:
+    def test_the_embedded_broker_is_not_exposed_by_mistake(self, ready, home):
+        settings = home / "coordinator.toml"
+        settings.write_text('[broker]\nembedded = true\nhost = "0.0.0.0"\n')
+        assert "--expose-broker" in ready("serve", expect=2).stderr
+
+    def test_an_http_address_beyond_this_machine_is_refused(self, ready, home):
+        (home / "coordinator.toml").write_text('[http]\nhost = "0.0.0.0"\n')
+        assert "no authentication" in ready("serve", expect=2).stderr
+
+    def test_a_password_file_that_is_missing_is_named(self, ready, home):
+        (home / "coordinator.toml").write_text('[broker]\nusername = "c"\npassword_file = "nowhere"\n')
+        assert "nowhere" in ready("serve", expect=2).stderr
+
+
+def test_the_home_folder_comes_from_the_environment_too(ready, home, monkeypatch):
+    monkeypatch.setenv("EDGE_COORDINATOR_HOME", str(home))
+    assert CliRunner().invoke(main, ["devices", "list"]).exit_code == 0
+
+
+def test_it_runs_from_a_checkout():
+    result = subprocess.run(
+        [sys.executable, "-m", "server", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "edge-coordinator" in result.stdout or "python -m server" in result.stdout
+
+
+def test_help_imports_neither_web_framework_nor_database(tmp_path):
+    program = (
+        "import sys\n"
+        "from edge_server.cli import main\n"
+        "main(['push', '--help'], standalone_mode=False)\n"
+        "assert not {'starlette', 'uvicorn', 'sqlite_utils', 'paho', 'iotcore'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=True)
+
+
+def test_exported_names_resolve():
+    import edge_server
+
+    assert sorted(edge_server.__all__) == edge_server.__all__
+    assert all(getattr(edge_server, name) is not None for name in edge_server.__all__)
+    assert dir(edge_server) == edge_server.__all__
+    with pytest.raises(AttributeError):
+        edge_server.nothing  # noqa: B018
