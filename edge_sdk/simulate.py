@@ -113,7 +113,7 @@ class DeviceSummary(msgspec.Struct, frozen=True):
     """One device over a whole run. Accuracies are on samples that no model was trained on."""
 
     device: str
-    drift: str
+    drifts: bool
     before: float
     """On the original data, before the drift."""
     under: float
@@ -171,6 +171,7 @@ class Fleet:
         self.clock, self._coordinator = clock, coordinator
         self._tick_s, self._timeout_s = tick_s, settle_timeout_s
         self.tick_number = 0
+        self.started = clock.now()
         self.results: list[TickResult] = []
         self.events: list[tuple[int, str, str, dict[str, Any]]] = []
         self._told: dict[str, int] = {}
@@ -239,6 +240,33 @@ class Fleet:
                 raise FleetTimeoutError(f"tick {self.tick_number} did not settle: {waiting[0].name} {before[0]}")
             if [self._waits(device) for device in waiting] == before:
                 threading.Event().wait(_WAIT_S)  # the network has its own time, whatever the clock says
+
+    def summary(self, simulated: SimulatedDevice, pool: Pool, *, before: float, under: float) -> DeviceSummary:
+        """A device at the end of the run.
+
+        Args:
+            simulated: The device.
+            pool: Samples apart from its stream, to score on.
+            before: Its accuracy on the original data before the drift.
+            under: Its accuracy on the drifted data with the version that met it.
+        """
+        status = simulated.device.status()
+        counters = status.counters
+        return DeviceSummary(
+            device=status.device,
+            drifts=simulated.stream.drifts,
+            before=before,
+            under=under,
+            after=simulated.accuracy(pool, drifted=True),
+            original=simulated.accuracy(pool, drifted=False),
+            alarms=counters.alarms,
+            promotions=counters.promotions,
+            rejections=counters.rejections,
+            rollbacks=counters.rollbacks,
+            release=status.release,
+            head=status.head,
+            bytes_sent=counters.bytes_sent,
+        )
 
     def close(self) -> None:
         """Stop every device."""

@@ -61,9 +61,7 @@ def test_the_database_holds_a_salted_hash_and_never_the_password(registry, tmp_p
     name, _, credential = registry.password_file().strip().partition(":")
     assert name == "pump-1"
     _, kind, iterations, salt, digest = credential.split("$")
-    expected = hashlib.pbkdf2_hmac(
-        "sha512", bundle.broker.password.encode(), base64.b64decode(salt), int(iterations)
-    )
+    expected = hashlib.pbkdf2_hmac("sha512", bundle.broker.password.encode(), base64.b64decode(salt), int(iterations))
     assert kind == "7"
     assert base64.b64decode(digest) == expected
 
