@@ -33,7 +33,7 @@ from edge_sdk.errors import (
 from edge_sdk.files import lock_folder
 from edge_sdk.join import Joined, Joiner
 from edge_sdk.learn.executor import LearnExecutor, new_executor
-from edge_sdk.manifest import MANIFEST_NAME, parse_manifest
+from edge_sdk.manifest import MANIFEST_NAME, parse_manifest, verify_checkpoint
 from edge_sdk.messages import check_name
 from edge_sdk.monitoring import Monitoring
 from edge_sdk.pending import Label, LoggedPrediction, Pending, Taught
@@ -201,31 +201,30 @@ class EdgeDevice:
         self._joiner = Joiner(self._store, self._pending, self.config)
 
     def _start(self, checkpoint: Path | None) -> None:
-        """Install or load what is to be served; a version that cannot be loaded is left for the one before."""
+        """Load what serves, or install the checkpoint that came with the app if it is newer."""
         now = self._clock.now()
-        self._upgrade.count_boot(now)
+        self._upgrade.count_boot()
         current = self._slots.pointer.current
         if current is not None:
-            self._load_or_go_back(now)
+            self._load_or_go_back(current, now)
         if checkpoint is not None:
             release = parse_manifest((checkpoint / MANIFEST_NAME).read_bytes()).release
             if current is None or release > current.release:
-                self._upgrade.install_folder(checkpoint, self._adaptation, now)
+                self._upgrade.install_folder(checkpoint, self._adaptation)
                 self._swap(now)
 
-    def _load_or_go_back(self, now: float) -> None:
+    def _load_or_go_back(self, current: Version, now: float) -> None:
+        """Serve the version in use; one that is damaged is left for the one before."""
         try:
+            verify_checkpoint(self._slots.folder(current))  # flash memory ages
             self._swap(now)
         except (EdgeError, OSError) as error:
             logger.error("%s: the version in use cannot be loaded: %s", self.name, error)  # noqa: TRY400 - no traceback
-            reason = f"cannot be loaded: {error}"
             try:
-                self._slots.rollback()
+                version = self._slots.rollback()
             except RollbackRefusedError:
                 raise error from None
-            with self._store.transaction():
-                self._reporter.emit("head_rolled_back", {"reason": reason})
-            self._swap(now, reason)
+            self._left(current, version, f"cannot be loaded: {error}", now)
 
     # ---- serving
 
@@ -476,7 +475,7 @@ class EdgeDevice:
         adaptation = self._adaptation
         if adaptation is None:
             return
-        self._upgrade.watch(now, adaptation)
+        self._upgrade.watch(now)
         if self._upgrade.state.watching:
             return  # one change at a time: a release proves itself before anything is learned on it
         adaptation.turn(
@@ -487,7 +486,7 @@ class EdgeDevice:
             resources=self._resources.read(),
         )
 
-    def _swap(self, now: float, reason: str = "recovered after a restart") -> None:
+    def _swap(self, now: float) -> None:
         """Serve what the pointer says: built here, off the request path, then one reference is replaced.
 
         Serving comes first; what has to be written about it is tried again if there is no room.
@@ -499,9 +498,9 @@ class EdgeDevice:
             self._served = load_served(self._slots, current, self._upgrade.variant(current), self._trunks)
             logger.info("%s serves release %d, head %d", self.name, current.release, current.head)
         if self._taken_up != current:
-            self._take_up(self._served, now, reason)
+            self._take_up(self._served, now)
 
-    def _take_up(self, served: Served, now: float, reason: str) -> None:
+    def _take_up(self, served: Served, now: float) -> None:
         """Everything that follows from another version serving."""
         current, before = served.version, self._taken_up
         if before is not None:
@@ -509,7 +508,7 @@ class EdgeDevice:
         self._reporter.identity = Identity(current.release, current.head, current.digest)
         if self._adaptation is None:
             self._adaptation = self._new_adaptation()
-        self._upgrade.note_version(now, self._adaptation, reason)
+        self._upgrade.note_version(now, self._adaptation)
         self._adaptation.attach(current, served.manifest)
         self._monitoring.attach(served, self._slots.folder(current), now)
         if before is not None:
@@ -554,23 +553,24 @@ class EdgeDevice:
             RollbackRefusedError: There is none.
         """
         with self._step_lock:
-            now = self._clock.now()
-            version = self._slots.rollback()
-            return self._left(version, "asked for", now)
+            current = self._model().version
+            return self._left(current, self._slots.rollback(), "asked for", self._clock.now())
 
     def reset_to_base(self) -> Version:
         """Drop the personal head: serve the one that came with the release."""
         with self._step_lock:
-            now = self._clock.now()
-            self._model()
-            return self._left(self._slots.promote(0), "reset to the release's own head", now)
+            current = self._model().version
+            return self._left(current, self._slots.promote(0), "reset to the release's own head", self._clock.now())
 
-    def _left(self, version: Version, reason: str, now: float) -> Version:
-        if self._adaptation is not None:
-            self._adaptation.abandon(now)
-        with self._store.transaction():
-            self._reporter.emit("head_rolled_back", {"reason": reason, "to": version.head})
-        self._swap(now, reason)
+    def _left(self, before: Version, version: Version, reason: str, now: float) -> Version:
+        if before.digest != version.digest:
+            self._upgrade.why = reason
+        else:
+            if self._adaptation is not None:
+                self._adaptation.abandon(now)
+            with self._store.transaction():
+                self._reporter.emit("head_rolled_back", {"reason": reason, "to": version.head})
+        self._swap(now)
         return version
 
     def learn_now(self) -> None:

@@ -61,6 +61,8 @@ class Upgrade:
         data = store.get(_STATE)
         self.state = msgspec.json.decode(data, type=UpgradeState) if data else UpgradeState()
         self._complaint = ""
+        self.why = ""
+        """Why the release was last left, until that is recorded."""
 
     def save(self) -> None:
         """Persist the state; inside a transaction."""
@@ -74,7 +76,7 @@ class Upgrade:
             self.state.variants[version.digest] = chosen
         return self.state.variants[version.digest]
 
-    def install_folder(self, folder: Path, adaptation: Adaptation | None, now: float) -> None:
+    def install_folder(self, folder: Path, adaptation: Adaptation | None) -> None:
         """Install a checkpoint that came with the app. The folder's files are copied.
 
         Raises:
@@ -84,14 +86,14 @@ class Upgrade:
         manifest = verify_checkpoint(folder)
         data = (folder / MANIFEST_NAME).read_bytes()
         sources = {entry.sha256: folder / name for name, entry in manifest.files.items()}
-        self._install(data, sources, adaptation, now, link=False)
+        self._install(data, sources, adaptation, link=False)
 
     def turn(self, now: float, adaptation: Adaptation | None) -> None:
         """Leave a revoked release, fetch an offered one, install it when it is complete."""
         current = self._slots.pointer.current
         desired = self.client.desired
         if current is not None and desired is not None and current.release in desired.revoked:
-            self._leave("revoked by the coordinator", adaptation, now)
+            self.leave("revoked by the coordinator")
             return
         try:
             offer = self.client.offered(current.release if current else None, self.state.refused)
@@ -105,7 +107,7 @@ class Upgrade:
             self.client.begin(offer)
             fetched = self.client.turn(now, self._slots.held_files())
             if fetched is not None:
-                self._install_fetched(fetched, adaptation, now)
+                self._install_fetched(fetched, adaptation)
         except StoreError as error:  # the disk may have room again later
             self._complain("release_delayed", str(error))
         except (ArtifactError, ModelError) as error:
@@ -122,7 +124,7 @@ class Upgrade:
             self.state.predictions += predictions
             self.state.errors += errors
 
-    def watch(self, now: float, adaptation: Adaptation) -> None:
+    def watch(self, now: float) -> None:
         """Confirm a release on probation, or leave it."""
         current = self._slots.pointer.current
         if not self.state.watching or current is None:
@@ -140,34 +142,33 @@ class Upgrade:
             seconds=update.probation_s,
         )
         if verdict.outcome == "rollback":
-            self._leave(verdict.reason, adaptation, now)
+            self.leave(verdict.reason)
         elif verdict.outcome == "confirm":
             with self._store.transaction():
                 self.state.watching = False
                 self._emit("release_confirmed", {"release": current.release, "reason": verdict.reason})
                 self.save()
 
-    def count_boot(self, now: float) -> None:
+    def count_boot(self) -> None:
         """Note a start; a release on probation that keeps crashing the app is left."""
         current = self._slots.pointer.current
         if self.state.watching and current is not None and self._slots.count_boot() > self._config.update.max_boots:
-            self._leave(f"{self._config.update.max_boots} starts without a healthy step", None, now)
+            self.leave(f"{self._config.update.max_boots} starts without a healthy step")
 
-    def note_version(
-        self, now: float, adaptation: Adaptation | None, reason: str = "recovered after a restart"
-    ) -> bool:
+    def note_version(self, now: float, adaptation: Adaptation) -> bool:
         """Record that another release serves than the last one recorded; True if so.
 
-        Called after every flip and at every start, so that a kill between a flip and its record loses nothing.
+        Called once the version has been taken up, after a flip as well as after a start, so that a kill between a flip
+        and its record loses nothing.
         """
         current, recorded = self._slots.pointer.current, self.state.recorded
         if current is None or (recorded is not None and recorded.digest == current.digest):
             return False
-        before = adaptation.accuracy if adaptation is not None and recorded is not None else None
+        before = adaptation.accuracy if recorded is not None else None
+        reason, self.why = self.why or "recovered after a restart", ""
         forward = recorded is None or current.release > recorded.release
-        if adaptation is not None:
-            adaptation.abandon(now)
-            adaptation.forget_recent()
+        adaptation.abandon(now)
+        adaptation.forget_recent()
         with self._store.transaction():
             state = self.state
             state.recorded, state.correct, state.predictions, state.errors = current, [], 0, 0
@@ -185,18 +186,15 @@ class Upgrade:
                 state.refused[recorded.digest] = reason
                 detail = {"release": recorded.release, "to": current.release, "reason": reason}
                 self._emit("release_rolled_back", detail)
-            if adaptation is not None:
-                adaptation.save()
+            adaptation.save()
             self.save()
         return True
 
-    def _install_fetched(self, fetched: FetchedRelease, adaptation: Adaptation | None, now: float) -> None:
-        self._install(fetched.manifest, fetched.files, adaptation, now, link=True)
+    def _install_fetched(self, fetched: FetchedRelease, adaptation: Adaptation | None) -> None:
+        self._install(fetched.manifest, fetched.files, adaptation, link=True)
         self.client.clean()
 
-    def _install(
-        self, data: bytes, sources: Mapping[str, Path], adaptation: Adaptation | None, now: float, *, link: bool
-    ) -> None:
+    def _install(self, data: bytes, sources: Mapping[str, Path], adaptation: Adaptation | None, *, link: bool) -> None:
         slot, manifest = self._slots.stage(data, sources, link=link)
         digest = digest_of(data)
         self.state.variants[digest] = choose_variant(self._slots.root / slot, manifest, self._config.variant)
@@ -204,7 +202,6 @@ class Upgrade:
         self.state.carried = rebase.reason
         head = self._slots.write_head(slot, rebase.head) if rebase.head is not None else 0
         self._slots.activate(Version(slot, manifest.release, digest, head))
-        self.note_version(now, adaptation, "installed")
 
     def _rebase(self, slot: Slot, manifest: Manifest, adaptation: Adaptation | None) -> Rebase:
         """The personal head for the staged release, if there is one and it fits."""
@@ -220,8 +217,8 @@ class Upgrade:
         shipped = Head.load(folder / HEAD_NPZ)
         return choose_head(shipped, self._slots.head(current), features, [*labels, *memory.judge_labels])
 
-    def _leave(self, reason: str, adaptation: Adaptation | None, now: float) -> None:
-        """Go back to the release before."""
+    def leave(self, reason: str) -> None:
+        """Go back to the release before, if there is one."""
         try:
             self._slots.rollback_release()
         except RollbackRefusedError as error:
@@ -231,8 +228,8 @@ class Upgrade:
                     self.state.watching = False
                     self.save()
             return
+        self.why = reason
         self.client.abandon()
-        self.note_version(now, adaptation, reason)
 
     def _complain(self, name: str, reason: str) -> None:
         """Record a state that lasts once, not at every turn."""
