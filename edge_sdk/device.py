@@ -668,7 +668,8 @@ class EdgeDevice:
         while not self._stop.is_set():
             pause = self.config.flush_interval_s
             try:
-                if self.step().received:
+                self.step()
+                if self._upgrade.client.fetching is not None and self.connected:
                     pause = min(pause, _BUSY_S)  # blocks are coming: ask for the next ones soon
             except Exception:  # a thread that dies silently would be worse
                 logger.exception("%s: a step failed; serving goes on", self.name)

@@ -13,7 +13,9 @@ _FRACTIONS = np.array([0.05, 0.15, 0.4])
 _WARNING = 0.05
 _RECENT = 0.97
 _CAP = 1e200
+_LOG_CAP = math.log(_CAP)
 _CHUNK = 256
+_LEAST = 1e-3
 
 
 class EDetector(DriftDetector):
@@ -49,8 +51,10 @@ class EDetector(DriftDetector):
         if run_length <= 1 or not math.isfinite(run_length):
             raise ValueError(f"the run length must be a number above 1, got {run_length}")
         self._run_length = run_length
-        up = np.clip(self._mean + slack, 1e-3, 1 - 1e-3)
-        down = np.clip(self._mean - slack, 1e-3, 1 - 1e-3)
+        # a bet pays in units of its bound's distance to the end of the range, which must not vanish: where it would,
+        # the band is widened, never narrowed. A bound beyond the other end is one that no mean can cross.
+        up = np.maximum(self._mean + slack, _LEAST)
+        down = np.minimum(self._mean - slack, 1 - _LEAST)
         # log of the factor of a bet b on "above": log(1 + b (x - up) / up); of one on "below": log(1 + b (down - x) /
         # (1 - down)). Both are at least 1 - b > 0 for every x in [0, 1].
         centres, slopes = [np.repeat(up[:, None], len(_FRACTIONS), 1)], [_FRACTIONS / up[:, None]]
@@ -75,15 +79,20 @@ class EDetector(DriftDetector):
             self._fold(block[start : start + _CHUNK])
 
     def _fold(self, rows: DoubleArray) -> None:
-        # M_t = exp(S_t) (M_0 + sum_{s<=t} exp(-S_{s-1})), S the running sum of log factors: no loop over rows
         logs = np.log1p(self._slope * (rows[:, :, None] - self._centre))
         running = np.cumsum(logs, axis=0)
-        before = np.clip(running - logs, -600, 600)
-        path = np.exp(np.clip(running, -600, 600)) * (self._m + np.cumsum(np.exp(-before), axis=0))
-        self._m = np.minimum(path[-1], _CAP)
+        if math.log(self._m.max() + len(rows)) + running.max() - min(0.0, running.min()) < _LOG_CAP:
+            # M_t = exp(S_t) (M_0 + sum_{s<=t} exp(-S_{s-1})), S the running sum of log factors: no loop over rows
+            path = np.exp(running) * (self._m + np.cumsum(np.exp(logs - running), axis=0))
+        else:  # it may reach the cap, which holds at every row
+            path = np.exp(logs)
+            before = self._m
+            for row in path:
+                before = row[:] = np.minimum((1 + before) * row, _CAP)
+        self._m = path[-1].copy()
         average = path.mean(axis=(1, 2))
-        self._evidence = float(min(average[-1], _CAP))
-        self._peak = max(self._peak, float(min(average.max(), _CAP)))
+        self._evidence = float(average[-1])
+        self._peak = max(self._peak, float(average.max()))
         decay = _RECENT ** np.arange(len(rows), -1, -1.0)
         stacked = np.concatenate([self._recent[None], rows])
         weights = np.concatenate([decay[:1], (1 - _RECENT) * decay[1:]])

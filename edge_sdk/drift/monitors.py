@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from edge_sdk.drift.base import DriftDetector
 from edge_sdk.drift.edetector import EDetector
 from edge_sdk.drift.features import input_features
 from edge_sdk.drift.reference import Reference, input_channels, output_channels, output_names
+from edge_sdk.errors import IntegrityError
 from edge_sdk.files import load_npz, npz_bytes
 from edge_sdk.stats import wilson_interval
 from edge_sdk.types import AnyArray, DoubleArray, FloatArray
@@ -63,14 +65,10 @@ class DriftMonitors:
 
     def _use(self, reference: Reference) -> None:
         self.reference = reference
-        rows = max(1, reference.rows)
+        rows, length = reference.rows, self._run_length
         self.detectors: dict[str, DriftDetector] = {
-            "input": EDetector(
-                reference.input_mean, _Z * reference.input_std / math.sqrt(rows), run_length=self._run_length
-            ),
-            "output": EDetector(
-                reference.output_mean, _Z * reference.output_std / math.sqrt(rows), run_length=self._run_length
-            ),
+            "input": EDetector(reference.input_mean, _slack(reference.input_std, rows), run_length=length),
+            "output": EDetector(reference.output_mean, _slack(reference.output_std, rows), run_length=length),
         }
         accuracy = reference.accuracy if math.isfinite(reference.accuracy) else 0.5
         low, _ = wilson_interval(round(accuracy * reference.labelled), reference.labelled, z=_Z)
@@ -147,6 +145,14 @@ class DriftMonitors:
             IntegrityError: The state is damaged.
         """
         arrays = load_npz(data)
+        restored = copy(self)  # so that a damaged state leaves this one as it was
+        try:
+            restored._take(arrays)
+        except (KeyError, ValueError) as error:
+            raise IntegrityError(f"the monitors' state is damaged: {error!r}") from error
+        self.__dict__ |= restored.__dict__
+
+    def _take(self, arrays: dict[str, AnyArray]) -> None:
         self._labels = tuple(str(label) for label in arrays["labels"])
         self._use(Reference.load(arrays["reference"].tobytes()))
         for name, detector in self.detectors.items():
@@ -186,6 +192,19 @@ class DriftMonitors:
         names = {"input": input_names(self.reference), "output": output_names(self._labels), "accuracy": ["error rate"]}
         suspects = tuple((names[name][i], round(shift, 3)) for i, shift in detector.suspects())
         return Alarm(name, detector.evidence, detector.threshold, suspects)
+
+
+def _slack(std: DoubleArray, rows: int) -> DoubleArray:
+    """What a mean over so many rows does not know.
+
+    The second term, which soon vanishes, is for what is rarer than one row in `rows`: its spread is then badly known.
+
+    Source:
+        The shape of the bound in Maurer & Pontil 2009, "Empirical Bernstein bounds", arXiv:0907.3740, theorem 4.
+    """
+    rows = max(1, rows)
+    slack: DoubleArray = _Z * (std / math.sqrt(rows) + 1 / rows)
+    return slack
 
 
 def input_names(reference: Reference) -> list[str]:

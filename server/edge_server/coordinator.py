@@ -57,6 +57,8 @@ class Coordinator:
 
     def start(self) -> None:
         """Connect and subscribe. What groups should run is published as soon as the connection is there."""
+        # who went away meanwhile said so to the broker, which repeats it now; a broker that forgot says nothing
+        self.registry.forget_presence()
         # subscribed first, so that the connection counts only once nothing can be missed on it
         self._transport.subscribe(f"{self._topics.prefix}/d/+/up/#")
         self._transport.connect()

@@ -269,6 +269,15 @@ class Registry:
 
     # ---- devices
 
+    def forget_presence(self) -> None:
+        """Count no device as online until its retained state says so again: the coordinator was away.
+
+        Raises:
+            StoreError: Nothing changed.
+        """
+        with self.store.transaction():
+            self.store.forget_presence()
+
     def enrol(self, name: str, *, group: str, out: Path, actor: str) -> Bundle:
         """Register a device and write its bundle; see `enrol.enrol`."""
         return enrol(self.store, self.settings, name, group=group, out=out, actor=actor, now=self.clock.now())

@@ -168,6 +168,10 @@ class Store(Database):
 
     # ---- devices
 
+    def forget_presence(self) -> None:
+        """Set every device offline."""
+        self.conn.execute("UPDATE devices SET online = 0 WHERE online")
+
     def add_device(self, name: str, *, group: str, credential: str, now: float) -> bool:
         """Register a device; False if the name is taken. Belongs inside a transaction."""
         cursor = self.conn.execute(

@@ -503,3 +503,16 @@ class TestStore:
         coordinator.pump()
         record = coordinator.registry.device("a")
         assert (record.accuracy, record.predictions, record.health) == (0.9, 30, "degraded")
+
+
+def test_a_coordinator_that_was_away_counts_nobody_online_until_told(make_coordinator, make_device):
+    first = make_coordinator()
+    device = make_device("a")
+    first.pump()
+    assert [record.online for record in first.devices()] == [True]
+    first.close()
+    device.transport.vanish()
+    second = make_coordinator()
+    assert [record.online for record in second.devices()] == [False]
+    second.pump()
+    assert [record.online for record in second.devices()] == [False]
