@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import numpy as np
 from edge_sdk.config import DriftConfig
 from edge_sdk.drift.monitors import DriftMonitors
 from edge_sdk.drift.reference import Reference
+from edge_sdk.errors import IntegrityError
 from edge_sdk.join import Joined
 from edge_sdk.manifest import REFERENCE_NPZ
 from edge_sdk.messages import MonitorState
 from edge_sdk.pending import LoggedPrediction
 from edge_sdk.serving import Served
 from edge_sdk.store import Store
+
+logger = logging.getLogger(__name__)
 
 Emit = Callable[[str, dict[str, Any]], None]
 _SAVE_S = 60.0
@@ -72,19 +76,15 @@ class Monitoring:
         """
         key = f"{served.version.digest}/{served.version.head}".encode()
         restart = self._served is None
-        if self._served is None or self._served.version.digest != served.version.digest or self._monitors is None:
-            self._monitors = DriftMonitors(
-                Reference.load(folder / REFERENCE_NPZ),
-                tuple(served.manifest.labels),
-                run_length=self._config.rows_per_day / self._config.alarms_per_day,
-                rereference_rows=self._config.rereference_rows,
-            )
+        # anew from the checkpoint also on a way back: what the version before took for normal is not normal to this one
+        self._monitors = DriftMonitors(
+            Reference.load(folder / REFERENCE_NPZ),
+            tuple(served.manifest.labels),
+            run_length=self._config.rows_per_day / self._config.alarms_per_day,
+            rereference_rows=self._config.rereference_rows,
+        )
         self._served, self._unfolded, self._announced, self.changed_at = served, [], set(), None
-        saved = self._store.get("monitors")
-        if restart and saved is not None and self._store.get("monitors_of") == key:
-            self._monitors.restore(saved)
-            announced, self.changed_at = msgspec.json.decode(self._store.get("announced") or b"[[], null]")
-            self._announced = set(announced)
+        if restart and self._store.get("monitors_of") == key and self._restore(self._monitors):
             self._saved_at = now
             return
         if served.version.head:
@@ -95,6 +95,19 @@ class Monitoring:
             self.save(now)
             if served.version.head:
                 self._emit("rereferenced", {"reason": f"head {served.version.head} serves"})
+
+    def _restore(self, monitors: DriftMonitors) -> bool:
+        saved = self._store.get("monitors")
+        if saved is None:
+            return False
+        try:
+            monitors.restore(saved)
+        except IntegrityError as error:
+            logger.warning("the evidence of the run before is lost: %s", error)
+            return False
+        announced, self.changed_at = msgspec.json.decode(self._store.get("announced") or b"[[], null]")
+        self._announced = set(announced)
+        return True
 
     def see(self, joined: Joined) -> None:
         """Show what was written, and tell of new warnings and alarms."""

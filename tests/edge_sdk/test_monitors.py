@@ -115,7 +115,7 @@ def test_a_change_is_seen_by_its_monitor_which_names_it(monitors, rng, change, m
     live(monitors, rng, 20, **change)
     (alarm,) = monitors.alarms()
     assert alarm.monitor == monitor
-    assert monitors.warnings() == [monitor]
+    assert monitor in monitors.warnings()
     assert alarm.evidence >= alarm.threshold == 6_000
     assert any(name.startswith(suspect) and shift > 0 for name, shift in alarm.suspects)
 
