@@ -70,7 +70,7 @@ class LearnJob:
         """Read what `save` wrote.
 
         Raises:
-            IntegrityError: A file is missing or damaged.
+            IntegrityError: A file is missing or damaged, or its parts do not fit each other.
         """
         try:
             header = msgspec.json.decode((folder / JOB_JSON).read_bytes(), type=JobHeader)
@@ -80,7 +80,7 @@ class LearnJob:
                 part, _, name = key.partition(".")
                 if name:
                     parts[part][name] = value
-            return cls(
+            job = cls(
                 champion=Head(parts["champion"], tuple(header.labels)),
                 anchor=parts["anchor"],
                 fisher=parts["fisher"],
@@ -94,6 +94,20 @@ class LearnJob:
             )
         except (OSError, KeyError, msgspec.MsgspecError) as error:
             raise IntegrityError(f"the learning job in {folder.name} is damaged: {error}") from error
+        if not job.fits:
+            raise IntegrityError(f"the learning job in {folder.name} is damaged: its rows do not fit its head")
+        return job
+
+    @property
+    def fits(self) -> bool:
+        """Whether rows, labels, anchor and Fisher information are those of the champion."""
+        shapes = {key: value.shape for key, value in self.champion.weights.items()}
+        rows = ((self.fresh_latents, self.fresh_labels), (self.replay_latents, self.replay_labels))
+        return all({key: value.shape for key, value in part.items()} == shapes for part in (self.anchor, self.fisher)) and all(
+            latents.shape == (len(labels), self.champion.latent_dim)
+            and bool(((labels >= 0) & (labels < len(self.champion.labels))).all())
+            for latents, labels in rows
+        )
 
 
 class JobHeader(msgspec.Struct, frozen=True):

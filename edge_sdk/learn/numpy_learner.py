@@ -13,6 +13,7 @@ from edge_sdk.learn.ewc import backward, proximal_step
 from edge_sdk.types import FloatArray, IndexArray
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows is found by the checks for non-finite numbers
 def train_head(job: LearnJob) -> tuple[Head, LearnResult]:
     """Train a challenger from the champion.
 
