@@ -1,7 +1,7 @@
 """How the learner's defaults were chosen: accuracy on drifted and on original data over a small grid.
 
-Digits 0 to 7 and the demo's network. Half of the devices' pool gives the fresh samples, the other half scores; the demo's
-score set is not touched. Mean over seven drifts. Run from the root:
+Digits 0 to 7 and the demo's network. Half of the devices' pool gives the fresh samples, the other half scores; the
+demo's score set is not touched. Mean over seven drifts. Run from the root:
 
     PYTHONPATH=examples python benchmarks/learner_defaults.py
 """
@@ -14,8 +14,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from demo import factory
 
+from demo import factory
 from edge_sdk import Head, __version__, streams, verify_checkpoint
 from edge_sdk.adapt import FactoryMemory
 from edge_sdk.config import LearnConfig

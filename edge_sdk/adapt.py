@@ -222,13 +222,17 @@ class Adaptation:
             alarms=alarms,
             fresh_rows=self._store.count_samples("fresh", self._trunk, since=self._since),
             accuracy=self.accuracy,
-            since_last_s=None if self.state.last_ended is None else now - self.state.last_ended,
+            since_last_s=self._since_last(now),
             demanded=self.state.demanded,
         )
         decision: Decision = decide(signals, resources, self._config.policy)
         self.state.waits = decision.reason if decision.wanted and not decision.learn else ""
         if decision.learn:
             self._train(now, decision.reason)
+
+    def _since_last(self, now: float) -> float | None:
+        ended = self.state.last_ended
+        return None if ended is None or now < ended else now - ended  # a clock that was set back ends the cool-down
 
     def _train(self, now: float, reason: str) -> None:
         job, keys = self._job()

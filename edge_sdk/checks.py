@@ -531,7 +531,8 @@ def _check_learner_result(learner: Learner, job: LearnJob) -> Head:
     _require(not result.error, "a result that comes with a challenger tells of no error")
     _require(result.steps > 0, "the result tells how many steps were taken")
     _require(
-        bool(np.isfinite([result.first_loss, result.last_loss, result.seconds]).all()), "the result's numbers are finite"
+        bool(np.isfinite([result.first_loss, result.last_loss, result.seconds]).all()),
+        "the result's numbers are finite",
     )
     return challenger
 

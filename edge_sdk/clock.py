@@ -14,6 +14,11 @@ class Clock(Protocol):
         ...
 
 
+def is_due(now: float, since: float, seconds: float) -> bool:
+    """Whether `seconds` have passed since `since`. A clock that was set back makes all due at once, rather than never."""
+    return now < since or now - since >= seconds
+
+
 class SystemClock:
     """The machine's own clock."""
 

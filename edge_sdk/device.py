@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 
 from edge_sdk.adapt import Adaptation
-from edge_sdk.clock import Clock, SystemClock
+from edge_sdk.clock import Clock, SystemClock, is_due
 from edge_sdk.config import DeviceConfig
 from edge_sdk.errors import (
     EdgeError,
@@ -184,7 +184,11 @@ class EdgeDevice:
         self._upgrade = Upgrade(
             store=self._store, slots=self._slots, client=client, config=self.config, emit=self._reporter.emit
         )
-        self._start(None if checkpoint is None else Path(checkpoint))
+        try:
+            self._start(None if checkpoint is None else Path(checkpoint))
+        except BaseException:
+            self._close_files()
+            raise
 
     # ---- opening
 
@@ -412,7 +416,7 @@ class EdgeDevice:
                 self._learn_turn(now)
                 self._swap(now)
             with _recorded(problems):
-                if now - self._reporter.window.start >= self.config.report.interval_s:
+                if is_due(now, self._reporter.window.start, self.config.report.interval_s):
                     self._report(now, carry=True)
             with _recorded(problems):
                 sent = self._reporter.send(now)
@@ -440,7 +444,7 @@ class EdgeDevice:
         Monitors and probation see rows only once they are on disk, so that a second try counts nothing twice.
         """
         joined = None
-        if self._joiner.drain() or now - self._saved_at >= _SAVE_S:
+        if self._joiner.drain() or is_due(now, self._saved_at, _SAVE_S):
             current = self._served.version if self._served else None
             with self._store.transaction():
                 joined = self._joiner.write(now, current, self._reporter.counters, self._reporter.window)
@@ -661,8 +665,11 @@ class EdgeDevice:
             except StoreError as error:
                 logger.error("%s: the monitors' evidence was not saved: %s", self.name, error)  # noqa: TRY400
             self._reporter.close()
-            self._store.close()
-            self._lock_file.close()
+            self._close_files()
+
+    def _close_files(self) -> None:
+        self._store.close()
+        self._lock_file.close()
 
     def _run(self) -> None:
         while not self._stop.is_set():

@@ -176,13 +176,14 @@ def watch_release(
     if not healthy:
         return ProbationVerdict("rollback", "the new release fails in use")
     floor = accuracy_before - max_drop
+    against = f"before it {accuracy_before:.3f}" if np.isfinite(accuracy_before) else "before it unknown"
     if np.isfinite(accuracy_before) and 0 < floor < 1:
         process = MeanEProcess(1 - floor)
         process.update(1.0 - correct)
         if process.evidence >= 1 / alpha:
-            return ProbationVerdict("rollback", f"live accuracy {_mean(correct):.3f}, before it {accuracy_before:.3f}")
+            return ProbationVerdict("rollback", f"live accuracy {_mean(correct):.3f}, {against}")
     if len(correct) >= rows:
-        return ProbationVerdict("confirm", f"live accuracy {_mean(correct):.3f}, before it {accuracy_before:.3f}")
+        return ProbationVerdict("confirm", f"live accuracy {_mean(correct):.3f}, {against}")
     if waited_s >= seconds:
         return ProbationVerdict("confirm", f"unproven: healthy, but only {len(correct)} labels came")
     return ProbationVerdict("need_more", f"{len(correct)} of {rows} labels")

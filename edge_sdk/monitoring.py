@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from edge_sdk.clock import is_due
 from edge_sdk.config import DriftConfig
 from edge_sdk.drift.monitors import DriftMonitors
 from edge_sdk.drift.reference import Reference
@@ -133,7 +134,7 @@ class Monitoring:
 
     def save_if_due(self, now: float) -> bool:
         """Persist the evidence once a minute, to spare the flash; inside a transaction. True if it did."""
-        due = now - self._saved_at >= _SAVE_S
+        due = is_due(now, self._saved_at, _SAVE_S)
         if due:
             self.save(now)
         return due

@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from edge_sdk.clock import is_due
 from edge_sdk.config import ReportConfig
 from edge_sdk.errors import NotConnectedError, ProtocolError
 from edge_sdk.messages import MAX_MESSAGE_BYTES, Ack, Envelope, Event, Gap, Report, Topics, encode
@@ -87,7 +88,7 @@ class Outbox:
         count, _, oldest = self._store.outbox_size()
         if not count:
             return 0
-        if self._sent_on != self._transport.connections or now - self._sent_at >= self._config.resend_s:
+        if self._sent_on != self._transport.connections or is_due(now, self._sent_at, self._config.resend_s):
             self._sent = 0  # a new connection, or silence: begin again at the oldest
         start = max(self._sent, oldest - 1)
         window_end = oldest + _WINDOW

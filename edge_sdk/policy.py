@@ -74,7 +74,8 @@ def _reasons(signals: Signals, config: PolicyConfig) -> list[str]:
         reasons.append(f"accuracy {signals.accuracy:.3f} below {config.accuracy_target:g}")
     if signals.fresh_rows >= config.volume_rows:
         reasons.append(f"{signals.fresh_rows} new labelled rows")
-    if config.schedule_s and signals.fresh_rows and (signals.since_last_s or config.schedule_s) >= config.schedule_s:
+    due = signals.since_last_s is None or signals.since_last_s >= config.schedule_s
+    if config.schedule_s and signals.fresh_rows and due:
         reasons.append("schedule")
     if signals.demanded:
         reasons.append("on demand")

@@ -69,5 +69,5 @@ def with_labels_of(personal: Head, shipped: Head) -> Head:
             source, target = shipped.labels.index(label), grown.labels.index(label)
             w[:, target], b[target] = shipped.weights["W0"][:, source], shipped.weights["b0"][source]
     columns = [grown.labels.index(label) for label in order]
-    weights = {**grown.weights, f"W{last}": w[:, columns], f"b{last}": b[columns]}
+    weights = {**grown.weights, f"W{last}": np.ascontiguousarray(w[:, columns]), f"b{last}": b[columns]}
     return Head(weights, tuple(order))

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_sdk.clock import is_due
 from edge_sdk.config import UpdateConfig
 from edge_sdk.errors import DiskFullError, IntegrityError, NotConnectedError, RollbackRefusedError
 from edge_sdk.files import crashpoint, fsync_folder, remove_tree, replace_file, sha256_file, storage_error
@@ -147,7 +148,7 @@ class UpdateClient:
         self._asked_at: float | None = None
         self._asked: set[int] = set()
         self._asked_on = 0
-        self._retry_at = 0.0
+        self._full_at: float | None = None
         self._damaged = 0
 
     @property
@@ -233,7 +234,7 @@ class UpdateClient:
             IntegrityError: What was fetched is not what was offered.
             DiskFullError: There is no room; try again later.
         """
-        if self._offer is None or now < self._retry_at:
+        if self._offer is None or (self._full_at is not None and not is_due(now, self._full_at, self._config.retry_s)):
             return None
         offer = self._offer
         try:
@@ -256,7 +257,7 @@ class UpdateClient:
                     return None
                 files[digest] = path
         except DiskFullError:
-            self._retry_at = now + self._config.retry_s
+            self._full_at = now
             raise
         return FetchedRelease(offer, data, files)
 
@@ -294,7 +295,7 @@ class UpdateClient:
     def _ask(self, download: Download, now: float) -> None:
         """Ask for the next window of blocks when the last one is here, is overdue, or the connection is new."""
         reconnected = self._asked_on != self._transport.connections
-        overdue = self._asked_at is None or now - self._asked_at >= self._config.retry_s
+        overdue = self._asked_at is None or is_due(now, self._asked_at, self._config.retry_s)
         if self._asked and not overdue and not reconnected:
             return
         window = set(download.missing()[: self._config.window_blocks])
