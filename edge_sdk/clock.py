@@ -15,7 +15,7 @@ class Clock(Protocol):
 
 
 def is_due(now: float, since: float, seconds: float) -> bool:
-    """Whether `seconds` have passed since `since`. A clock that was set back makes all due at once, rather than never."""
+    """Whether `seconds` have passed since `since`. A clock that was set back makes all due, rather than nothing."""
     return now < since or now - since >= seconds
 
 

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,7 +33,7 @@ from edge_sdk.errors import (
 from edge_sdk.files import lock_folder
 from edge_sdk.join import Joined, Joiner
 from edge_sdk.learn.executor import LearnExecutor, new_executor
-from edge_sdk.manifest import MANIFEST_NAME, parse_manifest, verify_checkpoint
+from edge_sdk.manifest import verify_checkpoint
 from edge_sdk.messages import check_name
 from edge_sdk.monitoring import Monitoring
 from edge_sdk.pending import Label, LoggedPrediction, Pending, Taught
@@ -146,55 +146,37 @@ class EdgeDevice:
         self._home.mkdir(parents=True, exist_ok=True)
         self._clock = clock or SystemClock()
         self._resources = resources or PsutilReader()
+        self._executor = executor or new_executor(self.config.learn.executor)
         self._trunks: Trunks = {} if trunks is None else trunks
-        self._rng = rng or np.random.default_rng()
         self._step_lock = threading.RLock()
         self._flushed = threading.Condition()
         self._flushes = 0
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
+        self._stopped = False
         self._problem = ""
         self._saved_at = 0.0
         self._taken_up: Version | None = None
         self._served: Served | None = None
         self._adaptation: Adaptation | None = None
 
-        self._lock_file = lock_folder(self._home)
-        self._store = Store(self._home / "edge.db", durability=self.config.durability)
-        self._open_store()
-        self._slots = Slots(self._home / "slots")
-        self._slots.collect_garbage()
-        self._executor = executor or new_executor(self.config.learn.executor)
-        self._reporter = Reporter(
-            self._store,
-            store_id=self.store_id,
-            boot=self.boot,
-            transport=transport or NoTransport(),
-            clock=self._clock,
-            config=self.config,
-        )
-        self._monitoring = Monitoring(self._store, self.config.drift, self._reporter.emit)
-        client = UpdateClient(
-            self._home / "incoming",
-            device=self.name,
-            topics=self._reporter.topics,
-            transport=transport or NoTransport(),
-            config=self.config.update,
-        )
-        self._upgrade = Upgrade(
-            store=self._store, slots=self._slots, client=client, config=self.config, emit=self._reporter.emit
-        )
-        try:
+        with ExitStack() as opened:
+            opened.enter_context(lock_folder(self._home))
+            self._store = Store(self._home / "edge.db", durability=self.config.durability)
+            opened.callback(self._store.close)
+            self._slots = Slots(self._home / "slots")
+            self._slots.collect_garbage()
+            self._open(transport or NoTransport(), rng or np.random.default_rng())
             self._start(None if checkpoint is None else Path(checkpoint))
-        except BaseException:
-            self._close_files()
-            raise
+            self._files = opened.pop_all()
+            """The database and the folder's lock, open until `stop`."""
 
     # ---- opening
 
-    def _open_store(self) -> None:
+    def _open(self, transport: Transport, rng: np.random.Generator) -> None:
+        """Continue where the database says the device was."""
         with self._store.transaction():
-            store_id = self._store.get("store_id") or bytes(self._rng.bytes(8)).hex().encode()
+            store_id = self._store.get("store_id") or rng.bytes(8).hex().encode()
             self.boot = int(self._store.get("boot") or b"0") + 1
             self._store.put("store_id", store_id)
             self._store.put("boot", str(self.boot).encode())
@@ -203,22 +185,49 @@ class EdgeDevice:
         self._pending = Pending(self.config.join.max_pending, f"{prefix}{self.boot}-")
         self._pending.reserve(self._store.waiting_ids(not_like=prefix))
         self._joiner = Joiner(self._store, self._pending, self.config)
+        self._reporter = Reporter(
+            self._store,
+            store_id=self.store_id,
+            boot=self.boot,
+            transport=transport,
+            clock=self._clock,
+            config=self.config,
+        )
+        emit = self._reporter.emit
+        if self._store.replaced:
+            with self._store.transaction():
+                emit("store_lost", {"reason": "the database was damaged; it was put aside and begun anew"})
+        self._monitoring = Monitoring(self._store, self.config.drift, emit)
+        client = UpdateClient(
+            self._home / "incoming",
+            device=self.name,
+            topics=self._reporter.topics,
+            transport=transport,
+            config=self.config.update,
+        )
+        self._upgrade = Upgrade(store=self._store, slots=self._slots, client=client, config=self.config, emit=emit)
 
     def _start(self, checkpoint: Path | None) -> None:
-        """Load what serves, or install the checkpoint that came with the app if it is newer."""
+        """Load what serves, or install the checkpoint that came with the app if it is newer or nothing else works."""
         now = self._clock.now()
         self._upgrade.count_boot()
-        current = self._slots.pointer.current
-        if current is not None:
-            self._load_or_go_back(current, now)
+        try:
+            self._load_or_go_back(now)
+        except (EdgeError, OSError):
+            if checkpoint is None:
+                raise
+        current = self._served.version if self._served else None
         if checkpoint is not None:
-            release = parse_manifest((checkpoint / MANIFEST_NAME).read_bytes()).release
+            release = verify_checkpoint(checkpoint).release
             if current is None or release > current.release:
                 self._upgrade.install_folder(checkpoint, self._adaptation)
                 self._swap(now)
 
-    def _load_or_go_back(self, current: Version, now: float) -> None:
+    def _load_or_go_back(self, now: float) -> None:
         """Serve the version in use; one that is damaged is left for the one before."""
+        current = self._slots.pointer.current
+        if current is None:
+            return
         try:
             verify_checkpoint(self._slots.folder(current))  # flash memory ages
             self._swap(now)
@@ -650,12 +659,15 @@ class EdgeDevice:
             self._thread.start()
 
     def stop(self) -> None:
-        """Flush, say goodbye and close. Whatever was observed before is on disk afterwards."""
+        """Flush, say goodbye and close. Whatever was observed before is on disk afterwards. Twice is once."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         with self._step_lock:
+            if self._stopped:
+                return
+            self._stopped = True
             self.step()
             self._executor.cancel()
             try:
@@ -665,11 +677,7 @@ class EdgeDevice:
             except StoreError as error:
                 logger.error("%s: the monitors' evidence was not saved: %s", self.name, error)  # noqa: TRY400
             self._reporter.close()
-            self._close_files()
-
-    def _close_files(self) -> None:
-        self._store.close()
-        self._lock_file.close()
+            self._files.close()
 
     def _run(self) -> None:
         while not self._stop.is_set():

@@ -7,6 +7,7 @@ slots/a/  slots/b/      a checkpoint folder each, with heads/0001.npz, … besid
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,12 +16,13 @@ from typing import Literal
 
 import msgspec
 
-from edge_sdk.errors import IntegrityError, RollbackRefusedError
+from edge_sdk.errors import ArtifactError, IntegrityError, RollbackRefusedError
 from edge_sdk.files import crashpoint, fsync_folder, remove_tree, replace_file, storage_error
 from edge_sdk.head import Head
 from edge_sdk.manifest import HEAD_NPZ, MANIFEST_NAME, Manifest, digest_of, parse_manifest, verify_checkpoint
 
 Slot = Literal["a", "b"]
+logger = logging.getLogger(__name__)
 
 
 class Version(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -51,9 +53,6 @@ class Slots:
 
     Args:
         root: Folder of its own.
-
-    Raises:
-        IntegrityError: The pointer is damaged.
     """
 
     def __init__(self, root: Path) -> None:
@@ -65,7 +64,27 @@ class Slots:
         except FileNotFoundError:
             self.pointer = Pointer()
         except msgspec.MsgspecError as error:
-            raise IntegrityError(f"{self._path} is damaged: {error}; install a release anew") from error
+            logger.error("%s is damaged and made anew from what the slots hold: %s", self._path, error)  # noqa: TRY400
+            self.pointer = self._rebuilt()
+            replace_file(self._path, msgspec.json.encode(self.pointer))
+
+    def _rebuilt(self) -> Pointer:
+        """A pointer to the newest release whose files verify, with its own head: nobody can walk up to the device."""
+        found: list[Version] = []
+        slots: tuple[Slot, ...] = ("a", "b")
+        for slot in slots:
+            try:
+                manifest = verify_checkpoint(self.root / slot)
+            except ArtifactError:
+                continue
+            found.append(Version(slot, manifest.release, digest_of((self.root / slot / MANIFEST_NAME).read_bytes())))
+        found.sort(key=lambda version: version.release)
+        heads = [int(file.stem) for slot in slots for file in (self.root / slot / "heads").glob("*.npz")]
+        return Pointer(
+            current=found[-1] if found else None,
+            fallback=found[0] if len(found) > 1 else None,
+            heads=max(heads, default=0),
+        )
 
     # ---- reading
 

@@ -60,7 +60,7 @@ class Upgrade:
         self._store, self._slots, self.client, self._config, self._emit = store, slots, client, config, emit
         data = store.get(_STATE)
         self.state = msgspec.json.decode(data, type=UpgradeState) if data else UpgradeState()
-        self._complaint = ""
+        self._complaints: set[str] = set()
         self.why = ""
         """Why the release was last left, until that is recorded."""
 
@@ -92,8 +92,8 @@ class Upgrade:
         """Leave a revoked release, fetch an offered one, install it when it is complete."""
         current = self._slots.pointer.current
         desired = self.client.desired
-        if current is not None and desired is not None and current.release in desired.revoked:
-            self.leave("revoked by the coordinator")
+        revoked = current is not None and desired is not None and current.release in desired.revoked
+        if revoked and self.leave("revoked by the coordinator"):
             return
         try:
             offer = self.client.offered(current.release if current else None, self.state.refused)
@@ -165,14 +165,21 @@ class Upgrade:
         if current is None or (recorded is not None and recorded.digest == current.digest):
             return False
         before = adaptation.accuracy if recorded is not None else None
-        reason, self.why = self.why or "recovered after a restart", ""
+        reason = self.why or "recovered after a restart"
         forward = recorded is None or current.release > recorded.release
         adaptation.abandon(now)
         adaptation.forget_recent()
+        state = msgspec.structs.replace(
+            self.state,
+            recorded=current,
+            watching=forward and recorded is not None,
+            since=now,
+            accuracy_before=before,
+            correct=[],
+            predictions=0,
+            errors=0,
+        )
         with self._store.transaction():
-            state = self.state
-            state.recorded, state.correct, state.predictions, state.errors = current, [], 0, 0
-            state.watching, state.since, state.accuracy_before = forward and recorded is not None, now, before
             if forward:
                 detail = {
                     "release": current.release,
@@ -183,11 +190,13 @@ class Upgrade:
                 }
                 self._emit("release_activated", detail)
             elif recorded is not None:
-                state.refused[recorded.digest] = reason
+                state.refused = {**state.refused, recorded.digest: reason}
                 detail = {"release": recorded.release, "to": current.release, "reason": reason}
                 self._emit("release_rolled_back", detail)
             adaptation.save()
-            self.save()
+            self._store.put(_STATE, msgspec.json.encode(state))
+        self.state, self.why = state, ""
+        self._complaints.clear()
         return True
 
     def _install_fetched(self, fetched: FetchedRelease, adaptation: Adaptation | None) -> None:
@@ -217,8 +226,8 @@ class Upgrade:
         shipped = Head.load(folder / HEAD_NPZ)
         return choose_head(shipped, self._slots.head(current), features, [*labels, *memory.judge_labels])
 
-    def leave(self, reason: str) -> None:
-        """Go back to the release before, if there is one."""
+    def leave(self, reason: str) -> bool:
+        """Go back to the release before, if there is one; False if this one must go on serving."""
         try:
             self._slots.rollback_release()
         except RollbackRefusedError as error:
@@ -227,13 +236,14 @@ class Upgrade:
                 with self._store.transaction():
                     self.state.watching = False
                     self.save()
-            return
+            return False
         self.why = reason
         self.client.abandon()
+        return True
 
     def _complain(self, name: str, reason: str) -> None:
         """Record a state that lasts once, not at every turn."""
-        if reason != self._complaint:
-            self._complaint = reason
+        if reason not in self._complaints:
             with self._store.transaction():
                 self._emit(name, {"reason": reason})
+            self._complaints.add(reason)

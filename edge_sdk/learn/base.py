@@ -103,7 +103,9 @@ class LearnJob:
         """Whether rows, labels, anchor and Fisher information are those of the champion."""
         shapes = {key: value.shape for key, value in self.champion.weights.items()}
         rows = ((self.fresh_latents, self.fresh_labels), (self.replay_latents, self.replay_labels))
-        return all({key: value.shape for key, value in part.items()} == shapes for part in (self.anchor, self.fisher)) and all(
+        return all(
+            {key: value.shape for key, value in part.items()} == shapes for part in (self.anchor, self.fisher)
+        ) and all(
             latents.shape == (len(labels), self.champion.latent_dim)
             and bool(((labels >= 0) & (labels < len(self.champion.labels))).all())
             for latents, labels in rows

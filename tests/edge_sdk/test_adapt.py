@@ -1,0 +1,644 @@
+"""The learning transaction on a real device and real handwriting: decide, learn, judge, promote, watch."""
+
+import msgspec
+import numpy as np
+import pytest
+
+from edge_sdk.adapt import FactoryMemory
+from edge_sdk.errors import DiskFullError
+from edge_sdk.files import load_npz
+from edge_sdk.head import Head
+from edge_sdk.learn.base import CHALLENGER, LearnJob
+from edge_sdk.learn.executor import InlineExecutor
+from edge_sdk.manifest import MANIFEST_NAME, MEMORY_NPZ, parse_manifest
+from edge_sdk.policy import ResourceState
+from edge_sdk.resources import FixedReader
+from edge_sdk.streams import DriftingStream, darkening, rotation
+
+NAMES = [str(i) for i in range(10)]
+BASE = set(range(8))
+TICK_S = 300.0
+
+
+class World:
+    """What happens to a device, tick by tick; every prediction gets its label at once."""
+
+    def __init__(self, clock, pool, transform=rotation(30), *, drift_at=0, new_labels=frozenset(), seed=0):
+        rng = np.random.default_rng(seed)
+        self.clock, self.tick = clock, 0
+        self.stream = DriftingStream(
+            pool, rng=rng, base_labels=BASE, drift_at=drift_at, transform=transform, new_labels=new_labels
+        )
+
+    def live(self, device, ticks=1, *, rows=40, label=lambda truth: truth, until=None):
+        """Ticks of life, or fewer if `until` says so; returns whether it did."""
+        for _ in range(ticks):
+            self.clock.advance(TICK_S)
+            x, y = self.stream.draw(rows, self.tick)
+            self.tick += 1
+            for prediction, truth in zip(device.predict_batch(x), y, strict=True):
+                device.observe(prediction.id, label(NAMES[truth]))
+            report = device.step()
+            assert report.problem == ""
+            if until is not None and until(device):
+                return True
+        return False
+
+
+@pytest.fixture
+def world(clock, digits):
+    def make(*args, **options):
+        return World(clock, digits.life, *args, **options)
+
+    return make
+
+
+@pytest.fixture
+def hard_to_convince(config):
+    """A gate that never has evidence enough."""
+    return msgspec.structs.replace(config, gate=msgspec.structs.replace(config.gate, alpha=1e-12, class_margin=1.0))
+
+
+@pytest.fixture
+def careless(config):
+    """A gate that does not mind forgetting: harm is left to probation."""
+    gate = msgspec.structs.replace(config.gate, factory_margin=1.0, class_margin=1.0)
+    return msgspec.structs.replace(config, gate=gate)
+
+
+def events(device):
+    return [entry.name for entry in device.history(limit=1_000)]
+
+
+def details(device, name):
+    return [entry.detail for entry in device.history(limit=1_000) if entry.name == name]
+
+
+def phase_is(phase):
+    return lambda device: device.status().phase == phase
+
+
+def has(name):
+    return lambda device: name in events(device)
+
+
+def turned(label):
+    """Another label than the right one, always the same."""
+    return NAMES[(int(label) + 1) % 8]
+
+
+def kill(device):
+    """As a power cut: nothing is flushed."""
+    device._close_files()
+
+
+def challenger_of(device):
+    return Head.load(device._home / "learn" / "job" / CHALLENGER)
+
+
+def stored_replay(device):
+    samples = device._store.samples("replay", device._adaptation._trunk)
+    return [(s.slot, s.latent, s.label) for s in samples]
+
+
+def buffered(device):
+    adaptation = device._adaptation
+    labels = [adaptation._buffer_labels[i] for i in adaptation.buffer.labels]
+    return [(i, adaptation.buffer.latents[i].tobytes(), label) for i, label in enumerate(labels)]
+
+
+# ---- the whole loop
+
+
+def test_drift_is_noticed_learned_promoted_and_confirmed(make_device, world, digits):
+    device, life = make_device(), world(drift_at=4)
+    score = digits.score.only(BASE)
+    names = [NAMES[i] for i in score.y]
+    drifted = life.stream.transform(score.x, np.random.default_rng(0))
+    life.live(device, 4)
+    assert "drift_alarm" not in events(device)
+    under, original = device.evaluate(drifted, names), device.evaluate(score.x, names)
+
+    assert life.live(device, 40, until=has("confirmed"))
+
+    order = events(device)
+    steps = ["drift_alarm", "learn_started", "promoted", "rereferenced", "confirmed"]
+    assert [order.index(name) for name in steps] == sorted(order.index(name) for name in steps)
+    status = device.status()
+    assert status.head >= 1
+    assert status.counters.promotions == 1
+    assert status.counters.rollbacks == 0
+    assert status.replay_rows > 0
+    assert device.evaluate(drifted, names) >= under + 0.1
+    assert device.evaluate(score.x, names) >= original - 0.05
+    (promoted,) = details(device, "promoted")
+    assert promoted["evidence"] >= 20
+    assert promoted["challenger"] > promoted["champion"]
+    assert "drift" in promoted["trigger"]
+    assert (promoted["to"], promoted["parent"]) == (1, 0)
+
+
+def test_without_drift_nothing_is_learned(make_device, world):
+    device = make_device()
+    world(darkening(1.0), drift_at=0).live(device, 30)
+    assert set(events(device)) <= {"release_activated", "drift_warning"}
+    assert device.status().head == 0
+    assert device.status().fresh_rows > 0
+
+
+def test_shadow_mode_learns_and_judges_but_never_promotes_and_says_what_it_would_have_done(make_device, world):
+    device, life = make_device(mode="shadow"), world()
+    assert life.live(device, 40, until=has("would_promote"))
+    status = device.status()
+    assert status.phase == "idle"
+    assert (status.head, status.counters.promotions) == (0, 0)
+    assert "promoted" not in events(device)
+    (detail,) = details(device, "would_promote")
+    assert detail["outcome"] == "promote"
+    assert detail["evidence"] >= 20
+    assert status.replay_rows > 0
+
+
+def test_monitor_mode_watches_and_never_learns(make_device, world):
+    device = make_device(mode="monitor")
+    world().live(device, 10)
+    device.learn_now()
+    world().live(device, 10)
+    assert "drift_alarm" in events(device)
+    assert "learn_started" not in events(device)
+    assert device.status().phase == "idle"
+    assert device.status().fresh_rows > 300
+
+
+def test_a_mode_changed_while_a_challenger_is_judged_counts(make_device, world, config, clock, hard_to_convince):
+    device, life = make_device(config=hard_to_convince), world()
+    assert life.live(device, 20, until=phase_is("judging"))
+    kill(device)
+    again = make_device(config=config, mode="monitor")
+    assert life.live(again, 20, until=phase_is("idle"))
+    assert again.status().head == 0
+    assert "promoted" not in events(again)
+
+
+def test_a_harmful_promotion_is_rolled_back_in_probation(make_device, world, digits, careless):
+    """Labels come wrong until the promotion, and right again after it."""
+    device, life = make_device(config=careless), world(darkening(1.0))
+    score = digits.score.only(BASE)
+    names = [NAMES[i] for i in score.y]
+    accuracy = device.evaluate(score.x, names)
+    device.learn_now()
+    assert life.live(device, 20, label=turned, until=phase_is("probation"))
+    assert device.status().head == 1
+    assert device.evaluate(score.x, names) < 0.3
+
+    assert life.live(device, 3, until=phase_is("idle"))
+
+    assert device.status().head == 0
+    assert device.evaluate(score.x, names) == accuracy
+    assert device.status().counters.rollbacks == 1
+    (detail,) = details(device, "head_rolled_back")
+    assert detail["reason"].startswith("live accuracy 0.")
+    assert detail["to"] == 0
+    life.live(device, 5)
+    assert "confirmed" not in events(device)
+
+
+def test_after_the_rollback_of_a_grown_head_the_monitors_watch_the_head_before(make_device, world, careless):
+    """The head that was rolled back had one label more, and another normal."""
+    device, life = make_device(config=careless), world(darkening(1.0))
+    device.learn_now()
+    assert life.live(device, 20, label=lambda truth: "new" if truth in "01" else truth, until=phase_is("probation"))
+    assert "new" in device.labels
+    assert life.live(device, 6, until=phase_is("idle"))
+    assert device.labels == tuple(NAMES[:8])
+
+    life.live(device, 20)
+
+    assert device.status().alarms == []
+    state = {monitor.name: monitor for monitor in device._monitoring.states()}
+    assert state["output"].evidence > 0
+    after = World(life.clock, life.stream._base, darkening(0.3))
+    assert after.live(device, 10, until=lambda device: "input" in device.status().alarms)
+
+
+def test_a_version_that_fails_in_use_is_rolled_back_without_labels(make_device, world):
+    device, life = make_device(), world()
+    assert life.live(device, 40, until=phase_is("probation"))
+    device.step()
+    for _ in range(5):
+        device._pending.fail()
+    device.step()
+    assert device.status().head == 0
+    assert details(device, "head_rolled_back")[0]["reason"] == "the new version fails in use"
+
+
+def test_without_labels_a_healthy_version_is_kept_as_unproven(make_device, world, clock):
+    device, life = make_device(), world()
+    assert life.live(device, 40, until=phase_is("probation"))
+    clock.advance(86_400)
+    device.step()
+    assert device.status().phase == "idle"
+    assert details(device, "confirmed")[0]["reason"].startswith("unproven: healthy")
+
+
+# ---- waiting and superseding
+
+
+def test_a_challenger_that_proves_nothing_gives_way_to_one_that_knows_more(make_device, world, hard_to_convince):
+    device, life = make_device(config=hard_to_convince), world()
+    assert life.live(device, 30, until=lambda device: events(device).count("learn_started") == 3)
+    rows = [detail["rows"] for detail in details(device, "learn_started")]
+    assert rows[1] >= 2 * rows[0]
+    assert rows[2] >= 2 * rows[1]
+    assert events(device).count("superseded") == 2
+    assert device.status().replay_rows == 0
+    assert device.status().counters.rejections == 0
+    assert "on demand" in details(device, "learn_started")[1]["reason"]
+
+
+def test_a_challenger_that_is_not_proven_in_time_is_rejected_and_its_rows_are_remembered(
+    make_device, world, clock, hard_to_convince
+):
+    device, life = make_device(config=hard_to_convince), world()
+    assert life.live(device, 20, until=phase_is("judging"))
+    assert device.status().waits.startswith("evidence ")
+    rows = details(device, "learn_started")[0]["rows"]
+    clock.advance(3_600)
+    device.step()
+    (detail,) = details(device, "rejected")
+    assert detail["reason"] == "not proven better within 3600 s"
+    status = device.status()
+    assert (status.phase, status.head, status.counters.rejections) == ("idle", 0, 1)
+    assert status.replay_rows == rows
+    assert not (device._home / "learn" / "job").exists()
+
+
+def test_learning_waits_for_resources_and_says_so(make_device, world):
+    reader = FixedReader(ResourceState(battery=0.1, on_mains=False))
+    device, life = make_device(resources=reader), world()
+    life.live(device, 10)
+    assert device.status().alarms
+    assert "waits for battery at 10%" in device.status().waits
+    assert "learn_started" not in events(device)
+    reader.state = ResourceState(battery=0.1, on_mains=True)
+    device.step()
+    assert "learn_started" in events(device)
+
+
+def test_a_failed_learner_leaves_the_champion_and_is_tried_again_after_the_cool_down(make_device, world, clock, config):
+    class Failing(InlineExecutor):
+        fails = 1
+
+        def start(self, folder):
+            if self.fails:
+                self.fails -= 1
+                (folder / "job.json").write_bytes(b"{}")
+            super().start(folder)
+
+    config = msgspec.structs.replace(config, policy=msgspec.structs.replace(config.policy, cooldown_s=2 * TICK_S))
+    device, life = make_device(executor=Failing(), config=config), world()
+    assert life.live(device, 20, until=has("learn_failed"))
+    assert device.status().head == 0
+    assert device.status().phase == "idle"
+    assert "IntegrityError" in details(device, "learn_failed")[0]["reason"]
+    life.live(device, 1)
+    assert events(device).count("learn_started") == 1
+    assert "cool-down" in device.status().waits
+    life.live(device, 1)
+    assert events(device).count("learn_started") == 2
+
+
+def test_a_learner_that_takes_too_long_is_stopped(make_device, world, clock):
+    class Stuck:
+        cancelled = 0
+
+        def start(self, folder):
+            pass
+
+        def poll(self):
+            return None
+
+        def cancel(self):
+            self.cancelled += 1
+
+    executor = Stuck()
+    device, life = make_device(executor=executor), world()
+    assert life.live(device, 20, until=phase_is("training"))
+    clock.advance(121)
+    device.step()
+    assert executor.cancelled == 1
+    assert details(device, "learn_failed")[0]["reason"] == "stopped after 120 s"
+    assert device.status().phase == "idle"
+
+
+# ---- restarts
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_a_restart_during_judging_continues_with_the_same_challenger(make_device, world, config, hard_to_convince, end):
+    device, life = make_device(config=hard_to_convince), world()
+    assert life.live(device, 20, until=phase_is("judging"))
+    challenger = challenger_of(device).to_bytes()
+    kill(device) if end == "kill" else device.stop()
+
+    again = make_device(config=config)
+    assert again.status().phase == "judging"
+    assert challenger_of(again).to_bytes() == challenger
+    assert life.live(again, 6, until=phase_is("probation"))
+    assert events(again).count("learn_started") == 1
+    assert again._slots.head(again._slots.pointer.current).to_bytes() == challenger
+
+
+@pytest.mark.parametrize("end", ["stop", "kill"])
+def test_a_restart_during_probation_continues_with_the_same_evidence(make_device, world, clock, end):
+    device, life = make_device(), world()
+    assert life.live(device, 40, until=phase_is("probation"))
+    life.live(device, 1, rows=30)
+    clock.advance(61)  # evidence is on disk at least once a minute
+    device.step()
+    before, after, recent = (list(getattr(device._adaptation.state, name)) for name in ("before", "after", "recent"))
+    assert len(after) == 30
+    kill(device) if end == "kill" else device.stop()
+
+    again = make_device()
+    state = again._adaptation.state
+    assert (state.phase, state.before, state.after, state.recent) == ("probation", before, after, recent)
+    assert again.status().head == 1
+    assert life.live(again, 10, until=has("confirmed"))
+
+
+def test_a_restart_during_probation_can_still_roll_back(make_device, world, careless):
+    device, life = make_device(config=careless), world(darkening(1.0))
+    device.learn_now()
+    assert life.live(device, 20, label=turned, until=phase_is("probation"))
+    kill(device)
+    again = make_device(config=careless)
+    assert again.status().phase == "probation"
+    assert life.live(again, 3, until=phase_is("idle"))
+    assert again.status().head == 0
+    assert again.status().counters.rollbacks == 1
+
+
+def test_a_restart_while_a_child_learns_starts_over(make_device, world, config):
+    class Stuck(InlineExecutor):
+        def poll(self):
+            return None
+
+    device, life = make_device(executor=Stuck()), world()
+    assert life.live(device, 20, until=phase_is("training"))
+    fresh = device.status().fresh_rows
+    kill(device)
+    again = make_device()
+    assert again.status().phase == "idle"
+    assert again.status().fresh_rows == fresh
+    life.live(again, 1)
+    assert events(again).count("learn_started") == 2
+
+
+def test_the_replay_buffer_survives_a_restart(make_device, world, clock, hard_to_convince):
+    device, life = make_device(config=hard_to_convince), world()
+    assert life.live(device, 20, until=phase_is("judging"))
+    clock.advance(3_600)
+    device.step()
+    kept, seen = buffered(device), dict(device._adaptation.buffer.seen)
+    assert kept == stored_replay(device)
+    device.stop()
+    again = make_device(config=hard_to_convince)
+    assert buffered(again) == kept
+    assert sorted(again._adaptation.buffer.seen.values()) == sorted(seen.values())
+
+
+def test_a_smaller_replay_budget_keeps_what_fits(make_device, world, clock, hard_to_convince):
+    device, life = make_device(config=hard_to_convince), world()
+    assert life.live(device, 20, until=phase_is("judging"))
+    clock.advance(3_600)
+    device.step()
+    kept = buffered(device)
+    assert len(kept) > 20
+    device.stop()
+    smaller = msgspec.structs.replace(hard_to_convince.replay, max_bytes=20 * (32 + 96))
+    again = make_device(config=msgspec.structs.replace(hard_to_convince, replay=smaller))
+    assert buffered(again) == kept[:20] == stored_replay(again)
+    life.live(again, 2)
+
+
+# ---- a disk that is full at the worst moment
+
+
+def fail_once(device, name):
+    """The record of one kind of event finds no room, once."""
+    adaptation, emit = device._adaptation, device._adaptation._emit
+    failed = []
+
+    def emit_or_fail(event, detail):
+        if event == name and not failed:
+            failed.append(event)
+            raise DiskFullError("no room")
+        emit(event, detail)
+
+    adaptation._emit = emit_or_fail
+    return failed
+
+
+def advance(life, device, ticks, until):
+    """As `live`, when a step may report a problem."""
+    for _ in range(ticks):
+        try:
+            life.live(device, 1)
+        except AssertionError:
+            assert "no room" in device.status().problem
+        if until(device):
+            return
+    raise AssertionError("it did not come to that")
+
+
+def test_a_promotion_that_could_not_be_recorded_is_recorded_at_the_next_turn(make_device, world):
+    device, life = make_device(), world()
+    failed = fail_once(device, "promoted")
+    advance(life, device, 40, until=has("promoted"))
+    assert failed
+    assert events(device).count("promoted") == 1
+    assert device.status().counters.promotions == 1
+    assert device.status().phase == "probation"
+    assert device.status().head == 1
+    assert buffered(device) == stored_replay(device) != []
+    assert life.live(device, 10, until=has("confirmed"))
+
+
+def test_a_rejection_that_could_not_be_recorded_changes_nothing_and_is_made_again(
+    make_device, world, clock, hard_to_convince
+):
+    device, life = make_device(config=hard_to_convince), world()
+    assert life.live(device, 20, until=phase_is("judging"))
+    failed = fail_once(device, "rejected")
+    clock.advance(3_600)
+    assert "no room" in device.step().problem
+    assert failed
+    assert device.status().phase == "judging"
+    assert buffered(device) == stored_replay(device) == []
+    assert device.step().problem == ""
+    assert events(device).count("rejected") == 1
+    assert buffered(device) == stored_replay(device) != []
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_rollback_that_could_not_be_recorded_is_recorded_later(make_device, world, careless, restart):
+    device, life = make_device(config=careless), world(darkening(1.0))
+    device.learn_now()
+    assert life.live(device, 20, label=turned, until=phase_is("probation"))
+    fail_once(device, "head_rolled_back")
+    advance(life, device, 4, until=lambda device: device._slots.pointer.current.head == 0)
+    if restart:
+        kill(device)
+        device = make_device(config=careless)
+    life.live(device, 1)
+    assert device.status().phase == "idle"
+    assert events(device).count("head_rolled_back") == 1
+    assert device.status().counters.rollbacks == 1
+
+
+def test_a_rollback_asked_for_in_probation_is_recorded_once_even_if_killed_after_it(make_device, world):
+    device, life = make_device(), world()
+    assert life.live(device, 40, until=phase_is("probation"))
+    device.rollback()
+    kill(device)
+    again = make_device()
+    assert again.status().phase == "idle"
+    assert events(again).count("head_rolled_back") == 1
+
+
+# ---- new labels
+
+
+def fresh_labels(device):
+    return [sample.label for sample in device._store.samples("fresh", device._adaptation._trunk)]
+
+
+def teach(device, pool, label, until):
+    """Labelled samples one by one, until there are enough to learn from."""
+    for x in pool.only({label}).x:
+        if until(device):
+            return
+        device.learn(x[None], [NAMES[label]])
+        device.step()
+    raise AssertionError("not enough samples")
+
+
+def test_a_new_class_grows_the_head_only_after_ten_rows(make_device, world, clock, digits, hard_to_convince):
+    device, life = make_device(config=hard_to_convince), world(darkening(1.0))
+    life.live(device, 3)
+    teach(device, digits.life, 8, until=lambda device: fresh_labels(device).count("8") == 9)
+    device.learn_now()
+    device.step()
+    assert challenger_of(device).labels == tuple(NAMES[:8])
+    clock.advance(3_600)
+    device.step()
+    assert device.status().phase == "idle"
+    assert fresh_labels(device) == ["8"] * 9
+
+    life.live(device, 3)
+    teach(device, digits.factory, 8, until=lambda device: fresh_labels(device).count("8") == 10)
+    device.learn_now()
+    device.step()
+    assert challenger_of(device).labels == (*NAMES[:8], "8")
+
+
+def test_a_new_class_is_learned_and_served(make_device, world, digits):
+    device, life = make_device(), world(darkening(1.0), new_labels=frozenset({8}))
+    assert life.live(device, 60, until=has("confirmed"))
+    assert device.labels == (*NAMES[:8], "8")
+    eights = digits.score.only({8})
+    assert device.evaluate(eights.x, ["8"] * len(eights.y)) >= 0.5
+    old = digits.score.only(BASE)
+    assert device.evaluate(old.x, [NAMES[i] for i in old.y]) >= 0.85
+
+
+def test_the_head_never_grows_beyond_its_limit(make_device, clock, digits, config):
+    config = msgspec.structs.replace(config, learn=msgspec.structs.replace(config.learn, max_labels=9))
+    device = make_device(config=config)
+    for label in (8, 9):
+        pool = digits.life.only({label})
+        device.learn(pool.x[:40], [NAMES[label]] * 40)
+    device.learn_now()
+    device.step()
+    assert len(device.labels) <= 9
+    started = details(device, "learn_started")
+    assert started
+    assert set(fresh_labels(device)) <= {"8", "9"}
+    assert "9" in fresh_labels(device)
+
+
+# ---- what is learned from never judges
+
+
+class Recording(InlineExecutor):
+    def __init__(self):
+        super().__init__()
+        self.jobs = []
+
+    def start(self, folder):
+        self.jobs.append(LearnJob.load(folder))
+        super().start(folder)
+
+
+def test_learning_rows_and_judge_rows_never_swap(make_device, world, clock, digits, config):
+    executor = Recording()
+    policy = msgspec.structs.replace(config.policy, volume_rows=60, cooldown_s=0)
+    config = msgspec.structs.replace(config, policy=policy)
+    device = make_device(executor=executor, config=config)
+    base = digits.life.only(BASE)
+    turn = rotation(35)
+    judge_keys, learn_keys = set(), set()
+    trunk = device._adaptation._trunk
+
+    def look(device):
+        judging = {s.key for s in device._store.samples("judge", trunk)}
+        learning = {s.key for role in ("fresh", "replay") for s in device._store.samples(role, trunk)}
+        judge_keys.update(judging)
+        learn_keys.update(learning)
+
+    for start in range(0, len(base.y), 40):  # every image once
+        clock.advance(TICK_S)
+        x = turn(base.x[start : start + 40], np.random.default_rng(0))
+        for prediction, truth in zip(device.predict_batch(x), base.y[start:], strict=False):
+            device.observe(prediction.id, NAMES[truth])
+        device.step()
+        look(device)
+        if start == 200:
+            kill(device)
+            device = make_device(executor=executor, config=config)
+            look(device)
+
+    assert len(executor.jobs) >= 2
+    assert not judge_keys & learn_keys
+    assert len(judge_keys) + len(learn_keys) == len(base.y)
+    assert len(judge_keys) / len(base.y) == pytest.approx(0.3, abs=0.08)
+    judged = {s.latent for s in device._store.samples("judge", trunk)}
+    judged |= {row.tobytes() for row in device._adaptation.memory.judge_latents}
+    for job in executor.jobs:
+        learned = {row.tobytes() for row in np.concatenate([job.fresh_latents, job.replay_latents])}
+        assert not learned & judged
+
+
+def test_the_factory_memory_is_split_once_by_label(checkpoint):
+    manifest = parse_manifest((checkpoint / MANIFEST_NAME).read_bytes())
+    memory, again = FactoryMemory(checkpoint, manifest), FactoryMemory(checkpoint, manifest)
+    arrays = load_npz(checkpoint / MEMORY_NPZ)
+    assert len(memory.replay_labels) + len(memory.judge_labels) == len(arrays["labels"])
+    assert sorted([*memory.replay_labels, *memory.judge_labels]) == sorted(NAMES[i] for i in arrays["labels"])
+    np.testing.assert_array_equal(memory.judge_latents, again.judge_latents)
+    for label in manifest.labels:
+        count = int((arrays["labels"] == manifest.labels.index(label)).sum())
+        assert memory.judge_labels.count(label) == count // 3
+
+
+def test_the_same_seed_gives_the_same_head(make_device, world):
+    heads = []
+    for home in ("one", "two"):
+        device = make_device(home, device="dev-1")
+        life = world()
+        life.clock = type(life.clock)()
+        device._clock = device._reporter._clock = life.clock
+        assert life.live(device, 40, until=phase_is("probation"))
+        heads.append(device._slots.head(device._slots.pointer.current).to_bytes())
+    assert heads[0] == heads[1]

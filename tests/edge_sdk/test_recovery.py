@@ -1,0 +1,60 @@
+"""Nobody can walk up to the device: damaged files are put aside, and it lives on."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from edge_sdk.errors import IntegrityError
+
+
+def test_a_damaged_database_is_put_aside_and_serving_goes_on(make_device, tmp_path, digits):
+    make_device().stop()
+    (tmp_path / "device" / "edge.db").write_bytes(b"no database" * 1000)
+    device = make_device(checkpoint=None)
+    assert device.predict(digits.life.x[0]).release == 1
+    assert device.boot == 1
+    assert "store_lost" in [entry.name for entry in device.history()]
+    assert (tmp_path / "device" / "edge.db.damaged").exists()
+
+
+def test_a_damaged_pointer_is_made_anew_from_the_newest_slot_that_verifies(make_device, build, tmp_path, checkpoint):
+    make_device().stop()
+    make_device(checkpoint=build(release=2, seed=0)).stop()
+    (tmp_path / "device" / "slots" / "pointer.json").write_bytes(b"{")
+    device = make_device(checkpoint=None)
+    assert device.status().release == 2
+    assert device.rollback().release == 1
+
+
+def test_a_damaged_release_is_left_for_the_one_before(make_device, build, tmp_path, digits):
+    make_device().stop()
+    make_device(checkpoint=build(release=2, seed=0)).stop()
+    (damaged,) = [
+        path for path in (tmp_path / "device" / "slots").glob("?/manifest.json") if b'"release": 2' in path.read_bytes()
+    ]
+    trunk = damaged.parent / "trunk.int8.onnx"
+    trunk.write_bytes(trunk.read_bytes()[:-1] + b"\0")
+    device = make_device(checkpoint=None)
+    assert device.predict(digits.life.x[0]).release == 1
+    (event,) = [entry for entry in device.history() if entry.name == "release_rolled_back"]
+    assert "SHA-256" in event.detail["reason"]
+
+
+def test_a_damaged_only_release_is_an_error_unless_the_app_brings_a_checkpoint(
+    make_device, tmp_path, checkpoint, digits
+):
+    make_device().stop()
+    trunk = tmp_path / "device" / "slots" / "a" / "trunk.int8.onnx"
+    trunk.write_bytes(trunk.read_bytes()[:-1] + b"\0")
+    with pytest.raises(IntegrityError):
+        make_device(checkpoint=None)
+    assert make_device().predict(digits.life.x[0]).release == 1
+
+
+def test_a_folder_whose_slots_are_gone_starts_anew(make_device, tmp_path, digits):
+    make_device().stop()
+    shutil.rmtree(tmp_path / "device" / "slots")
+    device = make_device()
+    assert device.predict(digits.life.x[0]).release == 1
+    assert np.isfinite(device.predict(digits.life.x[1]).probabilities).all()
