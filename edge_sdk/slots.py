@@ -80,10 +80,9 @@ class Slots:
             found.append(Version(slot, manifest.release, digest_of((self.root / slot / MANIFEST_NAME).read_bytes())))
         found.sort(key=lambda version: version.release)
         heads = [int(file.stem) for slot in slots for file in (self.root / slot / "heads").glob("*.npz")]
+        before = found[0] if len(found) > 1 else None
         return Pointer(
-            current=found[-1] if found else None,
-            fallback=found[0] if len(found) > 1 else None,
-            heads=max(heads, default=0),
+            current=found[-1] if found else None, previous=before, fallback=before, heads=max(heads, default=0)
         )
 
     # ---- reading

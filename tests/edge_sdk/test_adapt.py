@@ -56,14 +56,15 @@ def world(clock, digits):
 @pytest.fixture
 def hard_to_convince(config):
     """A gate that never has evidence enough."""
-    return msgspec.structs.replace(config, gate=msgspec.structs.replace(config.gate, alpha=1e-12, class_margin=1.0))
+    return msgspec.structs.replace(config, gate=msgspec.structs.replace(config.gate, alpha=1e-300, class_margin=1.0))
 
 
 @pytest.fixture
 def careless(config):
-    """A gate that does not mind forgetting: harm is left to probation."""
+    """It forgets, and its gate does not mind: harm is left to probation."""
     gate = msgspec.structs.replace(config.gate, factory_margin=1.0, class_margin=1.0)
-    return msgspec.structs.replace(config, gate=gate)
+    learn = msgspec.structs.replace(config.learn, replayed_per_batch=0, ewc_lambda=0.0)
+    return msgspec.structs.replace(config, gate=gate, learn=learn)
 
 
 def events(device):
@@ -89,7 +90,13 @@ def turned(label):
 
 def kill(device):
     """As a power cut: nothing is flushed."""
-    device._close_files()
+    device._files.close()
+    device.stop = lambda: None
+
+
+def stop(device):
+    device.stop()
+    device.stop = lambda: None
 
 
 def challenger_of(device):
@@ -324,6 +331,7 @@ def test_a_learner_that_takes_too_long_is_stopped(make_device, world, clock):
     executor = Stuck()
     device, life = make_device(executor=executor), world()
     assert life.live(device, 20, until=phase_is("training"))
+    executor.cancelled = 0
     clock.advance(121)
     device.step()
     assert executor.cancelled == 1
@@ -334,12 +342,12 @@ def test_a_learner_that_takes_too_long_is_stopped(make_device, world, clock):
 # ---- restarts
 
 
-@pytest.mark.parametrize("end", ["stop", "kill"])
+@pytest.mark.parametrize("end", [stop, kill])
 def test_a_restart_during_judging_continues_with_the_same_challenger(make_device, world, config, hard_to_convince, end):
     device, life = make_device(config=hard_to_convince), world()
     assert life.live(device, 20, until=phase_is("judging"))
     challenger = challenger_of(device).to_bytes()
-    kill(device) if end == "kill" else device.stop()
+    end(device)
 
     again = make_device(config=config)
     assert again.status().phase == "judging"
@@ -349,7 +357,7 @@ def test_a_restart_during_judging_continues_with_the_same_challenger(make_device
     assert again._slots.head(again._slots.pointer.current).to_bytes() == challenger
 
 
-@pytest.mark.parametrize("end", ["stop", "kill"])
+@pytest.mark.parametrize("end", [stop, kill])
 def test_a_restart_during_probation_continues_with_the_same_evidence(make_device, world, clock, end):
     device, life = make_device(), world()
     assert life.live(device, 40, until=phase_is("probation"))
@@ -358,7 +366,7 @@ def test_a_restart_during_probation_continues_with_the_same_evidence(make_device
     device.step()
     before, after, recent = (list(getattr(device._adaptation.state, name)) for name in ("before", "after", "recent"))
     assert len(after) == 30
-    kill(device) if end == "kill" else device.stop()
+    end(device)
 
     again = make_device()
     state = again._adaptation.state
@@ -402,7 +410,7 @@ def test_the_replay_buffer_survives_a_restart(make_device, world, clock, hard_to
     device.step()
     kept, seen = buffered(device), dict(device._adaptation.buffer.seen)
     assert kept == stored_replay(device)
-    device.stop()
+    stop(device)
     again = make_device(config=hard_to_convince)
     assert buffered(again) == kept
     assert sorted(again._adaptation.buffer.seen.values()) == sorted(seen.values())
@@ -415,7 +423,7 @@ def test_a_smaller_replay_budget_keeps_what_fits(make_device, world, clock, hard
     device.step()
     kept = buffered(device)
     assert len(kept) > 20
-    device.stop()
+    stop(device)
     smaller = msgspec.structs.replace(hard_to_convince.replay, max_bytes=20 * (32 + 96))
     again = make_device(config=msgspec.structs.replace(hard_to_convince, replay=smaller))
     assert buffered(again) == kept[:20] == stored_replay(again)

@@ -252,7 +252,7 @@ def test_blocks_and_desired_state_reach_the_update_client_and_nonsense_is_counte
     reporter = make_reporter(group="g")
     reporter.connect()
     updates, topics = Updates(), reporter.topics
-    desired = Desired(revision=5, base=None)
+    desired = Desired(revision=5, base=None, candidate=None, salt="", threshold=0, revoked=[])
     watcher.publish(topics.desired("g"), encode(desired), retain=True)
     watcher.publish(topics.desired("g"), b"\xff nonsense")
     watcher.publish(topics.desired("g"), b"", retain=True)
