@@ -7,7 +7,8 @@ every step leaves the champion serving until the pointer has been flipped.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,32 +118,51 @@ class Adaptation:
         self.memory = FactoryMemory(folder, manifest)
         self._base = Head.load(folder / HEAD_NPZ)
         self._fisher: Weights = {key: value.astype(np.float32) for key, value in load_npz(folder / FISHER_NPZ).items()}
-        rng = np.random.default_rng([self._config.seed, self.state.attempts, version.release])
-        replay = self._config.replay
-        capacity = capacity_for(replay.max_bytes, manifest.latent.dim)
-        self.judge_capacity = max(1, capacity // 2)
-        self.buffer: ReplayBuffer = BUFFERS[replay.kind](capacity, manifest.latent.dim, rng=rng)
-        self._buffer_labels: list[str] = []
-        for sample in self._store.samples("replay", self._trunk):
-            self.buffer.put(
-                sample.slot or 0, np.frombuffer(sample.latent, dtype=np.uint8), self._label_number(sample.label)
-            )
-        if (seen := self._store.get(self._seen_key)) is not None:
-            self.buffer.seen = {self._label_number(label): n for label, n in json.loads(seen).items()}
+        self._load_buffer()
         pointer = self._slots.pointer
         self._before = None
         self._judged_up_to = -1
         if self.state.phase == "judging" and self.state.parent != pointer.current:
-            with self._store.transaction():  # killed between the flip and its record
+            with self._transition():  # killed between the flip and its record
                 self._consolidate()
                 self._begin("probation", now=self.state.since)
                 self._emit("promoted", {"to": version.head, "trigger": self.state.reason, "recovered": True})
-                self.save()
         if self.state.phase == "probation":
             if pointer.previous is not None and pointer.previous.slot == version.slot:
                 self._before = self._slots.head(pointer.previous)
             else:
-                self._begin("idle", now=self.state.since)
+                with self._transition():
+                    if not self._rollback_is_recorded():  # killed between the flip and its record
+                        self._emit(
+                            "head_rolled_back", {"reason": "on probation", "to": version.head, "recovered": True}
+                        )
+                    self.state.last_ended = self.state.since
+                    self._begin("idle", now=self.state.since)
+
+    def _load_buffer(self) -> None:
+        """The replay buffer as it is on disk; what a smaller budget leaves no room for is forgotten."""
+        replay, dim = self._config.replay, self._manifest.latent.dim
+        rng = np.random.default_rng([self._config.seed, self.state.attempts, self._version.release])
+        capacity = capacity_for(replay.max_bytes, dim)
+        self.judge_capacity = max(1, capacity // 2)
+        self.buffer: ReplayBuffer = BUFFERS[replay.kind](capacity, dim, rng=rng)
+        self._buffer_labels: list[str] = []
+        excess = []
+        for sample in self._store.samples("replay", self._trunk):
+            slot = sample.slot or 0
+            if slot >= capacity:
+                excess.append(sample.key)
+                continue
+            self.buffer.put(slot, np.frombuffer(sample.latent, dtype=np.uint8), self._label_number(sample.label))
+        if excess:
+            with self._store.transaction():
+                self._store.delete_samples(excess)
+        if (seen := self._store.get(self._seen_key)) is not None:
+            self.buffer.seen = {self._label_number(label): n for label, n in json.loads(seen).items()}
+
+    def _rollback_is_recorded(self) -> bool:
+        since = self.state.since
+        return any(e.name == "head_rolled_back" and e.time >= since for e in self._store.history(limit=100))
 
     def abandon(self, now: float) -> None:
         """Stop whatever runs: another release takes over. Fresh rows stay for the next time."""
@@ -193,6 +213,19 @@ class Adaptation:
         """Persist the state; inside a transaction."""
         self._store.put(_STATE, msgspec.json.encode(self.state))
 
+    @contextmanager
+    def _transition(self) -> Iterator[None]:
+        """A transaction of the store that also changes this state: both, or, if it cannot be written, neither."""
+        before = msgspec.structs.replace(self.state)
+        try:
+            with self._store.transaction():
+                yield
+                self.save()
+        except Exception:
+            self.state = before
+            self._load_buffer()
+            raise
+
     # ---- one turn
 
     def turn(
@@ -236,7 +269,7 @@ class Adaptation:
 
     def _train(self, now: float, reason: str) -> None:
         job, keys = self._job()
-        with self._store.transaction():
+        with self._transition():
             self._begin("training", now=now)
             self.state.reason, self.state.parent, self.state.demanded = reason, self._version, False
             self.state.attempts += 1
@@ -244,7 +277,6 @@ class Adaptation:
             rows = {"rows": len(job.fresh_labels), "replayed": len(job.replay_labels)}
             self._emit("learn_started", {"reason": reason, **rows})
             self.state.rows = rows["rows"]
-            self.save()
         try:
             self._discard_job()
             self._job_folder.mkdir(parents=True)
@@ -305,10 +337,9 @@ class Adaptation:
         if result.error:
             self._fail(now, result.error)
             return
-        with self._store.transaction():
+        with self._transition():
             self._begin("judging", now=now)
             self.state.steps = result.steps
-            self.save()
 
     def _judge(self, now: float, mode: Mode) -> None:
         newest = self._store.newest_sample("judge", self._trunk)
@@ -329,19 +360,17 @@ class Adaptation:
         if verdict.outcome == "promote" and mode == "adapt":
             number = self._slots.write_head(self._version.slot, challenger)
             self._slots.promote(number)
-            with self._store.transaction():
+            with self._transition():
                 self._consolidate()
                 self._begin("probation", now=now)
                 self._emit("promoted", {**detail, "to": number, "parent": self._version.head})
-                self.save()
         else:
-            with self._store.transaction():
+            with self._transition():
                 self._consolidate()
                 self._begin("idle", now=now)
                 self.state.last_ended = now
                 # shadow: what would have been done is told, and not done
                 self._emit("would_promote" if verdict.outcome == "promote" else "rejected", detail)
-                self.save()
         self._discard_job()
 
     def _supersede(self, now: float) -> None:
@@ -352,11 +381,10 @@ class Adaptation:
         waiting = self._store.count_samples("fresh", self._trunk, since=self._since) - self.state.rows
         if waiting < max(self.state.rows, self._config.policy.min_fresh_rows):
             return
-        with self._store.transaction():
+        with self._transition():
             self._emit("superseded", {"reason": self.state.waits, "rows": self.state.rows, "new": waiting})
             self._begin("idle", now=now)
             self.state.demanded = True
-            self.save()
         self._discard_job()
 
     def _verdict(self, challenger: Head, now: float) -> Verdict:
@@ -390,14 +418,13 @@ class Adaptation:
             return
         if verdict.outcome == "rollback":
             back = self._slots.rollback()
-        with self._store.transaction():
+        with self._transition():
             self._begin("idle", now=now)
             self.state.last_ended = now
             if verdict.outcome == "rollback":
                 self._emit("head_rolled_back", {"reason": verdict.reason, "to": back.head})
             else:
                 self._emit("confirmed", {"reason": verdict.reason})
-            self.save()
 
     def _consolidate(self) -> None:
         """What was learned from moves into the replay buffer; inside a transaction."""
@@ -418,11 +445,10 @@ class Adaptation:
 
     def _fail(self, now: float, reason: str) -> None:
         self._discard_job()
-        with self._store.transaction():
+        with self._transition():
             self._begin("idle", now=now)
             self.state.last_ended = now
             self._emit("learn_failed", {"reason": reason})
-            self.save()
 
     def _begin(self, phase: Literal["idle", "training", "judging", "probation"], *, now: float) -> None:
         self._judged_up_to = -1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -549,7 +550,7 @@ def _example_job(hidden: int, seed: int) -> LearnJob:
     replayed, fresh = rng.integers(classes - 1, size=90), rng.integers(classes, size=60)
     widths = (dim, hidden, classes - 1) if hidden else (dim, classes - 1)
     weights: dict[str, FloatArray] = {}
-    for i, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (inputs, outputs) in enumerate(pairwise(widths)):
         weights[f"W{i}"] = rng.normal(0, inputs**-0.5, (inputs, outputs)).astype(np.float32)
         weights[f"b{i}"] = np.zeros(outputs, np.float32)
     names = tuple(f"class {i}" for i in range(classes))

@@ -29,13 +29,13 @@ def rotation(degrees: float) -> Transform:
         source_r = np.cos(angle) * rows + np.sin(angle) * columns + (height - 1) / 2
         source_c = -np.sin(angle) * rows + np.cos(angle) * columns + (width - 1) / 2
         top, left = np.floor(source_r).astype(int), np.floor(source_c).astype(int)
-        result = np.zeros_like(x)
+        result = np.zeros(x.shape)  # in double precision, so that no pixel leaves the range of its neighbours
         for r, c in ((0, 0), (0, 1), (1, 0), (1, 1)):
             weight = (1 - np.abs(source_r - top - r)) * (1 - np.abs(source_c - left - c))
             inside = (top + r >= 0) & (top + r < height) & (left + c >= 0) & (left + c < width)
             picked = x[..., np.clip(top + r, 0, height - 1), np.clip(left + c, 0, width - 1)]
-            result += (picked * np.where(inside, weight, 0)).astype(np.float32)
-        return result
+            result += picked * np.where(inside, weight, 0)
+        return result.astype(np.float32)
 
     return rotate
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -145,12 +144,12 @@ class DriftMonitors:
             IntegrityError: The state is damaged.
         """
         arrays = load_npz(data)
-        restored = copy(self)  # so that a damaged state leaves this one as it was
+        before = dict(self.__dict__)
         try:
-            restored._take(arrays)
-        except (KeyError, ValueError) as error:
+            self._take(arrays)
+        except (KeyError, ValueError, IntegrityError) as error:
+            self.__dict__.update(before)
             raise IntegrityError(f"the monitors' state is damaged: {error!r}") from error
-        self.__dict__ |= restored.__dict__
 
     def _take(self, arrays: dict[str, AnyArray]) -> None:
         self._labels = tuple(str(label) for label in arrays["labels"])

@@ -7,12 +7,13 @@ decision reads what it needs inside the transaction that writes its outcome.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
+from edge_sdk.database import Database
 from edge_sdk.messages import Report, unpack
-from edge_server.database import Database
 from edge_server.ingest import EventRow, RejectedRow, ReportRow, Turn
 from edge_server.records import (
     DeviceRecord,
@@ -23,6 +24,7 @@ from edge_server.records import (
     RolloutRecord,
 )
 from edge_server.rollout import DeviceMetrics, RolloutPlan, RolloutState
+from edge_server.schema import STEPS
 
 _MAX_UNKNOWN = 1000
 _NESTED = {"detail", "labels", "metrics", "revoked", "plan", "state"}
@@ -38,7 +40,14 @@ class Store(Database):
     """Everything the coordinator must remember.
 
     Writes happen inside `transaction`. To be used by one thread at a time.
+
+    Args:
+        path: The database file; made if it is missing. A damaged one is an error: a person decides what becomes of it.
+        durable: Flush to the disk at every commit; False only for simulations.
     """
+
+    def __init__(self, path: Path, *, durable: bool = True) -> None:
+        super().__init__(path, STEPS, durable=durable)
 
     # ---- ingest
 
@@ -57,7 +66,7 @@ class Store(Database):
 
     def write_turn(self, turn: Turn) -> None:
         """Store all that one turn brought. Belongs inside a transaction."""
-        now, many = turn.now, self.conn.executemany
+        now, many = turn.now, self.execute_many
         many(
             "INSERT OR IGNORE INTO devices (name, group_name, registered) VALUES (?, 'default', ?)",
             [(device, now) for device in turn.joined],
@@ -113,7 +122,7 @@ class Store(Database):
             )
 
     def _write_devices(self, turn: Turn) -> None:
-        many = self.conn.executemany
+        many = self.execute_many
         many(
             "UPDATE devices SET row_release = ?, row_head = ?, row_time = max(coalesce(row_time, 0), ?),"
             " store_id = ? WHERE name = ?",
@@ -170,11 +179,11 @@ class Store(Database):
 
     def forget_presence(self) -> None:
         """Set every device offline."""
-        self.conn.execute("UPDATE devices SET online = 0 WHERE online")
+        self.execute("UPDATE devices SET online = 0 WHERE online")
 
     def add_device(self, name: str, *, group: str, credential: str, now: float) -> bool:
         """Register a device; False if the name is taken. Belongs inside a transaction."""
-        cursor = self.conn.execute(
+        cursor = self.execute(
             "INSERT OR IGNORE INTO devices (name, group_name, credential, registered) VALUES (?, ?, ?, ?)",
             (name, group, credential, now),
         )
@@ -247,7 +256,7 @@ class Store(Database):
     def add_release(self, record: ReleaseRecord) -> None:
         """Record a release. Belongs inside a transaction."""
         fields = (record.release, record.name, record.digest, record.size, record.parent)
-        self.conn.execute(
+        self.execute(
             "INSERT INTO releases VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (*fields, _json(record.labels), _json(record.metrics), record.pushed),
         )
@@ -275,14 +284,14 @@ class Store(Database):
 
     def save_group(self, group: GroupRecord) -> None:
         """Store a group. Belongs inside a transaction."""
-        self.conn.execute(
+        self.execute(
             "INSERT OR REPLACE INTO groups (name, revision, base, revoked, desired) VALUES (?, ?, ?, ?, ?)",
             (group.name, group.revision, group.base, _json(group.revoked), group.desired),
         )
 
     def save_rollout(self, record: RolloutRecord) -> None:
         """Store a rollout, new or changed. Belongs inside a transaction."""
-        self.conn.execute(
+        self.execute(
             "INSERT OR REPLACE INTO rollouts (id, group_name, release, active, started, plan, state)"
             " VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
@@ -324,7 +333,7 @@ class Store(Database):
 
     def audit(self, now: float, actor: str, action: str, detail: dict[str, Any]) -> None:
         """Note who did what. Belongs inside the transaction that does it."""
-        self.conn.execute(
+        self.execute(
             "INSERT INTO audit (time, actor, action, detail) VALUES (?, ?, ?, ?)",
             (now, actor, action, _json(detail)),
         )

@@ -18,12 +18,13 @@ from edge_sdk.streams import DriftingStream, darkening, rotation
 NAMES = [str(i) for i in range(10)]
 BASE = set(range(8))
 TICK_S = 300.0
+TURNED = rotation(30)
 
 
 class World:
     """What happens to a device, tick by tick; every prediction gets its label at once."""
 
-    def __init__(self, clock, pool, transform=rotation(30), *, drift_at=0, new_labels=frozenset(), seed=0):
+    def __init__(self, clock, pool, transform=TURNED, *, drift_at=0, new_labels=frozenset(), seed=0):
         rng = np.random.default_rng(seed)
         self.clock, self.tick = clock, 0
         self.stream = DriftingStream(
@@ -401,6 +402,30 @@ def test_a_restart_while_a_child_learns_starts_over(make_device, world, config):
     assert again.status().fresh_rows == fresh
     life.live(again, 1)
     assert events(again).count("learn_started") == 2
+
+
+def test_alarms_survive_a_restart_and_damaged_evidence_does_not_hinder_one(make_device, world, clock, caplog):
+    device, life = make_device(mode="monitor"), world()
+    life.live(device, 10)
+    alarms, evidence = device.status().alarms, device._monitoring.states()
+    assert alarms
+    stop(device)
+    again = make_device(mode="monitor")
+    assert again.status().alarms == alarms
+    assert again._monitoring.states() == evidence
+    assert events(again).count("drift_alarm") == len(alarms)
+    life.live(again, 1)
+    assert events(again).count("drift_alarm") == len(again.status().alarms)
+    stop(again)
+
+    third = make_device(mode="monitor")
+    with third._store.transaction():
+        third._store.put("monitors", b"damaged")
+    kill(third)
+    last = make_device(mode="monitor")
+    assert last.status().alarms == []
+    assert "evidence of the run before is lost" in caplog.text
+    assert life.live(last, 10, until=lambda device: bool(device.status().alarms))
 
 
 def test_the_replay_buffer_survives_a_restart(make_device, world, clock, hard_to_convince):

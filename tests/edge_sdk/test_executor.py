@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ def job(*, passes=4, fresh=40, hidden=0, **settings):
     rng = np.random.default_rng(5)
     widths = (8, hidden, 3) if hidden else (8, 3)
     weights = {}
-    for i, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (inputs, outputs) in enumerate(pairwise(widths)):
         weights[f"W{i}"] = rng.normal(0, 0.3, (inputs, outputs)).astype(np.float32)
         weights[f"b{i}"] = np.zeros(outputs, np.float32)
     return LearnJob(

@@ -45,7 +45,9 @@ def test_a_challenger_that_is_worse_is_rejected_before_the_wait_is_over():
     assert (result.outcome, result.reason) == ("reject", "worse than the champion")
 
 
-@pytest.mark.parametrize("live", [[], [(500, BOTH)], [(500, NEITHER)], [(3, BETTER), (20, BOTH)], [(9, BETTER), (9, WORSE)]])
+@pytest.mark.parametrize(
+    "live", [[], [(500, BOTH)], [(500, NEITHER)], [(3, BETTER), (20, BOTH)], [(9, BETTER), (9, WORSE)]]
+)
 def test_without_evidence_more_rows_are_needed_until_the_wait_is_over(live):
     early, late = verdict(live, waited_s=99.9), verdict(live, waited_s=100.0)
     assert early.outcome == "need_more"
@@ -165,7 +167,9 @@ TestTrial.settings = settings(max_examples=40, stateful_step_count=20, deadline=
 
 
 @pytest.mark.parametrize(
-    ("discordant", "shift"), [(0.02, 0.0), (0.2, 0.0), (0.9, 0.0), (0.3, -0.1)], ids=["rarely", "often", "always", "worse"]
+    ("discordant", "shift"),
+    [(0.02, 0.0), (0.2, 0.0), (0.9, 0.0), (0.3, -0.1)],
+    ids=["rarely", "often", "always", "worse"],
 )
 def test_a_challenger_no_better_is_promoted_in_at_most_alpha_of_runs_though_the_gate_looks_after_every_row(
     discordant, shift
@@ -182,7 +186,8 @@ def test_a_challenger_no_better_is_promoted_in_at_most_alpha_of_runs_though_the_
         labels = np.zeros(length, np.int64)
         none = np.zeros(0, dtype=bool)
         promoted += any(
-            judge(champion[:n], challenger[:n], labels[:n], none, none, waited_s=0.0, config=config).outcome == "promote"
+            judge(champion[:n], challenger[:n], labels[:n], none, none, waited_s=0.0, config=config).outcome
+            == "promote"
             for n in range(1, length + 1)
         )
     assert promoted <= config.alpha * runs
@@ -243,7 +248,8 @@ def test_probation_rolls_back_an_equal_version_in_at_most_alpha_of_runs(discorda
         kinds = np.random.default_rng([31, seed]).choice(3, 59, p=[discordant / 2, discordant / 2, 1 - discordant])
         before, after = kinds != 0, kinds != 1
         rolled_back += any(
-            watch(before[:n], after[:n], waited_s=0, healthy=True, alpha=0.1, rows=60, seconds=1e9).outcome == "rollback"
+            watch(before[:n], after[:n], waited_s=0, healthy=True, alpha=0.1, rows=60, seconds=1e9).outcome
+            == "rollback"
             for n in range(1, 60)
         )
     assert rolled_back <= 0.1 * runs
@@ -303,7 +309,14 @@ def test_a_release_at_the_tolerated_drop_is_rolled_back_in_at_most_alpha_of_runs
         correct = np.random.default_rng([37, seed]).random(99) < 0.8
         rolled_back += any(
             watch_release(
-                correct[:n], accuracy_before=0.9, waited_s=0, healthy=True, alpha=0.1, max_drop=0.1, rows=100, seconds=1e9
+                correct[:n],
+                accuracy_before=0.9,
+                waited_s=0,
+                healthy=True,
+                alpha=0.1,
+                max_drop=0.1,
+                rows=100,
+                seconds=1e9,
             ).outcome
             == "rollback"
             for n in range(1, 100)

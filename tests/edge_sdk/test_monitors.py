@@ -18,7 +18,7 @@ def inputs(rng, count, *, shift=0.0):
     return rng.normal(shift, 1.0, (count, 4)).astype(np.float32)
 
 
-def outputs(rng, count, *, favour=0, labels=len(LABELS)):
+def outputs(rng, count, *, favour=0, labels=3):
     weights = np.ones(labels)
     weights[favour] += 2
     return rng.dirichlet(weights, count).astype(np.float32)
@@ -42,7 +42,7 @@ def make(reference, *, run_length=2_000.0, rereference_rows=300):
     return DriftMonitors(reference, LABELS, run_length=run_length, rereference_rows=rereference_rows)
 
 
-def live(monitors, rng, blocks=10, *, shift=0.0, favour=0, accuracy=0.9, labels=len(LABELS)):
+def live(monitors, rng, blocks=10, *, shift=0.0, favour=0, accuracy=0.9, labels=3):
     """Blocks of 32 predictions, 10 of each labelled."""
     for _ in range(blocks):
         monitors.fold(inputs(rng, 32, shift=shift), outputs(rng, 32, favour=favour, labels=labels))

@@ -24,7 +24,10 @@ PLENTY = ResourceState()
         ({"since_last_s": 1_000.0}, "schedule"),
         ({"since_last_s": None}, "schedule"),
         ({"demanded": True}, "on demand"),
-        ({"alarms": ("output",), "accuracy": 0.5, "demanded": True}, "output drift; accuracy 0.500 below 0.8; on demand"),
+        (
+            {"alarms": ("output",), "accuracy": 0.5, "demanded": True},
+            "output drift; accuracy 0.500 below 0.8; on demand",
+        ),
     ],
 )
 def test_each_reason_alone_is_enough_and_is_told(change, reason):
@@ -71,7 +74,10 @@ def test_too_few_new_rows_are_never_learned_from(demanded):
 
 
 def test_the_cool_down_is_kept_unless_somebody_asks():
-    assert decide(replace(ALARMED, since_last_s=99.9), PLENTY, CONFIG).reason == "output drift: waits for cool-down of 100 s"
+    assert (
+        decide(replace(ALARMED, since_last_s=99.9), PLENTY, CONFIG).reason
+        == "output drift: waits for cool-down of 100 s"
+    )
     assert not decide(replace(ALARMED, since_last_s=99.9), PLENTY, CONFIG).learn
     assert decide(replace(ALARMED, since_last_s=100.0), PLENTY, CONFIG).learn
     assert decide(replace(ALARMED, since_last_s=None), PLENTY, CONFIG).learn

@@ -1,5 +1,7 @@
 """What a device tells of itself: nothing twice, nothing lost, and no cell so small that it tells of single samples."""
 
+from itertools import pairwise
+
 import msgspec
 import numpy as np
 import pytest
@@ -16,7 +18,15 @@ CONFIG = ReportConfig(min_count=10)
 
 
 def report_of(window, totals=None, *, now=100.0, carry=True, **facts):
-    given = {"release": 3, "head": 2, "mode": "adapt", "monitors": [], "replay_rows": 7, "fresh_rows": 5, "rss_mb": 81.26}
+    given = {
+        "release": 3,
+        "head": 2,
+        "mode": "adapt",
+        "monitors": [],
+        "replay_rows": 7,
+        "fresh_rows": 5,
+        "rss_mb": 81.26,
+    }
     return build_report(window, totals or Counters(), now=now, carry=carry, config=CONFIG, **{**given, **facts})
 
 
@@ -127,7 +137,7 @@ def test_nothing_is_counted_twice_or_lost_over_any_sequence_of_windows(steps):
     assert all(r.labelled == 0 or r.labelled >= CONFIG.min_count for r in reports)
     assert all(count >= CONFIG.min_count for r in reports for count in r.predicted.values())
     assert all(sum(r.predicted.values()) <= r.predictions for r in reports)
-    assert all(first.end == second.start for first, second in zip(reports, reports[1:], strict=False))
+    assert all(first.end == second.start for first, second in pairwise(reports))
     assert window.start == (reports[-1].end if reports else 0.0)
 
 
@@ -196,7 +206,16 @@ def tell(reporter, clock):
 
 def test_events_raise_their_counters_and_are_recorded_here_too(make_reporter, store):
     reporter = make_reporter()
-    emit(reporter, store, "drift_alarm", "drift_warning", "promoted", "rejected", "head_rolled_back", "release_rolled_back")
+    emit(
+        reporter,
+        store,
+        "drift_alarm",
+        "drift_warning",
+        "promoted",
+        "rejected",
+        "head_rolled_back",
+        "release_rolled_back",
+    )
     totals = reporter.counters
     assert (totals.alarms, totals.promotions, totals.rejections, totals.rollbacks) == (1, 1, 1, 2)
     assert [entry.name for entry in store.history()][:2] == ["drift_alarm", "drift_warning"]

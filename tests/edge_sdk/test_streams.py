@@ -48,6 +48,13 @@ def test_rotation_keeps_the_centre_and_fills_with_zero(rng):
     np.testing.assert_allclose(there_and_back[3:6, 3:6], 1, atol=1e-5)
 
 
+def test_rotation_leaves_no_pixel_outside_the_range_of_the_image(rng):
+    for degrees in range(0, 180, 7):
+        turned = rotation(degrees)(np.ones((1, 1, 8, 8), np.float32), rng)
+        assert turned.min() >= 0
+        assert turned.max() <= 1
+
+
 def test_rotation_treats_every_image_and_channel_alike(images, rng):
     whole = rotation(25)(images, rng)
     for i in range(len(images)):

@@ -458,7 +458,7 @@ class TestStore:
         make_coordinator().close()
         with closing(sqlite3.connect(tmp_path / "home" / "coordinator.db")) as database:
             database.execute("PRAGMA user_version = 99")
-        with pytest.raises(StoreError, match="update the coordinator"):
+        with pytest.raises(StoreError, match="update the SDK"):
             make_coordinator()
 
     def test_a_file_that_is_no_database_is_refused(self, make_coordinator, tmp_path):

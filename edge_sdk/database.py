@@ -1,0 +1,135 @@
+"""A SQLite file, opened, brought to its present form, and written all or nothing: shared with the coordinator."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edge_sdk.errors import DiskFullError, StoreError
+from edge_sdk.files import crashpoint
+
+logger = logging.getLogger(__name__)
+_BUSY_S = 30.0
+
+Step = Callable[[Any], None]
+"""One migration: takes a `sqlite_utils.Database`, and brings the file from one form to the next."""
+
+
+class Database:
+    """A connection in WAL mode. Every method raises `StoreError`, or `DiskFullError` when there is no room.
+
+    Not thread-safe.
+
+    Args:
+        path: The file; made if it is missing.
+        steps: All migrations ever, oldest first; `PRAGMA user_version` counts those that were made.
+        durable: Flush to the disk at every commit, so that what was acknowledged survives a power cut. False still
+            survives a crash of the process.
+        replace_damaged: Put a file that is damaged beyond use aside as `*.damaged`, and begin anew.
+    """
+
+    def __init__(
+        self, path: Path, steps: Sequence[Step], *, durable: bool = True, replace_damaged: bool = False
+    ) -> None:
+        self.replaced = False
+        """Whether a damaged file was put aside."""
+        self._steps = steps
+        try:
+            self._open(path, durable=durable)
+        except sqlite3.Error as error:
+            self.conn.close()
+            damaged = getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+            if not (damaged and replace_damaged):
+                raise store_error(error, f"{path} cannot be opened") from error
+            logger.error("%s is damaged and begun anew: %s", path, error)  # noqa: TRY400 - the file says it all
+            _put_aside(path)
+            self.replaced = True
+            self._open(path, durable=durable)
+
+    def _open(self, path: Path, *, durable: bool) -> None:
+        try:
+            self.conn = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_BUSY_S)
+        except sqlite3.Error as error:
+            raise store_error(error, f"{path} cannot be opened") from error
+        self.conn.execute("PRAGMA journal_mode = WAL")
+        self.conn.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        version = self._version()
+        if version > len(self._steps):
+            self.conn.close()
+            raise StoreError(f"{path} has form {version}, this version reads up to {len(self._steps)}: update the SDK")
+        if version < len(self._steps):
+            self._migrate()
+
+    def _migrate(self) -> None:
+        from sqlite_utils import Database as Tables  # noqa: PLC0415 - takes a third of a second to import
+
+        with self.transaction():
+            # read again: another process may have been faster
+            for number in range(self._version(), len(self._steps)):
+                self._steps[number](Tables(self.conn))
+                self.conn.execute(f"PRAGMA user_version = {number + 1}")
+
+    def _version(self) -> int:
+        return int(self.conn.execute("PRAGMA user_version").fetchone()[0])
+
+    def close(self) -> None:
+        """Close the file."""
+        self.conn.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing.
+
+        Raises:
+            DiskFullError: No room; nothing was written.
+            StoreError: The database failed; nothing was written.
+        """
+        try:
+            self.conn.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                crashpoint("commit:before")
+                self.conn.execute("COMMIT")
+                crashpoint("commit:after")
+            except BaseException:
+                if self.conn.in_transaction:
+                    self.conn.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise store_error(error, "the database refused a write") from error
+
+    def read(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
+        """All rows of a query."""
+        return self.execute(sql, values).fetchall()
+
+    def execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        """Run one statement."""
+        try:
+            return self.conn.execute(sql, values)
+        except sqlite3.Error as error:
+            raise store_error(error, "the database failed") from error
+
+    def execute_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        """Run one statement for every row."""
+        try:
+            self.conn.executemany(sql, rows)
+        except sqlite3.Error as error:
+            raise store_error(error, "the database failed") from error
+
+
+def store_error(error: sqlite3.Error, what: str) -> StoreError:
+    """The typed error for a failed database operation: full disks are told from all others."""
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+        return DiskFullError(f"{what}: no room; free some space, nothing acknowledged is lost")
+    return StoreError(f"{what}: {error}")
+
+
+def _put_aside(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        file = path.with_name(path.name + suffix)
+        if file.exists():
+            file.replace(path.with_name(f"{path.name}{suffix}.damaged"))
