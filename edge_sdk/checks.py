@@ -302,7 +302,7 @@ def check_detector(make: Callable[[], DriftDetector], *, channels: int = 3, rows
 def _check_detector_begins(detector: DriftDetector, block: DoubleArray) -> None:
     _require(not detector.drift_detected and not detector.warning, "a new detector raises neither alarm nor warning")
     _require(0 <= detector.evidence < detector.threshold, "a new detector's evidence is below its threshold")
-    returned: object = detector.update(block)  # type: ignore[func-returns-value]
+    returned: object = detector.update(block)
     _require(returned is None, "update() returns None: what it found is told by properties")
 
 

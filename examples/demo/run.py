@@ -57,6 +57,10 @@ def main() -> int:
     console.print(summary_table(report))
     for rollout in story.rollouts:
         console.print(f"release {rollout['release']}: [bold]{rollout['status']}[/] - {rollout['reason']}")
+    took = [detail for _, _, name, detail in report.events if name == "release_activated" and detail["release"] == 2]
+    learned = [detail for detail in took if not detail["head"].startswith("there was no")]
+    kept = sum(detail["carried"] for detail in learned)
+    console.print(f"release 2 has the same trunk: {kept} of {len(learned)} learned heads were kept on it")
     problems = check(report, story.rollouts)
     for problem in problems:
         console.print(f"[red]not as it should be:[/] {problem}")

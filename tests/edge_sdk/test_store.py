@@ -1,0 +1,390 @@
+"""The device's database: all or nothing, bounded, and numbers that are never given twice."""
+
+import sqlite3
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from edge_sdk.errors import DiskFullError, StoreError
+from edge_sdk.store import LoggedRow, OutboxRow, Store, stack
+
+TRUNK = "trunk"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "edge.db"
+
+
+@pytest.fixture
+def store(path):
+    opened = Store(path)
+    yield opened
+    opened.close()
+
+
+def row(name, *, time=1.0, size=32, trunk=TRUNK):
+    return LoggedRow(name, time, bytes(size), "3", 1, 0, trunk)
+
+
+def add(store, *rows):
+    with store.transaction():
+        store.add_rows(rows)
+
+
+def append(store, count=1, kind="event"):
+    with store.transaction():
+        return [store.append(kind, 1.0, b"body") for _ in range(count)]
+
+
+def waiting(store):
+    return store.waiting_ids(not_like="own-")
+
+
+def fill(store):
+    """No room for another page; returns the bound that was in force."""
+    (before,) = store.conn.execute("PRAGMA max_page_count").fetchone()
+    store.conn.execute("PRAGMA max_page_count = 1")  # SQLite takes the present size instead
+    return before
+
+
+def refuses_big_write(store):
+    with pytest.raises(DiskFullError, match="no room"), store.transaction():
+        store.put("small", b"x")
+        store.put("big", bytes(1_000_000))
+
+
+# ---- opening
+
+
+def test_an_empty_file_is_brought_to_the_present_form(store, path):
+    tables = {name for (name,) in store.conn.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    assert {"meta", "rows", "samples", "outbox", "history"} <= tables
+    assert not store.replaced
+    assert store.conn.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_an_existing_file_keeps_its_form_and_content(store, path):
+    with store.transaction():
+        store.put("key", b"value")
+    form = store.conn.execute("SELECT sql FROM sqlite_master ORDER BY name").fetchall()
+    version = store.conn.execute("PRAGMA user_version").fetchone()
+    store.close()
+    again = Store(path)
+    assert again.get("key") == b"value"
+    assert again.conn.execute("SELECT sql FROM sqlite_master ORDER BY name").fetchall() == form
+    assert again.conn.execute("PRAGMA user_version").fetchone() == version != (0,)
+    again.close()
+
+
+@pytest.mark.parametrize(("durability", "level"), [("full", 2), ("normal", 1)])
+def test_full_durability_flushes_at_every_commit(path, durability, level):
+    store = Store(path, durability=durability)
+    assert store.conn.execute("PRAGMA synchronous").fetchone() == (level,)
+    store.close()
+
+
+def test_a_file_that_cannot_be_opened_is_a_store_error(tmp_path):
+    with pytest.raises(StoreError, match="cannot be opened"):
+        Store(tmp_path)
+
+
+def test_another_process_may_read_while_the_device_writes(store, path):
+    append(store)
+    reader = Store(path)
+    with store.transaction():
+        store.append("event", 1.0, b"body")
+        assert reader.outbox_size()[0] == 1
+    assert reader.outbox_size()[0] == 2
+    reader.close()
+
+
+# ---- transactions
+
+
+def test_a_transaction_that_fails_writes_nothing(store):
+    with pytest.raises(RuntimeError), store.transaction():
+        store.put("key", b"value")
+        store.append("event", 1.0, b"body")
+        store.record(1.0, "event", {})
+        store.add_rows([row("a")])
+        raise RuntimeError
+    assert store.get("key") is None
+    assert store.outbox() == store.history() == waiting(store) == []
+    assert append(store) == [1]
+
+
+def test_a_database_error_is_a_store_error_and_writes_nothing(store):
+    with pytest.raises(StoreError), store.transaction():
+        store.put("key", b"value")
+        store.conn.execute("INSERT INTO nowhere VALUES (1)")
+    assert store.get("key") is None
+
+
+def test_a_closed_database_is_a_store_error(path):
+    store = Store(path)
+    store.close()
+    with pytest.raises(StoreError):
+        store.get("key")
+    with pytest.raises(StoreError), store.transaction():
+        pass
+
+
+KILLED_WRITER = """
+import os, sys
+from pathlib import Path
+from edge_sdk.files import set_crash_hook
+from edge_sdk.store import Store
+store = Store(Path(sys.argv[1]))
+with store.transaction():
+    store.put("key", b"old")
+set_crash_hook(lambda name: os._exit(9) if name == sys.argv[2] else None)
+with store.transaction():
+    store.put("key", b"new")
+"""
+
+
+@pytest.mark.parametrize(("point", "expected"), [("commit:before", b"old"), ("commit:after", b"new")])
+def test_a_kill_around_a_commit_leaves_all_or_nothing(path, point, expected):
+    done = subprocess.run([sys.executable, "-c", KILLED_WRITER, path, point], timeout=60, check=False)
+    assert done.returncode == 9
+    store = Store(path)
+    assert store.get("key") == expected
+    store.close()
+
+
+# ---- a full disk
+
+
+def test_a_full_disk_is_told_and_nothing_is_half_written(store):
+    fill(store)
+    refuses_big_write(store)
+    assert store.get("small") is store.get("big") is None
+
+
+def test_what_was_written_can_be_read_and_removed_while_the_disk_is_full(store):
+    append(store, 3)
+    fill(store)
+    refuses_big_write(store)
+    assert [held.seq for held in store.outbox()] == [1, 2, 3]
+    with store.transaction():
+        store.acknowledge(2)
+    assert [held.seq for held in store.outbox()] == [3]
+
+
+def test_once_there_is_room_the_same_write_succeeds(store):
+    before = fill(store)
+    refuses_big_write(store)
+    store.conn.execute(f"PRAGMA max_page_count = {before}")
+    with store.transaction():
+        store.put("big", bytes(1_000_000))
+    assert len(store.get("big")) == 1_000_000
+
+
+# ---- small facts
+
+
+def test_facts_are_set_replaced_and_deleted(store):
+    with store.transaction():
+        store.put("key", b"1")
+        store.put("key", b"2")
+    assert store.get("key") == b"2"
+    with store.transaction():
+        store.delete("key")
+    assert store.get("key") is None
+
+
+# ---- predictions that wait
+
+
+def test_a_logged_prediction_can_be_taken_once(store):
+    add(store, row("a"), row("b"))
+    with store.transaction():
+        assert store.take_rows(["b", "unknown"]) == {"b": row("b")}
+        assert store.take_rows(["b"]) == {}
+    assert waiting(store) == ["a"]
+
+
+def test_more_rows_than_one_statement_takes_are_taken(store):
+    names = [f"row-{i}" for i in range(1_201)]
+    add(store, *map(row, names))
+    with store.transaction():
+        assert sorted(store.take_rows(names)) == sorted(names)
+    assert waiting(store) == []
+
+
+def test_waiting_ids_are_those_that_the_app_gave(store):
+    add(store, row("own-1"), row("order-7"), row("ow"))
+    assert sorted(waiting(store)) == ["order-7", "ow"]
+
+
+def test_old_predictions_are_dropped(store):
+    add(store, *(row(str(i), time=float(i)) for i in range(5)))
+    with store.transaction():
+        assert sorted(store.trim_rows(older_than=2.0, max_bytes=10**9)) == ["0", "1"]
+    assert sorted(waiting(store)) == ["2", "3", "4"]
+
+
+def test_the_oldest_predictions_are_dropped_beyond_the_bound_in_bytes(store):
+    add(store, *(row(str(i), time=float(i), size=80) for i in range(10)))
+    with store.transaction():
+        dropped = store.trim_rows(older_than=0.0, max_bytes=4 * 200)  # a row counts 80 + 120
+    assert sorted(dropped) == ["0", "1", "2", "3", "4", "5"]
+    with store.transaction():
+        assert store.trim_rows(older_than=0.0, max_bytes=1) == ["6", "7", "8"]  # one may always wait
+
+
+# ---- labelled samples
+
+
+def sample(store, label="1", role="fresh", *, time=1.0, trunk=TRUNK):
+    with store.transaction():
+        store.add_sample(time=time, latent=label.encode() * 4, label=label, role=role, trunk=trunk)
+
+
+def labels(store, role, trunk=TRUNK):
+    return [kept.label for kept in store.samples(role, trunk)]
+
+
+def test_samples_are_kept_by_role_and_trunk(store):
+    sample(store, "1")
+    sample(store, "2", "judge")
+    sample(store, "3", trunk="other")
+    assert labels(store, "fresh") == ["1"]
+    assert labels(store, "judge") == ["2"]
+    assert labels(store, "fresh", "other") == ["3"]
+    assert store.newest_sample("judge", TRUNK) == 2
+    assert store.newest_sample("replay", TRUNK) == 0
+
+
+def test_samples_are_counted_from_a_time_on(store):
+    for time in (1.0, 2.0, 3.0):
+        sample(store, time=time)
+    assert store.count_samples("fresh", TRUNK) == 3
+    assert store.count_samples("fresh", TRUNK, since=2.0) == 2
+
+
+def test_a_sample_that_takes_a_slot_of_the_buffer_replaces_the_one_there(store):
+    sample(store, "1")
+    sample(store, "2")
+    with store.transaction():
+        store.move_to_replay(1, 0, TRUNK)
+        store.move_to_replay(2, 0, TRUNK)
+    assert labels(store, "fresh") == []
+    assert [(kept.label, kept.slot) for kept in store.samples("replay", TRUNK)] == [("2", 0)]
+
+
+def test_the_newest_samples_of_a_role_are_kept(store):
+    for label in "1234":
+        sample(store, label, "judge")
+    sample(store, "5", "judge", trunk="other")
+    with store.transaction():
+        store.trim_samples("judge", TRUNK, 2)
+    assert labels(store, "judge") == ["3", "4"]
+    assert labels(store, "judge", "other") == ["5"]
+
+
+def test_samples_can_be_forgotten(store):
+    sample(store)
+    with store.transaction():
+        store.delete_samples([1, 99])
+    assert labels(store, "fresh") == []
+
+
+def test_what_no_installed_trunk_can_read_is_dropped(store):
+    for trunk in ("old", "new", "gone"):
+        sample(store, "1", trunk=trunk)
+        add(store, row(trunk, trunk=trunk))
+    with store.transaction():
+        store.keep_trunks(["old", "new"])
+    assert sorted(waiting(store)) == ["new", "old"]
+    assert (labels(store, "fresh", "old"), labels(store, "fresh", "gone")) == (["1"], [])
+
+
+def test_stored_latents_are_stacked():
+    assert stack([b"\x01\x02", b"\x03\xff"], 2).tolist() == [[1, 2], [3, 255]]
+    empty = stack([], 7)
+    assert (empty.shape, empty.dtype) == ((0, 7), np.uint8)
+
+
+# ---- the outbox's rows
+
+
+def test_sequence_numbers_are_never_given_twice(store, path):
+    assert append(store, 3) == [1, 2, 3]
+    with store.transaction():
+        store.acknowledge(3)
+    assert append(store) == [4]
+    with store.transaction():
+        store.acknowledge(4)
+    store.close()
+    again = Store(path)
+    assert append(again) == [5]
+    again.close()
+
+
+def test_a_number_of_a_transaction_that_failed_was_never_given(store):
+    with pytest.raises(RuntimeError), store.transaction():
+        store.append("event", 1.0, b"body")
+        raise RuntimeError
+    assert append(store) == [1]
+
+
+def test_the_outbox_is_read_in_order_from_any_place(store):
+    append(store, 5)
+    assert [held.seq for held in store.outbox(after=2, limit=2)] == [3, 4]
+    assert store.outbox_size() == (5, 5 * (4 + 40), 1)
+    with store.transaction():
+        store.acknowledge(2)
+    assert store.outbox_size() == (3, 3 * (4 + 40), 3)
+
+
+def test_an_empty_outbox_has_no_lowest_number(store):
+    assert store.outbox_size() == (0, 0, 0)
+
+
+def test_a_run_of_messages_becomes_one_gap(store):
+    append(store, 5)
+    with store.transaction():
+        store.replace_with_gap(store.outbox()[1:4], 9.0, b"gap")
+    assert store.outbox()[1] == OutboxRow(seq=4, first=2, kind="gap", time=9.0, body=b"gap")
+    assert [held.seq for held in store.outbox()] == [1, 4, 5]
+    assert append(store) == [6]
+
+
+def test_a_gap_at_the_end_does_not_give_its_numbers_again(store):
+    append(store, 3)
+    with store.transaction():
+        store.replace_with_gap(store.outbox(), 9.0, b"gap")
+        store.acknowledge(3)
+    assert append(store) == [4]
+
+
+# ---- history
+
+
+def test_history_is_told_oldest_first_from_any_place(store):
+    with store.transaction():
+        for i in range(5):
+            store.record(float(i), f"event-{i}", {"i": i})
+    assert [entry.name for entry in store.history(limit=2)] == ["event-3", "event-4"]
+    assert [entry.detail for entry in store.history(after=4)] == [{"i": 4}]
+
+
+def test_history_is_bounded(store):
+    with store.transaction():
+        for i in range(2_100):
+            store.record(float(i), "event", {})
+    entries = store.history(limit=10_000)
+    assert len(entries) == 2_000
+    assert entries[-1].time == 2_099.0
+
+
+def test_a_library_error_never_leaves_the_store(store):
+    store.conn.execute("DROP TABLE outbox")
+    for broken in (store.outbox, store.outbox_size, lambda: store.append("event", 1.0, b"")):
+        with pytest.raises(StoreError) as caught:
+            broken()
+        assert isinstance(caught.value.__cause__, sqlite3.Error)
