@@ -22,6 +22,7 @@ from edge_sdk.adapt import Adaptation
 from edge_sdk.clock import Clock, SystemClock, is_due
 from edge_sdk.config import DeviceConfig
 from edge_sdk.errors import (
+    ArtifactError,
     EdgeError,
     InputError,
     LabelError,
@@ -211,17 +212,24 @@ class EdgeDevice:
         """Load what serves, or install the checkpoint that came with the app if it is newer or nothing else works."""
         now = self._clock.now()
         self._upgrade.count_boot()
+        installed = self._slots.pointer.current
         try:
             self._load_or_go_back(now)
         except (EdgeError, OSError):
             if checkpoint is None:
                 raise
+        if checkpoint is None:
+            return
         current = self._served.version if self._served else None
-        if checkpoint is not None:
-            release = verify_checkpoint(checkpoint).release
-            if current is None or release > current.release:
-                self._upgrade.install_folder(checkpoint, self._adaptation)
-                self._swap(now)
+        # a release that was left stays left, unless only its files here were damaged: the app brings them anew
+        left = {} if current != installed else self._upgrade.state.refused
+        try:
+            self._upgrade.install_folder(checkpoint, self._adaptation, current, left)
+            self._swap(now)
+        except (ArtifactError, ModelError) as error:
+            if self._served is None:
+                raise
+            self._upgrade.note_failure(checkpoint, error)
 
     def _load_or_go_back(self, now: float) -> None:
         """Serve the version in use; one that is damaged is left for the one before."""
@@ -363,9 +371,17 @@ class EdgeDevice:
         self._pending.teach([Taught(latent, label, now, trunk) for latent, label in zip(latents, y, strict=True)])
 
     def evaluate(self, x: Any, y: list[str]) -> float:
-        """Accuracy of the version in use on labelled samples, which are neither logged nor learned from."""
+        """Accuracy of the version in use on labelled samples, which are neither logged nor learned from.
+
+        Raises:
+            InputError, ModelError: As `predict`.
+            LabelError: Not as many labels as samples.
+        """
         served = self._model()
-        _, probabilities = served.run(served.manifest.input.check_batch(x))
+        checked = served.manifest.input.check_batch(x)
+        if len(y) != len(checked):
+            raise LabelError(f"{len(checked)} samples need as many labels, got {len(y)}")
+        _, probabilities = served.run(checked)
         predicted = [served.labels[i] for i in probabilities.argmax(axis=1)]
         return float(np.mean([p == label for p, label in zip(predicted, y, strict=True)]))
 
@@ -573,6 +589,8 @@ class EdgeDevice:
         """Drop the personal head: serve the one that came with the release."""
         with self._step_lock:
             current = self._model().version
+            if current.head == 0:
+                return current
             return self._left(current, self._slots.promote(0), "reset to the release's own head", self._clock.now())
 
     def _left(self, before: Version, version: Version, reason: str, now: float) -> Version:

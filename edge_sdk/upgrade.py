@@ -35,6 +35,8 @@ class UpgradeState(msgspec.Struct):
     """Which trunk each installed release serves, by digest: fixed for the release."""
     refused: dict[str, str] = {}
     """Releases that failed here, by digest, with the reason: not tried again."""
+    failed_folder: str = ""
+    """Digest of the app's checkpoint that failed last: told once, not at every start."""
     watching: bool = False
     since: float = 0.0
     accuracy_before: float | None = None
@@ -76,8 +78,16 @@ class Upgrade:
             self.state.variants[version.digest] = chosen
         return self.state.variants[version.digest]
 
-    def install_folder(self, folder: Path, adaptation: Adaptation | None) -> None:
-        """Install a checkpoint that came with the app. The folder's files are copied.
+    def install_folder(
+        self, folder: Path, adaptation: Adaptation | None, current: Version | None, refused: Mapping[str, str]
+    ) -> None:
+        """Install a checkpoint that came with the app, if it is newer than what serves. The folder's files are copied.
+
+        Args:
+            folder: The checkpoint.
+            adaptation: Of the release in use.
+            current: What serves; None: nothing does.
+            refused: Releases not to install beside one that serves, by digest, with the reason.
 
         Raises:
             ArtifactError: It is damaged, does not fit, or fails its self-test here.
@@ -85,8 +95,23 @@ class Upgrade:
         """
         manifest = verify_checkpoint(folder)
         data = (folder / MANIFEST_NAME).read_bytes()
+        if current is not None and (manifest.release <= current.release or digest_of(data) in refused):
+            return
         sources = {entry.sha256: folder / name for name, entry in manifest.files.items()}
         self._install(data, sources, adaptation, link=False)
+
+    def note_failure(self, folder: Path, error: Exception) -> None:
+        """Record once that a checkpoint that came with the app cannot be used, while another release serves."""
+        try:
+            data = (folder / MANIFEST_NAME).read_bytes()
+        except OSError:
+            data = b""
+        digest = digest_of(data)
+        if self.state.failed_folder != digest:
+            with self._store.transaction():
+                self.state.failed_folder = digest
+                self._emit("release_failed", {"reason": str(error)})
+                self.save()
 
     def turn(self, now: float, adaptation: Adaptation | None) -> None:
         """Leave a revoked release, fetch an offered one, install it when it is complete."""

@@ -266,7 +266,8 @@ def test_ids_differ_over_restarts(make_device, digits):
     first = make_device()
     ids = {first.predict(x).id for x in digits.life.x[:3]}
     first.stop()
-    assert not ids & {make_device().predict(x).id for x in digits.life.x[:3]}
+    second = make_device()
+    assert not ids & {second.predict(x).id for x in digits.life.x[:3]}
 
 
 def test_a_second_label_and_one_of_nobody_are_counted_and_kept_out(make_device, digits):
@@ -420,7 +421,11 @@ def test_a_damaged_checkpoint_beside_a_release_that_works_is_recorded_and_servin
     damage(folder)
     device = make_device(checkpoint=folder)
     assert device.predict(digits.life.x[0]).release == 1
+    device.stop()
+    device = make_device(checkpoint=folder)
     assert len(events(device, "release_failed")) == 1
+    device.stop()
+    assert make_device(checkpoint=build_cached).status().release == 2
 
 
 def test_a_missing_checkpoint_folder_is_an_integrity_error(make_device, tmp_path):
@@ -499,12 +504,12 @@ def test_every_prediction_belongs_to_one_version_while_heads_are_swapped(make_de
     served = device._served
     features = dequantize(served.trunk.latents(x[None]), served.manifest.latent)
     heads = {0: current_head(device)}
-    done = threading.Event()
+    done, permits = threading.Event(), threading.Semaphore(0)
     errors, found = [], [[] for _ in range(4)]
 
     def hammer(results):
         try:
-            while not done.is_set():
+            while permits.acquire() and not done.is_set():
                 results.append(device.predict(x))
                 results += device.predict_batch(np.stack([x, x]))
         except Exception as error:  # noqa: BLE001 - whatever it is, the test shows it
@@ -516,9 +521,11 @@ def test_every_prediction_belongs_to_one_version_while_heads_are_swapped(make_de
     try:
         for seed in range(50):
             head = tilted(heads[0], seed)
+            permits.release(40)  # enough to last over the swap
             heads[promote(device, head)] = head
     finally:
         done.set()
+        permits.release(len(threads))
         for thread in threads:
             thread.join()
     assert not errors

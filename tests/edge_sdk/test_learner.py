@@ -6,7 +6,7 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.checks import CheckFailed, check_learner, check_runtime
@@ -109,6 +109,7 @@ def test_gradients_equal_finite_differences(rng, widths):
         np.testing.assert_allclose(gradients[key], slopes, atol=1e-5)
 
 
+@settings(deadline=None)
 @given(
     fresh=st.integers(1, 60),
     replay=st.integers(0, 30),

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.head import Head
@@ -97,6 +97,7 @@ def test_heads_of_different_depth_can_be_rebased(features):
     assert set(named(carried, features)) <= {"a", "b", "c"}
 
 
+@settings(deadline=None)
 @given(
     shipped=st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=6, unique=True),
     personal=st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=6, unique=True),

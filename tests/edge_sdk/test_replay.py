@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.checks import CheckFailed, check_buffer
@@ -130,6 +130,7 @@ def test_balanced_buffer_makes_room_for_a_class_that_comes_late(rng):
     assert (counts[:4] >= 7).all()
 
 
+@settings(deadline=None)
 @given(
     capacity=st.integers(1, 12),
     labels=st.lists(st.integers(0, 5), max_size=120),
@@ -145,6 +146,7 @@ def test_a_buffer_is_full_as_soon_as_it_can_be_and_holds_only_rows_it_was_given(
     assert sum(buffer.seen.values()) == len(labels)
 
 
+@settings(deadline=None)
 @given(
     labels=st.lists(st.integers(0, 3), min_size=13, max_size=120),
     capacity=st.integers(4, 12),

@@ -5,7 +5,7 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.config import DeviceConfig, ReportConfig
@@ -109,6 +109,7 @@ STEPS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(STEPS)
 def test_nothing_is_counted_twice_or_lost_over_any_sequence_of_windows(steps):
     window = Window(start=0.0)

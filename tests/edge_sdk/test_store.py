@@ -91,6 +91,64 @@ def test_a_file_that_cannot_be_opened_is_a_store_error(tmp_path):
         Store(tmp_path)
 
 
+class PowerCut(BaseException):  # noqa: N818 - no error: the process is gone
+    pass
+
+
+@pytest.mark.parametrize("table", ["meta", "rows", "samples", "history"])
+def test_a_kill_while_the_tables_are_made_leaves_a_file_that_opens(path, monkeypatch, table):
+    from sqlite_utils.db import Table
+
+    create = Table.create
+
+    def dies(self, *args, **kwargs):
+        made = create(self, *args, **kwargs)
+        if self.name == table:
+            raise PowerCut
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Table, "create", dies)
+        with pytest.raises(PowerCut):
+            Store(path)
+    store = Store(path)
+    assert store.outbox() == store.history() == waiting(store) == []
+    assert not store.replaced
+    store.close()
+
+
+def test_a_file_that_is_no_database_is_put_aside(path):
+    path.write_bytes(b"no database" * 1_000)
+    store = Store(path)
+    assert store.replaced
+    assert append(store) == [1]
+    store.close()
+    assert path.with_name("edge.db.damaged").read_bytes() == b"no database" * 1_000
+    again = Store(path)
+    assert not again.replaced
+    assert append(again) == [2]
+    again.close()
+
+
+def test_a_truncated_database_is_put_aside(store, path):
+    add(store, *(row(f"row-{i}") for i in range(2_000)))
+    store.close()
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    again = Store(path)
+    assert again.replaced
+    assert waiting(again) == []
+    again.close()
+    assert path.with_name("edge.db.damaged").stat().st_size == len(data) // 2
+
+
+def test_a_second_damaged_file_takes_the_place_of_the_first(path):
+    for content in (b"first" * 1_000, b"second" * 1_000):
+        path.write_bytes(content)
+        Store(path).close()
+    assert path.with_name("edge.db.damaged").read_bytes() == b"second" * 1_000
+
+
 def test_another_process_may_read_while_the_device_writes(store, path):
     append(store)
     reader = Store(path)
