@@ -351,7 +351,7 @@ class Adaptation:
         except (EdgeError, OSError) as error:
             self._fail(now, f"the challenger is lost: {error}")
             return
-        verdict = self._verdict(challenger, now)
+        verdict = self._without_small_scores(self._verdict(challenger, now))
         detail = {**msgspec.structs.asdict(verdict), "trigger": self.state.reason, "steps": self.state.steps}
         if verdict.outcome == "need_more":
             self.state.waits = verdict.reason
@@ -386,6 +386,15 @@ class Adaptation:
             self._begin("idle", now=now)
             self.state.demanded = True
         self._discard_job()
+
+    def _without_small_scores(self, verdict: Verdict) -> Verdict:
+        """Scores over so few rows that they say too much about single samples do not leave the device."""
+        few = self._config.report.min_count
+        if verdict.rows < few:
+            verdict = msgspec.structs.replace(verdict, champion=0.0, challenger=0.0)
+        if verdict.factory_rows < few:
+            verdict = msgspec.structs.replace(verdict, champion_factory=0.0, challenger_factory=0.0)
+        return verdict
 
     def _verdict(self, challenger: Head, now: float) -> Verdict:
         champion = self._slots.head(self._version)

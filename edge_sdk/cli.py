@@ -17,7 +17,7 @@ import msgspec
 from platformdirs import user_data_path
 
 from edge_sdk import __version__
-from edge_sdk.errors import ArtifactError, ConfigError, EdgeError, TransportError
+from edge_sdk.errors import ArtifactError, ConfigError, EdgeError, ProtocolError, TransportError
 
 if TYPE_CHECKING:
     from edge_sdk.config import DeviceConfig
@@ -96,6 +96,7 @@ def main(debug: bool) -> None:
 @click.option("--force", is_flag=True, help="Replace an earlier enrolment.")
 def enroll(bundle: Path, home: Path | None, force: bool) -> None:
     """Install the BUNDLE that `edge-coordinator devices add` wrote."""
+    from edge_sdk.config import DeviceConfig
     from edge_sdk.files import replace_file
     from edge_sdk.messages import check_name
 
@@ -105,13 +106,19 @@ def enroll(bundle: Path, home: Path | None, force: bool) -> None:
         raise ConfigError(f"{bundle} is not an enrolment bundle: {error}") from error
     if content.schema != 1:
         raise ConfigError(f"{bundle} has schema {content.schema}, this SDK reads 1; update the SDK")
-    check_name(content.device)
+    text = _device_toml(content).encode()
+    try:
+        for name, what in ((content.device, "device name"), (content.group, "group"), (content.prefix, "topic prefix")):
+            check_name(name, what)
+        msgspec.toml.decode(text, type=DeviceConfig)
+    except (ProtocolError, msgspec.MsgspecError) as error:
+        raise ConfigError(f"{bundle} does not fit a device: {error}") from error
     folder = home or _default_home()
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / CONFIG_NAME
     if target.exists() and not force:
         raise ConfigError(f"{target} exists: this device is enrolled already; use --force to replace it")
-    replace_file(target, _device_toml(content).encode(), mode=0o600)
+    replace_file(target, text, mode=0o600)
     target.chmod(0o600)
     click.echo(f"enrolled as {content.device} in group {content.group}; start with: edge run --home {folder}")
 

@@ -195,6 +195,8 @@ class EdgeDevice:
             config=self.config,
         )
         emit = self._reporter.emit
+        if (current := self._slots.pointer.current) is not None:
+            self._reporter.identity = Identity(current.release, current.head, current.digest)
         if self._store.replaced:
             with self._store.transaction():
                 emit("store_lost", {"reason": "the database was damaged; it was put aside and begun anew"})
@@ -229,7 +231,7 @@ class EdgeDevice:
         except (ArtifactError, ModelError) as error:
             if self._served is None:
                 raise
-            self._upgrade.note_failure(checkpoint, error)
+            self._upgrade.note_refusal(error)
 
     def _load_or_go_back(self, now: float) -> None:
         """Serve the version in use; one that is damaged is left for the one before."""
@@ -442,7 +444,7 @@ class EdgeDevice:
                 self._swap(now)
             with _recorded(problems):
                 if is_due(now, self._reporter.window.start, self.config.report.interval_s):
-                    self._report(now, carry=True)
+                    self._report(now)
             with _recorded(problems):
                 sent = self._reporter.send(now)
             if not problems:
@@ -532,9 +534,7 @@ class EdgeDevice:
     def _take_up(self, served: Served, now: float) -> None:
         """Everything that follows from another version serving."""
         current, before = served.version, self._taken_up
-        if before is not None:
-            self._report(now, carry=False)  # the window belongs to the version that made it
-        self._reporter.identity = Identity(current.release, current.head, current.digest)
+        self._reporter.serve(Identity(current.release, current.head, current.digest), now, **self._facts())
         if self._adaptation is None:
             self._adaptation = self._new_adaptation()
         self._upgrade.note_version(now, self._adaptation)
@@ -562,16 +562,18 @@ class EdgeDevice:
 
     # ---- telling
 
-    def _report(self, now: float, *, carry: bool) -> None:
+    def _report(self, now: float) -> None:
+        self._reporter.report(now, carry=True, **self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        """What a report says beside what the reporter counts."""
         adaptation = self._adaptation
-        self._reporter.report(
-            now,
-            carry=carry,
-            monitors=self._monitoring.states(),
-            replay_rows=len(adaptation.buffer) if adaptation else 0,
-            fresh_rows=adaptation.fresh_rows if adaptation else 0,
-            rss_mb=self._resources.rss_mb(),
-        )
+        return {
+            "monitors": self._monitoring.states(),
+            "replay_rows": len(adaptation.buffer) if adaptation else 0,
+            "fresh_rows": adaptation.fresh_rows if adaptation else 0,
+            "rss_mb": self._resources.rss_mb(),
+        }
 
     # ---- people
 
@@ -691,9 +693,12 @@ class EdgeDevice:
             try:
                 with self._store.transaction():
                     self._monitoring.save(self._clock.now())
+                    self._upgrade.save()
+                    if self._adaptation is not None:
+                        self._adaptation.save()  # the last flush was seen after its own transaction
                     self._store.put(STATUS_KEY, msgspec.json.encode(self.status()))
             except StoreError as error:
-                logger.error("%s: the monitors' evidence was not saved: %s", self.name, error)  # noqa: TRY400
+                logger.error("%s: the last evidence was not saved: %s", self.name, error)  # noqa: TRY400
             self._reporter.close()
             self._files.close()
 

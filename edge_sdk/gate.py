@@ -16,6 +16,8 @@ Outcome = Literal["promote", "reject", "need_more"]
 Correct = NDArray[np.bool_]
 _FEW_ERRORS = 3
 _MAX_ERROR_SHARE = 0.05
+_MIN_TOLD = 10
+"""Scores over fewer rows are not put into words: they leave the device, and say too much about single samples."""
 _HARM_EVIDENCE = 4.0
 """Harm to one label needs less proof than improvement: a challenger refused in error costs little."""
 
@@ -139,9 +141,9 @@ def watch(
         return ProbationVerdict("rollback", "the new version fails in use")
     worse = before.astype(np.int64) - after.astype(np.int64)
     if paired_evidence(worse) >= 1 / alpha:
-        return ProbationVerdict("rollback", f"live accuracy {_mean(after):.3f}, before it {_mean(before):.3f}")
+        return ProbationVerdict("rollback", f"live accuracy {_told(after)}, before it {_told(before)}")
     if len(after) >= rows:
-        return ProbationVerdict("confirm", f"live accuracy {_mean(after):.3f}, before it {_mean(before):.3f}")
+        return ProbationVerdict("confirm", f"live accuracy {_told(after)}, before it {_told(before)}")
     if waited_s >= seconds:
         return ProbationVerdict("confirm", f"unproven: healthy, but only {len(after)} labels came")
     return ProbationVerdict("need_more", f"{len(after)} of {rows} labels")
@@ -181,9 +183,9 @@ def watch_release(
         process = MeanEProcess(1 - floor)
         process.update(1.0 - correct)
         if process.evidence >= 1 / alpha:
-            return ProbationVerdict("rollback", f"live accuracy {_mean(correct):.3f}, {against}")
+            return ProbationVerdict("rollback", f"live accuracy {_told(correct)}, {against}")
     if len(correct) >= rows:
-        return ProbationVerdict("confirm", f"live accuracy {_mean(correct):.3f}, {against}")
+        return ProbationVerdict("confirm", f"live accuracy {_told(correct)}, {against}")
     if waited_s >= seconds:
         return ProbationVerdict("confirm", f"unproven: healthy, but only {len(correct)} labels came")
     return ProbationVerdict("need_more", f"{len(correct)} of {rows} labels")
@@ -191,3 +193,7 @@ def watch_release(
 
 def _mean(correct: Correct) -> float:
     return float(correct.mean()) if len(correct) else 0.0
+
+
+def _told(correct: Correct) -> str:
+    return f"{_mean(correct):.3f}" if len(correct) >= _MIN_TOLD else f"(of fewer than {_MIN_TOLD} labels)"

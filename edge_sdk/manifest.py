@@ -126,12 +126,12 @@ def verify_checkpoint(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        raise IntegrityError(f"{folder} has no {MANIFEST_NAME}; is it a checkpoint folder?")
+        raise IntegrityError(f"{folder.name} has no {MANIFEST_NAME}; is it a checkpoint folder?")
     manifest = parse_manifest(path.read_bytes())
     for name, entry in manifest.files.items():
         file = folder / name
         if not file.is_file():
-            raise IntegrityError(f"{name} is missing from {folder}")
+            raise IntegrityError(f"{name} is missing")
         if (size := file.stat().st_size) != entry.size:
             raise IntegrityError(f"{name} has {size} bytes, the manifest says {entry.size}")
         if (digest := sha256_file(file)) != entry.sha256:

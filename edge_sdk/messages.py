@@ -22,6 +22,7 @@ DEFAULT_PREFIX = "edge"
 THRESHOLD_ALL = 2**32
 """A rollout threshold that every device is below."""
 
+_HEX = frozenset("0123456789abcdef")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _INDEX = re.compile(r"[0-9]{1,9}")
 
@@ -142,6 +143,11 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
     digest: str
     size: int
 
+    def __post_init__(self) -> None:
+        """Refuse what could not be a file's hash: it becomes a file name on the device."""
+        if len(self.digest) != 64 or set(self.digest) - _HEX:
+            raise ValueError("digest is not 64 lower-case hexadecimal digits")
+
 
 class Desired(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Retained on `g/{group}/desired`: what the group should run."""
@@ -157,6 +163,11 @@ class Desired(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     revoked: list[int]
     """Releases to leave at once for the previous one, and never to install."""
     block_bytes: int = BLOCK_BYTES
+
+    def __post_init__(self) -> None:
+        """Refuse a block size that cannot be sent."""
+        if not 1 <= self.block_bytes <= MAX_MESSAGE_BYTES:
+            raise ValueError(f"block_bytes is {self.block_bytes}, not 1 to {MAX_MESSAGE_BYTES}")
 
 
 M = TypeVar("M", bound=msgspec.Struct)

@@ -121,20 +121,31 @@ class Outbox:
             self._bytes_sent += len(payload)
 
     def _shrink(self, time: float) -> int:
-        count, size, _ = self._store.outbox_size()
-        if count <= self._config.outbox_rows and size <= self._config.outbox_bytes:
-            return 0
         dropped = 0
-        rows = self._store.outbox()
-        # make some room at once, so that a full outbox is not reshaped at every message
-        goal_rows, goal_bytes = int(self._config.outbox_rows * 0.9), int(self._config.outbox_bytes * 0.9)
         for kind in ("report", "event"):
-            for row in rows[:-1]:
-                if count <= goal_rows and size <= goal_bytes:
-                    break
-                if row.kind == kind:
-                    self._store.replace_with_gap([row], time, b"")
-                    count, size, dropped = count - 1, size - len(row.body), dropped + 1
+            while self._is_full() and (gone := self._drop(kind, time)):
+                dropped += gone
+        return dropped
+
+    def _is_full(self) -> bool:
+        count, size, _ = self._store.outbox_size()
+        return count > self._config.outbox_rows or size > self._config.outbox_bytes
+
+    def _drop(self, kind: str, time: float) -> int:
+        """The oldest messages of a kind become gaps, the newest message of all excepted; returns how many did.
+
+        Makes some room at once, so that a full outbox is not reshaped at every message. A gap between two messages that
+        stay takes as much room as what it stands for: then there is more to drop.
+        """
+        count, size, _ = self._store.outbox_size()
+        goal_rows, goal_bytes = int(self._config.outbox_rows * 0.9), int(self._config.outbox_bytes * 0.9)
+        dropped = 0
+        for row in self._store.outbox()[:-1]:
+            if count <= goal_rows and size <= goal_bytes:
+                break
+            if row.kind == kind:
+                self._store.replace_with_gap([row], time, b"")
+                count, size, dropped = count - 1, size - len(row.body), dropped + 1
         self._merge_gaps(time)
         return dropped
 

@@ -61,6 +61,9 @@ class Window(msgspec.Struct):
     """What has come together since the last report; persisted, so that a restart loses nothing of it."""
 
     start: float
+    release: int = 0
+    head: int = 0
+    """The version that it tells of."""
     predictions: int = 0
     confidence: float = 0.0
     """Sum."""
@@ -112,7 +115,7 @@ class Reporter:
         self.topics = Topics(config.prefix)
         self.mode: Mode = config.mode
         self.identity = Identity()
-        """What serves now; the device keeps it up to date."""
+        """What serves now."""
         self.counters = _load(store, "counters", Counters) or Counters()
         self.window = _load(store, "window", Window) or Window(start=clock.now())
         self.outbox = Outbox(
@@ -135,14 +138,24 @@ class Reporter:
             self.counters.outbox_dropped += self.outbox.put(event, now)
         self.save()
 
+    def serve(self, identity: Identity, now: float, **facts: Any) -> None:
+        """Another version serves: what came together of the one before is reported as its own.
+
+        `facts`: as in `report`.
+        """
+        window = self.window
+        if (window.release, window.head) != (identity.release, identity.head):
+            if window.release:
+                self.report(now, carry=False, **facts)
+            self.window = Window(start=now, release=identity.release, head=identity.head)
+        self.identity = identity
+
     def report(self, now: float, *, carry: bool, **facts: Any) -> None:
         """Close the window and put its report into the outbox. `facts`: see `build_report`."""
         report, window = build_report(
             self.window,
             self.counters,
             now=now,
-            release=self.identity.release,
-            head=self.identity.head,
             mode=self.mode,
             carry=carry,
             config=self._config.report,
@@ -239,8 +252,6 @@ def build_report(
     totals: Counters,
     *,
     now: float,
-    release: int,
-    head: int,
     mode: str,
     monitors: list[MonitorState],
     replay_rows: int,
@@ -262,8 +273,8 @@ def build_report(
     report = Report(
         start=window.start,
         end=now,
-        release=release,
-        head=head,
+        release=window.release,
+        head=window.head,
         mode=mode,
         predictions=window.predictions,
         labelled=window.labelled if enough else 0,
@@ -286,7 +297,7 @@ def build_report(
         rss_mb=round(rss_mb, 1),
         written_bytes=window.written_bytes,
     )
-    carried = Window(start=now)
+    carried = Window(start=now, release=window.release, head=window.head)
     if carry and not enough:
         carried.labelled, carried.correct = window.labelled, window.correct
     return report, carried

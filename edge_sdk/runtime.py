@@ -55,7 +55,9 @@ def new_session(path: Path, *, initializers: Mapping[str, FloatArray] | None = N
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the engine's exceptions share no base class of their own
-        raise RuntimeUnavailableError(f"ONNX Runtime refuses {path.name}: {error}") from error
+        # reported to the coordinator: no folder of this machine belongs into it
+        said = str(error).replace(str(path), path.name)
+        raise RuntimeUnavailableError(f"ONNX Runtime refuses {path.name}: {said}") from error
 
 
 class OnnxRuntime:

@@ -95,9 +95,12 @@ class Slots:
         """The manifest of a version's release.
 
         Raises:
-            IntegrityError: It is not the one that was installed.
+            IntegrityError: It is gone, or not the one that was installed.
         """
-        data = (self.folder(version) / MANIFEST_NAME).read_bytes()
+        try:
+            data = (self.folder(version) / MANIFEST_NAME).read_bytes()
+        except OSError as error:
+            raise IntegrityError(f"the manifest in slot {version.slot} cannot be read: {error.strerror}") from error
         if digest_of(data) != version.digest:
             raise IntegrityError(f"the manifest in slot {version.slot} is not the one that was installed")
         return parse_manifest(data)
@@ -115,10 +118,14 @@ class Slots:
         """Files of the installed releases by SHA-256: what need not be fetched again."""
         held: dict[str, Path] = {}
         for version in (self.pointer.fallback, self.pointer.current):
-            if version is not None:
-                held |= {
-                    entry.sha256: self.folder(version) / name for name, entry in self.manifest(version).files.items()
-                }
+            if version is None:
+                continue
+            try:
+                files = self.manifest(version).files
+            except ArtifactError as error:  # a damaged fallback must not spoil the release that would replace it
+                logger.warning("%s", error)
+                continue
+            held |= {entry.sha256: self.folder(version) / name for name, entry in files.items()}
         return held
 
     # ---- changing
@@ -140,8 +147,8 @@ class Slots:
         slot: Slot = "b" if current is not None and current.slot == "a" else "a"
         building = self.root / f"{slot}.new"
         remove_tree(building)
-        building.mkdir()
         try:
+            building.mkdir()
             for name, entry in parsed.files.items():
                 _take(sources[entry.sha256], building / name, link=link)
             replace_file(building / MANIFEST_NAME, manifest)
@@ -161,10 +168,17 @@ class Slots:
         return slot, parsed
 
     def write_head(self, slot: Slot, head: Head) -> int:
-        """Store a personal head beside a release; returns its number. It does not serve yet."""
+        """Store a personal head beside a release; returns its number. It does not serve yet.
+
+        Raises:
+            DiskFullError, StoreError: It cannot be written.
+        """
         number = self.pointer.heads + 1
         folder = self.root / slot / "heads"
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, f"no head can be written to slot {slot}") from error
         replace_file(folder / f"{number:04d}.npz", head.to_bytes())
         self._flip(msgspec.structs.replace(self.pointer, heads=number))
         return number

@@ -94,14 +94,22 @@ def entropy(probabilities: AnyArray) -> DoubleArray:
 
 
 def suppress_small(counts: dict[str, int], *, min_count: int) -> dict[str, int]:
-    """Counts with every cell below `min_count` merged into "other", or dropped if even that is too small.
+    """Counts with every cell below `min_count` merged into "other".
+
+    Where even that is too small, the smallest of the other cells is merged with it: what is left out could be had by
+    subtraction from the total. Nothing is told of a total below `min_count`.
 
     Example:
         >>> suppress_small({"a": 50, "b": 4, "c": 7}, min_count=10)
         {'a': 50, 'other': 11}
+        >>> suppress_small({"a": 50, "b": 20, "c": 7}, min_count=10)
+        {'a': 50, 'other': 27}
     """
     kept = {key: count for key, count in counts.items() if count >= min_count}
     rest = sum(count for count in counts.values() if count < min_count)
+    if 0 < rest < min_count and kept:
+        smallest = min(kept, key=lambda key: (kept[key], key))
+        rest += kept.pop(smallest)
     if rest >= min_count:
         kept["other"] = kept.get("other", 0) + rest  # a label may bear that name
     return kept

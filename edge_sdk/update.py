@@ -18,7 +18,7 @@ from edge_sdk.clock import is_due
 from edge_sdk.config import UpdateConfig
 from edge_sdk.errors import DiskFullError, IntegrityError, NotConnectedError, RollbackRefusedError
 from edge_sdk.files import crashpoint, fsync_folder, remove_tree, replace_file, sha256_file, storage_error
-from edge_sdk.manifest import parse_manifest
+from edge_sdk.manifest import digest_of, parse_manifest
 from edge_sdk.messages import Desired, Need, Offer, Topics, block_count, cohort, encode, from_bitmap, to_bitmap
 from edge_sdk.transport import Transport
 
@@ -76,7 +76,9 @@ class Download:
         try:
             descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT, 0o644)
             try:
-                os.pwrite(descriptor, payload, index * self.block_bytes)
+                written = 0
+                while written < len(payload):  # a disk that is nearly full takes a part of it first
+                    written += os.pwrite(descriptor, payload[written:], index * self.block_bytes + written)
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -174,15 +176,20 @@ class UpdateClient:
         if self.desired is None:
             return None
         desired = self.desired
-        included = desired.candidate is not None and cohort(desired.salt, self._device) < desired.threshold
-        offer = desired.candidate if included else desired.base
-        if offer is None or offer.release == installed or offer.digest in refused or offer.release in desired.revoked:
-            return None
-        if installed is not None and offer.release < installed:
-            if desired.candidate is not None and desired.candidate.release == installed:
-                return None  # installed early, by hand: it stays
-            raise RollbackRefusedError(f"release {offer.release} is older than the installed {installed}")
-        return offer
+        candidate = desired.candidate
+        included = candidate is not None and cohort(desired.salt, self._device) < desired.threshold
+        # a candidate that cannot be had here leaves the base to be had
+        for offer in (candidate if included else None, desired.base):
+            if offer is None or offer.digest in refused or offer.release in desired.revoked:
+                continue
+            if offer.release == installed:
+                return None
+            if installed is not None and offer.release < installed:
+                if candidate is not None and candidate.release == installed:
+                    return None  # installed early, by hand: it stays
+                raise RollbackRefusedError(f"release {offer.release} is older than the installed {installed}")
+            return offer
+        return None
 
     def begin(self, offer: Offer) -> None:
         """Start to fetch a release, dropping any other that was on its way.
@@ -242,6 +249,9 @@ class UpdateClient:
             if manifest is None:
                 return None
             data = manifest.read_bytes()
+            if digest_of(data) != offer.digest:
+                manifest.unlink()
+                raise IntegrityError(f"the manifest of release {offer.release} was damaged on the disk")
             parsed = parse_manifest(data)
             if parsed.release != offer.release:
                 raise IntegrityError(f"offered as release {offer.release}, its manifest says {parsed.release}")
@@ -250,7 +260,9 @@ class UpdateClient:
                 raise IntegrityError(f"release {offer.release} has {total} bytes; at most {self._config.max_bytes}")
             files: dict[str, Path] = {}
             wanted = {entry.sha256: entry.size for _, entry in sorted(parsed.files.items())}
-            self._require_room(sum(size for digest, size in wanted.items() if digest not in held))
+            self._require_room(
+                sum(self._lacking(digest, size) for digest, size in wanted.items() if digest not in held)
+            )
             for digest, size in wanted.items():
                 path = self._fetch(digest, size, now, held)
                 if path is None:
@@ -306,9 +318,16 @@ class UpdateClient:
             return
         self._asked, self._asked_at, self._asked_on = window, now, self._transport.connections
 
+    def _lacking(self, digest: str, size: int) -> int:
+        """Bytes of a file that are not on the disk yet."""
+        if (self._folder / digest).exists():
+            return 0
+        part = self._folder / f"{digest}.part"
+        return max(0, size - part.stat().st_blocks * 512) if part.exists() else size
+
     def _require_room(self, size: int) -> None:
         free = shutil.disk_usage(self._folder).free
         if free - size < self._config.min_free_bytes:
             raise DiskFullError(
-                f"the release needs {size} bytes and {self._config.min_free_bytes} must stay free; there are {free}"
+                f"{size} bytes are to come, {self._config.min_free_bytes} must stay free, and there are {free}"
             )

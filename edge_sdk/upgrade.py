@@ -35,8 +35,6 @@ class UpgradeState(msgspec.Struct):
     """Which trunk each installed release serves, by digest: fixed for the release."""
     refused: dict[str, str] = {}
     """Releases that failed here, by digest, with the reason: not tried again."""
-    failed_folder: str = ""
-    """Digest of the app's checkpoint that failed last: told once, not at every start."""
     watching: bool = False
     since: float = 0.0
     accuracy_before: float | None = None
@@ -100,18 +98,9 @@ class Upgrade:
         sources = {entry.sha256: folder / name for name, entry in manifest.files.items()}
         self._install(data, sources, adaptation, link=False)
 
-    def note_failure(self, folder: Path, error: Exception) -> None:
-        """Record once that a checkpoint that came with the app cannot be used, while another release serves."""
-        try:
-            data = (folder / MANIFEST_NAME).read_bytes()
-        except OSError:
-            data = b""
-        digest = digest_of(data)
-        if self.state.failed_folder != digest:
-            with self._store.transaction():
-                self.state.failed_folder = digest
-                self._emit("release_failed", {"reason": str(error)})
-                self.save()
+    def note_refusal(self, error: Exception) -> None:
+        """Record that the checkpoint which came with the app cannot be used, while another release serves."""
+        self._complain("release_refused", 0, f"the checkpoint that came with the app: {error}")
 
     def turn(self, now: float, adaptation: Adaptation | None) -> None:
         """Leave a revoked release, fetch an offered one, install it when it is complete."""
@@ -123,7 +112,7 @@ class Upgrade:
         try:
             offer = self.client.offered(current.release if current else None, self.state.refused)
         except RollbackRefusedError as error:
-            self._complain("release_refused", str(error))
+            self._complain("release_refused", desired.base.release if desired and desired.base else 0, str(error))
             return
         if offer is None:
             self.client.abandon()
@@ -134,7 +123,7 @@ class Upgrade:
             if fetched is not None:
                 self._install_fetched(fetched, adaptation)
         except StoreError as error:  # the disk may have room again later
-            self._complain("release_delayed", str(error))
+            self._complain("release_delayed", offer.release, str(error))
         except (ArtifactError, ModelError) as error:
             with self._store.transaction():
                 self.state.refused[offer.digest] = str(error)
@@ -253,10 +242,11 @@ class Upgrade:
 
     def leave(self, reason: str) -> bool:
         """Go back to the release before, if there is one; False if this one must go on serving."""
+        current = self._slots.pointer.current
         try:
             self._slots.rollback_release()
         except RollbackRefusedError as error:
-            self._complain("rollback_refused", f"{reason}, but {error}")
+            self._complain("rollback_refused", current.release if current else 0, f"{reason}, but {error}")
             if self.state.watching:
                 with self._store.transaction():
                     self.state.watching = False
@@ -266,9 +256,10 @@ class Upgrade:
         self.client.abandon()
         return True
 
-    def _complain(self, name: str, reason: str) -> None:
-        """Record a state that lasts once, not at every turn."""
-        if reason not in self._complaints:
+    def _complain(self, name: str, release: int, reason: str) -> None:
+        """Record a state that lasts once for each release, not at every turn."""
+        key = f"{name} {release}"
+        if key not in self._complaints:
             with self._store.transaction():
-                self._emit(name, {"reason": reason})
-            self._complaints.add(reason)
+                self._emit(name, {"release": release, "reason": reason})
+            self._complaints.add(key)

@@ -30,6 +30,9 @@ from edge_sdk.messages import (
 )
 from edge_sdk.transport import Message
 
+WILL = "lost"
+"""Reason of a state that the broker publishes for a device that vanished: written when the device connected, so that
+all but this may have changed since."""
 _LARGEST = 2**63 - 1  # what the database can hold
 _LATEST = 253_402_300_800.0  # the year 10000, which no calendar function knows
 _MAX_TEXT = 256
@@ -178,7 +181,7 @@ class Turn:
                 self.needs.append(decode(message.payload, Need))
             elif kind == "state":
                 if message.payload:  # an empty one clears what was retained
-                    self.states[device] = _checked_state(device, decode(message.payload, State))
+                    self._state(device, _checked_state(device, decode(message.payload, State)))
             else:
                 self._problem("malformed", f"unexpected topic {message.topic[:_MAX_TEXT]!r}")
                 return
@@ -187,6 +190,12 @@ class Turn:
             return
         if kind != "state":  # retained states come again with every connection
             self.seen.add(device)
+
+    def _state(self, device: str, state: State) -> None:
+        before = self.states.get(device)
+        if state.reason == WILL and before is not None:
+            state = msgspec.structs.replace(before, online=False, reason=WILL)
+        self.states[device] = state
 
     def _admit(self, device: str) -> bool:
         if device in self._known:
@@ -266,6 +275,9 @@ def _checked_report(report: Report) -> Report:
             _check_count(name, value)
         elif isinstance(value, float) and not math.isfinite(value):
             raise ProtocolError(f"{name} is not finite")
+    for monitor in report.monitors:
+        if not (math.isfinite(monitor.evidence) and math.isfinite(monitor.threshold)):
+            raise ProtocolError(f"monitor {monitor.name[:_MAX_TEXT]!r} is not finite")
     if report.correct > report.labelled:
         raise ProtocolError(f"{report.correct} correct of {report.labelled} labelled")
     return report
@@ -276,6 +288,9 @@ def _checked_event(event: Event) -> Event:
     _check_count("head", event.head)
     if not event.name or len(event.name) > _MAX_TEXT:
         raise ProtocolError("an event without a name, or with one too long")
+    for key, value in event.detail.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ProtocolError(f"{key[:_MAX_TEXT]!r} of {event.name} is not finite")
     return event
 
 

@@ -14,7 +14,7 @@ import msgspec
 
 from edge_sdk.database import Database
 from edge_sdk.messages import Report, unpack
-from edge_server.ingest import EventRow, RejectedRow, ReportRow, Turn
+from edge_server.ingest import WILL, EventRow, RejectedRow, ReportRow, Turn
 from edge_server.records import (
     DeviceRecord,
     EventRecord,
@@ -171,7 +171,13 @@ class Store(Database):
                     name,
                 )
                 for name, s in turn.states.items()
+                if s.reason != WILL
             ],
+        )
+        many(
+            # written when the device connected, and maybe no longer true but in this
+            "UPDATE devices SET online = ?, reason = ?, last_seen = coalesce(last_seen, min(?, ?)) WHERE name = ?",
+            [(s.online, s.reason, s.time, turn.now, name) for name, s in turn.states.items() if s.reason == WILL],
         )
         many("UPDATE devices SET last_seen = ? WHERE name = ?", [(turn.now, device) for device in turn.seen])
 

@@ -178,6 +178,7 @@ def test_an_oversize_message_is_not_encoded():
         encode(Need(digest="", size=0, blocks=bytes(largest + 1)))
 
 
+digests = st.integers(0, 2**256 - 1).map("{:064x}".format)
 texts = st.text(max_size=40)
 counts = st.integers(0, 2**63 - 1)
 finite = st.floats(allow_nan=False)
@@ -186,7 +187,7 @@ finite = st.floats(allow_nan=False)
 @given(
     st.builds(Ack, texts, counts)
     | st.builds(Gap, counts, counts)
-    | st.builds(Offer, counts, texts, counts)
+    | st.builds(Offer, counts, digests, counts)
     | st.builds(Need, digest=texts, size=counts, blocks=st.binary(max_size=300))
     | st.builds(MonitorState, texts, finite, finite, st.booleans(), st.booleans())
     | st.builds(
@@ -199,7 +200,7 @@ finite = st.floats(allow_nan=False)
     | st.builds(
         Desired,
         revision=counts,
-        base=st.none() | st.builds(Offer, counts, texts, counts),
+        base=st.none() | st.builds(Offer, counts, digests, counts),
         candidate=st.none(),
         salt=texts,
         threshold=st.integers(0, THRESHOLD_ALL),
@@ -300,3 +301,17 @@ def test_names_that_do_not(name):
         check_name(name)
     with pytest.raises(ProtocolError, match="topic prefix"):
         Topics(name)
+
+
+@pytest.mark.parametrize("digest", ["", "../../etc/passwd", "A" * 64, "0" * 63, "0" * 65, "/" * 64])
+def test_an_offer_whose_digest_is_no_hash_is_refused_before_it_becomes_a_file_name(digest):
+    fields = [1, [1, digest, 100], None, "", 0, []]
+    with pytest.raises(ProtocolError, match="digest"):
+        decode(bytes([WIRE_VERSION]) + msgspec.msgpack.encode(fields), Desired)
+
+
+@pytest.mark.parametrize("block_bytes", [0, -1, MAX_MESSAGE_BYTES + 1])
+def test_a_block_size_that_cannot_be_sent_is_refused(block_bytes):
+    fields = [1, None, None, "", 0, [], block_bytes]
+    with pytest.raises(ProtocolError, match="block_bytes"):
+        decode(bytes([WIRE_VERSION]) + msgspec.msgpack.encode(fields), Desired)

@@ -19,8 +19,6 @@ CONFIG = ReportConfig(min_count=10)
 
 def report_of(window, totals=None, *, now=100.0, carry=True, **facts):
     given = {
-        "release": 3,
-        "head": 2,
         "mode": "adapt",
         "monitors": [],
         "replay_rows": 7,
@@ -31,7 +29,7 @@ def report_of(window, totals=None, *, now=100.0, carry=True, **facts):
 
 
 def window_of(*, labelled=0, correct=0, **predicted):
-    window = Window(start=40.0, labelled=labelled, correct=correct)
+    window = Window(start=40.0, release=3, head=2, labelled=labelled, correct=correct)
     for label, count in predicted.items():
         window.count([label] * count, [0.75] * count, [2.0] * count)
     return window
@@ -50,12 +48,12 @@ def test_a_report_tells_the_window_and_the_totals():
     assert (report.labels_lost, report.outbox_dropped) == (4, 5)
     assert (report.mean_confidence, report.p50_ms, report.p95_ms) == (0.75, 2.0, 2.0)
     assert (report.replay_rows, report.fresh_rows, report.rss_mb) == (7, 5, 81.3)
-    assert after == Window(start=100.0)
+    assert after == Window(start=100.0, release=3, head=2)
 
 
 def test_small_cells_are_merged_or_suppressed():
     assert report_of(window_of(a=30, b=6, c=4))[0].predicted == {"a": 30, "other": 10}
-    assert report_of(window_of(a=30, b=9))[0].predicted == {"a": 30}
+    assert report_of(window_of(a=30, b=9))[0].predicted == {"other": 39}
     assert report_of(window_of(a=9))[0].predicted == {}
 
 
@@ -72,13 +70,13 @@ def test_scores_of_few_labels_wait_until_enough_have_come_together():
     window.labelled += 1
     second, window = report_of(window, now=200.0)
     assert (second.labelled, second.correct, second.start) == (10, 4, 100.0)
-    assert window == Window(start=200.0)
+    assert window == Window(start=200.0, release=3, head=2)
 
 
 def test_scores_are_not_carried_over_to_another_version():
     report, window = report_of(window_of(labelled=9, correct=4), carry=False)
     assert (report.labelled, report.correct) == (0, 0)
-    assert window == Window(start=100.0)
+    assert window == Window(start=100.0, release=3, head=2)
 
 
 def test_building_a_report_changes_neither_window_nor_totals():
@@ -225,7 +223,7 @@ def test_events_raise_their_counters_and_are_recorded_here_too(make_reporter, st
 
 def test_events_and_reports_are_sent_in_order_with_what_served(make_reporter, store, watcher, clock):
     reporter = make_reporter()
-    reporter.identity = Identity(release=4, head=1, digest="d")
+    reporter.serve(Identity(release=4, head=1, digest="d"), clock.now())
     reporter.connect()
     emit(reporter, store, "promoted")
     reporter.window.count(["a"] * 20, [0.5] * 20, [1.0] * 20)
@@ -239,6 +237,23 @@ def test_events_and_reports_are_sent_in_order_with_what_served(make_reporter, st
     assert (report.predictions, report.release, report.head) == (20, 4, 1)
     assert reporter.window.predictions == 0
     assert reporter.counters.bytes_sent > 0
+
+
+def test_what_a_version_left_unreported_is_reported_as_its_own(make_reporter, store, watcher, clock):
+    reporter = make_reporter()
+    reporter.serve(Identity(release=1), clock.now())
+    reporter.connect()
+    reporter.window.count(["a"] * 20, [0.5] * 20, [1.0] * 20)
+    with store.transaction():
+        reporter.save()
+    reporter = make_reporter()  # killed between the flip and its record
+    reporter.connect()
+    reporter.serve(Identity(release=2), clock.now(), monitors=[], replay_rows=0, fresh_rows=0, rss_mb=0.0)
+    reporter.send(clock.now())
+    (envelope,) = envelopes(watcher)
+    report = msgspec.msgpack.decode(envelope.body, type=Report)
+    assert (report.release, report.predictions) == (1, 20)
+    assert (reporter.window.release, reporter.window.predictions) == (2, 0)
 
 
 def test_acknowledged_messages_are_forgotten_and_others_sent_again(make_reporter, store, broker, watcher, clock):

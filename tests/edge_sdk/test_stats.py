@@ -137,5 +137,7 @@ def test_no_small_cell_leaves(counts, min_count):
 
 def test_small_cells_are_merged_or_dropped():
     assert suppress_small({"a": 50, "b": 4, "c": 7}, min_count=10) == {"a": 50, "other": 11}
-    assert suppress_small({"a": 50, "b": 4}, min_count=10) == {"a": 50}
+    assert suppress_small({"a": 50, "b": 4}, min_count=10) == {"other": 54}, "the small cell is total minus the rest"
+    assert suppress_small({"a": 50, "b": 20, "c": 4}, min_count=10) == {"a": 50, "other": 24}
+    assert suppress_small({"a": 4}, min_count=10) == {}
     assert suppress_small({"other": 30, "b": 12, "c": 6, "d": 6}, min_count=10) == {"other": 42, "b": 12}

@@ -51,9 +51,11 @@ def choose(device, desired, installed, refused, *, can_leave):
     if installed in revoked and can_leave:
         return "leave", None
     included = candidate is not None and cohort(salt, device) < threshold
-    offer = candidate if included else base
-    if offer is None or offer[0] == installed or offer[1] in refused or offer[0] in revoked:
+    offers = [candidate if included else None, base]
+    offers = [o for o in offers if o is not None and o[1] not in refused and o[0] not in revoked]
+    if not offers or offers[0][0] == installed:
         return "keep", None
+    offer = offers[0]
     if installed is None or offer[0] > installed:
         return "fetch", offer
     if candidate is not None and candidate[0] == installed:

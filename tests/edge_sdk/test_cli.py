@@ -1,0 +1,289 @@
+"""The device's command line: what it says, and with which exit code."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from edge_sdk.cli import main
+from edge_sdk.config import load_config
+from edge_sdk.errors import IntegrityError
+
+BUNDLE = {
+    "schema": 1,
+    "device": "pump-1",
+    "group": "pumps",
+    "prefix": "plant",
+    "broker": {"host": "10.0.0.5", "port": 8883, "username": "pump-1", "password": 'quo"te'},
+}
+DEADLINE_S = 30
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    monkeypatch.delenv("EDGE_HOME", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before():
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    root.handlers[:] = handlers
+
+
+def edge(*arguments):
+    """Run `edge`; gives its result, whose exit code is the process's."""
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def home(tmp_path):
+    return tmp_path / "device"
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """Writes an enrolment bundle: `bundle(schema=2)`."""
+
+    def write(**changes):
+        path = tmp_path / "bundle.json"
+        path.write_text(json.dumps({**BUNDLE, **changes}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def used(make_device, digits, home):
+    """A stopped device that has predicted, and learned a head that it serves."""
+    device = make_device(home.name)
+    device.observe(device.predict(digits.life.x[0]).id, "3")
+    slots = device._slots
+    slots.promote(slots.write_head(slots.pointer.current.slot, slots.head(slots.pointer.current)))
+    device.stop()
+    return home
+
+
+# ---- enrolment
+
+
+def test_enrolment_writes_settings_that_only_the_owner_reads(bundle, home):
+    result = edge("enroll", bundle(), "--home", home)
+    assert result.exit_code == 0, result.output
+    assert "enrolled as pump-1 in group pumps" in result.output
+    path = home / "device.toml"
+    assert path.stat().st_mode & 0o777 == 0o600
+    config = load_config(path)
+    assert (config.device, config.group, config.prefix) == ("pump-1", "pumps", "plant")
+    broker = config.broker
+    assert (broker.host, broker.port, broker.username, broker.password) == ("10.0.0.5", 8883, "pump-1", 'quo"te')
+
+
+def test_enrolling_twice_needs_force(bundle, home):
+    edge("enroll", bundle(), "--home", home)
+    result = edge("enroll", bundle(device="pump-2"), "--home", home)
+    assert result.exit_code == 2
+    assert "--force" in result.output
+    assert load_config(home / "device.toml").device == "pump-1"
+    assert edge("enroll", bundle(device="pump-2"), "--home", home, "--force").exit_code == 0
+    assert load_config(home / "device.toml").device == "pump-2"
+    assert (home / "device.toml").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_home_may_stand_in_the_environment(bundle, home, monkeypatch):
+    monkeypatch.setenv("EDGE_HOME", str(home))
+    assert edge("enroll", bundle()).exit_code == 0
+    assert (home / "device.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema": 2}, "has schema 2, this SDK reads 1; update the SDK"),
+        ({"broker": {"hots": "10.0.0.5", "port": 1}}, "is not an enrolment bundle"),
+        ({"broker": {"host": "10.0.0.5", "port": 1, "pasword": "x"}}, "pasword"),
+        ({"group": 7}, "is not an enrolment bundle"),
+    ],
+)
+def test_a_bundle_with_a_typo_or_of_a_newer_schema_is_a_usage_error(bundle, home, changes, message):
+    result = edge("enroll", bundle(**changes), "--home", home)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (home / "device.toml").exists()
+
+
+def test_a_bundle_that_is_no_json_is_a_usage_error(tmp_path, home):
+    path = tmp_path / "bundle.json"
+    path.write_bytes(b"\xff{")
+    assert edge("enroll", path, "--home", home).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"device": "a/b"},
+        {"group": "a/b"},
+        {"prefix": "a/#"},
+        {"broker": {"host": "10.0.0.5", "port": 70_000}},
+    ],
+    ids=["device", "group", "prefix", "port"],
+)
+def test_a_bundle_that_no_device_could_run_with_is_a_usage_error_and_installs_nothing(bundle, home, changes):
+    result = edge("enroll", bundle(**changes), "--home", home)
+    assert result.exit_code == 2, result.output
+    assert not (home / "device.toml").exists()
+
+
+def test_a_missing_bundle_is_a_usage_error(tmp_path, home):
+    assert edge("enroll", tmp_path / "none.json", "--home", home).exit_code == 2
+
+
+# ---- looking
+
+
+@pytest.mark.parametrize("command", ["status", "history", "rollback", "reset"])
+def test_a_home_without_a_device_is_a_usage_error(home, command):
+    result = edge(command, "--home", home)
+    assert result.exit_code == 2
+    assert "there is no device in" in result.output
+    assert not home.exists()
+
+
+@pytest.mark.torch
+def test_status_shows_the_device_for_people_and_for_programs(used):
+    text = edge("status", "--home", used)
+    assert text.exit_code == 0
+    assert "predictions            1" in text.output
+    found = json.loads(edge("status", "--json", "--home", used).output)
+    assert (found["device"], found["release"], found["head"]) == ("dev-1", 1, 1)
+    assert found["counters"]["labelled"] == 1
+
+
+@pytest.mark.torch
+def test_history_shows_what_happened(used):
+    assert "release_activated" in edge("history", "--home", used).output
+    lines = edge("history", "--json", "--home", used).output.splitlines()
+    assert json.loads(lines[0])["name"] == "release_activated"
+    (last,) = edge("history", "--json", "--limit", 1, "--home", used).output.splitlines()
+    assert last == lines[-1]
+    assert edge("history", "--limit", 0, "--home", used).exit_code == 2
+
+
+@pytest.mark.torch
+def test_privacy_lists_what_leaves_the_device(used, tmp_path):
+    result = edge("privacy", "--home", used)
+    assert result.exit_code == 0
+    assert "No input, latent or label leaves the device" in result.output
+    assert "sent so far: 0 bytes" in result.output
+    assert "sent so far" not in edge("privacy", "--home", tmp_path / "none").output
+
+
+# ---- changing
+
+
+@pytest.mark.torch
+def test_rollback_goes_back_once_and_then_says_that_it_cannot(used):
+    result = edge("rollback", "--home", used)
+    assert result.exit_code == 0, result.output
+    assert "release 1, head 0 will serve" in result.output
+    result = edge("rollback", "--home", used)
+    assert result.exit_code == 3
+    assert "there is no version to go back to" in result.output
+
+
+@pytest.mark.torch
+def test_reset_drops_the_learned_head(used):
+    result = edge("reset", "--home", used)
+    assert result.exit_code == 0, result.output
+    assert "release 1, head 0 will serve" in result.output
+    assert json.loads(edge("status", "--json", "--home", used).output)["head"] == 0
+
+
+@pytest.mark.torch
+def test_a_device_that_runs_is_looked_at_but_not_changed(make_device, home):
+    make_device(home.name).step()
+    assert edge("history", "--home", home).exit_code == 0
+    result = edge("reset", "--home", home)
+    assert result.exit_code == 1
+    assert "in use by another process" in result.output
+
+
+@pytest.mark.torch
+def test_a_typo_in_the_settings_is_a_usage_error_that_names_file_and_key(used):
+    (used / "device.toml").write_text('divice = "pump-1"\n')
+    for command in ("reset", "run"):
+        result = edge(command, "--home", used)
+        assert result.exit_code == 2
+        assert "device.toml" in result.output
+        assert "divice" in result.output
+
+
+# ---- checkpoints
+
+
+@pytest.mark.torch
+def test_verify_accepts_a_good_checkpoint_and_refuses_an_altered_one(checkpoint, tmp_path):
+    result = edge("verify", checkpoint)
+    assert result.exit_code == 0, result.output
+    assert "digits release 1" in result.output
+    assert "self-test ok, int8" in result.output
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    (copy / "head.npz").write_bytes(b"")
+    result = edge("verify", copy)
+    assert result.exit_code == 3
+    assert "head.npz has 0 bytes" in result.output
+    assert edge("verify", tmp_path / "none").exit_code == 2
+
+
+def test_debug_shows_the_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["edge", "--debug", "verify", str(tmp_path)])
+    assert isinstance(edge("--debug", "verify", tmp_path).exception, IntegrityError)
+
+
+# ---- running
+
+
+def test_running_without_settings_is_a_usage_error(home):
+    result = edge("run", "--home", home)
+    assert result.exit_code == 2
+    assert "device.toml" in result.output
+
+
+@pytest.mark.torch
+def test_a_device_without_a_broker_runs_until_sigterm_and_stops_cleanly(home, tmp_path, checkpoint):
+    home.mkdir()
+    (home / "device.toml").write_text('device = "alone"\n')
+    log = tmp_path / "run.log"
+    command = [Path(sys.executable).with_name("edge"), "run", "--home", home, "--checkpoint", checkpoint]
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [str(part) for part in command],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        )
+    try:
+        deadline = time.monotonic() + DEADLINE_S
+        while "alone runs" not in log.read_text():
+            assert child.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            threading.Event().wait(0.02)
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(DEADLINE_S) == 0, log.read_text()
+    finally:
+        child.kill()
+        child.wait()
+    assert "alone stopped" in log.read_text()
+    assert "Traceback" not in log.read_text()
+    assert json.loads(edge("status", "--json", "--home", home).output)["release"] == 1
