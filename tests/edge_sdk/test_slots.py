@@ -35,7 +35,7 @@ from edge_sdk.manifest import (
 from edge_sdk.slots import Pointer, Slots, Version
 
 
-class PowerCut(BaseException):  # noqa: N818 - no error: the process is gone
+class PowerCut(BaseException):
     pass
 
 

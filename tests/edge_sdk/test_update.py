@@ -29,7 +29,7 @@ TOPICS = Topics()
 Usage = namedtuple("Usage", "total used free")  # noqa: PYI024 - as the standard library's own
 
 
-class PowerCut(BaseException):  # noqa: N818 - no error: the process is gone
+class PowerCut(BaseException):
     pass
 
 
@@ -141,6 +141,14 @@ def crash_hook():
     set_crash_hook(None)
 
 
+def fetch(download):
+    """All blocks, each flushed alone."""
+    for index in (5, 0, 3, 1, 4, 2):
+        download.write(index, blocks_of(DATA)[index])
+        download.flush()
+    download.finish()
+
+
 @pytest.mark.parametrize("point", ["blocks:flushed", "written:", "renamed:", "blocks:finished"])
 def test_after_a_power_cut_the_map_never_promises_too_much(download, tmp_path, crash_hook, point):
     def hook(name):
@@ -149,12 +157,8 @@ def test_after_a_power_cut_the_map_never_promises_too_much(download, tmp_path, c
 
     blocks = blocks_of(DATA)
     crash_hook(hook)
-    fetched = download()
     with pytest.raises(PowerCut):
-        for index in (5, 0, 3, 1, 4, 2):
-            fetched.write(index, blocks[index])
-            fetched.flush()
-        fetched.finish()
+        fetch(download())
     crash_hook(None)
     again = download()
     if not again.path.exists():
@@ -459,18 +463,18 @@ def test_a_release_that_is_here_is_given_again_after_a_restart(device, coordinat
 
 @pytest.mark.parametrize("spoilt", ["manifest", "file"])
 def test_a_damaged_file_is_fetched_again(device, coordinator, spoilt):
-    coordinator.spoil[MANIFEST if spoilt == "manifest" else sorted(FILES)[0]] = 2
+    coordinator.spoil[MANIFEST if spoilt == "manifest" else min(FILES)] = 2
     device.follow(1)
     fetched = device.fetch()
     assert {digest: path.read_bytes() for digest, path in fetched.files.items()} == FILES
 
 
 def test_the_third_damage_is_final(device, coordinator):
-    coordinator.spoil[sorted(FILES)[0]] = 3
+    coordinator.spoil[min(FILES)] = 3
     device.follow(1)
     with pytest.raises(IntegrityError, match="do not have its SHA-256"):
         device.fetch()
-    assert coordinator.spoil[sorted(FILES)[0]] == 0
+    assert coordinator.spoil[min(FILES)] == 0
 
 
 def test_a_file_that_was_damaged_on_the_disk_is_not_handed_over(device, tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edge_sdk.clock import ManualClock
-from edge_sdk.config import DeviceConfig, LearnConfig, ReportConfig
+from edge_sdk.config import DeviceConfig, LearnConfig, ReplayConfig, ReportConfig
 from edge_sdk.device import EdgeDevice
 from edge_sdk.manifest import verify_checkpoint
 from edge_sdk.resources import FixedReader
@@ -76,8 +76,7 @@ for turn in range(int(turns)):
         clock.advance(1)
         times.append(clock.now())
         row = (row + 1) % len(y)
-        renamed = str((int(y[row]) + 1 + turn // 40) % 8)  # what things are called changes, so there is much to learn
-        device.observe(device.predict(x[row]).id, renamed, durable=last)
+        device.observe(device.predict(x[row]).id, str(y[row]), durable=last)
     for time in times:  # the flush that holds the last label holds those before it
         print("label", time, file=told, flush=True)
     device.learn_now()
@@ -131,7 +130,8 @@ class Life:
         clock = ManualClock(self._start)
         device = EdgeDevice(
             self.home, checkpoint=self._checkpoint, config=DeviceConfig(
-                mode="monitor", learn=LearnConfig(executor="inline"), report=ReportConfig(interval_s=20)
+                mode="monitor", learn=LearnConfig(executor="inline"), report=ReportConfig(interval_s=20),
+                replay=ReplayConfig(max_bytes=5_000_000),
             ), clock=clock, transport=MemoryTransport(MemoryBroker()), resources=FixedReader(),
         )  # fmt: skip
         try:
@@ -165,9 +165,11 @@ class Life:
 
 @pytest.fixture(scope="module")
 def data(digits, tmp_path_factory):
-    known = digits.life.only(set(range(8)))
+    known, new = digits.life.only(set(range(8))), digits.life.only({8, 9})  # every other digit has yet to be learned
+    rows = len(new.y)
     path = tmp_path_factory.mktemp("data") / "rows.npz"
-    np.savez(path, x=known.x, y=known.y)
+    x = np.stack([known.x[:rows], new.x], axis=1).reshape(-1, *known.x.shape[1:])
+    np.savez(path, x=x, y=np.stack([known.y[:rows], new.y], axis=1).ravel())
     return path
 
 
