@@ -29,7 +29,7 @@ from edge_sdk.policy import Decision, ResourceState, Signals, decide
 from edge_sdk.replay import BUFFERS, ReplayBuffer, capacity_for
 from edge_sdk.slots import Slots, Version
 from edge_sdk.store import Sample, Store, stack
-from edge_sdk.types import FloatArray, LatentArray, Mode
+from edge_sdk.types import FloatArray, IndexArray, LatentArray, Mode
 
 Emit = Callable[[str, dict[str, Any]], None]
 _STATE = "adaptation"
@@ -403,8 +403,8 @@ class Adaptation:
         factory = dequantize(self.memory.judge_latents, self._manifest.latent)
         features = dequantize(latents, self._manifest.latent)
         return judge(
-            _right(champion, features, labels),
-            _right(challenger, features, labels),
+            _said(champion, features, number),
+            _said(challenger, features, number),
             np.array([number[label] for label in labels], dtype=np.int64),
             _right(champion, factory, self.memory.judge_labels),
             _right(challenger, factory, self.memory.judge_labels),
@@ -481,6 +481,15 @@ class Adaptation:
 
     def _discard_job(self) -> None:
         remove_tree(self._job_folder)
+
+
+def _said(head: Head, features: FloatArray, number: dict[str, int]) -> IndexArray:
+    """The number of the label that the head gives each row; -1 for a label without one. int64 [N]."""
+    if not len(features):
+        return np.zeros(0, dtype=np.int64)
+    numbers = np.array([number.get(label, -1) for label in head.labels], dtype=np.int64)
+    result: IndexArray = numbers[head.predict(features)]
+    return result
 
 
 def _right(head: Head, features: FloatArray, labels: list[str]) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -40,9 +40,11 @@ class Database:
         self._steps = steps
         try:
             self._open(path, durable=durable)
+            if replace_damaged and (found := self.conn.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise _damaged(found)
         except sqlite3.Error as error:
             self.conn.close()
-            damaged = getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+            damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
             if not (damaged and replace_damaged):
                 raise store_error(error, f"{path} cannot be opened") from error
             logger.error("%s is damaged and begun anew: %s", path, error)  # noqa: TRY400 - the file says it all
@@ -126,6 +128,13 @@ def store_error(error: sqlite3.Error, what: str) -> StoreError:
     if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
         return DiskFullError(f"{what}: no room; free some space, nothing acknowledged is lost")
     return StoreError(f"{what}: {error}")
+
+
+def _damaged(found: str) -> sqlite3.DatabaseError:
+    """What SQLite would raise at the first read of a damaged page."""
+    error = sqlite3.DatabaseError(found)
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return error
 
 
 def _put_aside(path: Path) -> None:

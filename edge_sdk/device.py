@@ -542,10 +542,8 @@ class EdgeDevice:
         self._monitoring.attach(served, self._slots.folder(current), now)
         if before is not None:
             self._adaptation.forget_recent()
-        pointer = self._slots.pointer
         with self._store.transaction():
-            versions = [v for v in (pointer.current, pointer.previous, pointer.fallback) if v is not None]
-            self._store.keep_trunks(sorted({self._slots.manifest(v).trunk_id for v in versions}))
+            self._store.keep_trunks(self._slots.trunk_ids())
         self._slots.collect_garbage()
         self._taken_up = current
         self._reporter.tell_state()

@@ -118,7 +118,9 @@ def load_npz(source: Path | bytes) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
     """
     name = source.name if isinstance(source, Path) else "npz"
     try:
-        with np.load(io.BytesIO(source) if isinstance(source, bytes) else source, allow_pickle=False) as data:
+        # read first: numpy leaves a damaged file open
+        content = io.BytesIO(source if isinstance(source, bytes) else source.read_bytes())
+        with np.load(content, allow_pickle=False) as data:
             arrays = {key: data[key] for key in data.files}
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise IntegrityError(f"{name} is not a readable .npz of plain arrays: {error}") from error

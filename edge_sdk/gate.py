@@ -40,8 +40,8 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 def judge(
-    champion: Correct,
-    challenger: Correct,
+    champion: IndexArray,
+    challenger: IndexArray,
     labels: IndexArray,
     factory_champion: Correct,
     factory_challenger: Correct,
@@ -56,10 +56,10 @@ def judge(
     came, so the gate may look again with every new row without raising its error rate.
 
     Args:
-        champion: bool [N], whether the champion is right on each judge row, oldest first.
-        challenger: bool [N], the same for the challenger.
-        labels: int64 [N].
-        factory_champion: bool [M], the same on the factory's judge rows.
+        champion: int64 [N], what the champion says of each judge row, oldest first; -1 for a label that no row has.
+        challenger: int64 [N], the same for the challenger.
+        labels: int64 [N], the true labels.
+        factory_champion: bool [M], whether the champion is right on each of the factory's judge rows.
         factory_challenger: bool [M].
         waited_s: Since the challenger was trained, in seconds.
         config: Levels and margins.
@@ -67,11 +67,11 @@ def judge(
     Returns:
         promote, reject, or need_more while it may still wait.
     """
-    better = challenger.astype(np.int64) - champion.astype(np.int64)
+    better = (challenger == labels).astype(np.int64) - (champion == labels).astype(np.int64)
     evidence = paired_evidence(better)
     numbers = {
-        "champion": _mean(champion),
-        "challenger": _mean(challenger),
+        "champion": _mean(champion == labels),
+        "challenger": _mean(challenger == labels),
         "champion_factory": _mean(factory_champion),
         "challenger_factory": _mean(factory_challenger),
         "evidence": round(evidence, 6),
@@ -85,7 +85,7 @@ def judge(
     forgotten = numbers["champion_factory"] - numbers["challenger_factory"]
     if len(factory_champion) and forgotten > config.factory_margin:
         return verdict("reject", f"forgets: {forgotten:.3f} of accuracy lost on factory data")
-    if harm := _harmed(better, labels, config):
+    if harm := _harmed(champion, challenger, labels, config):
         return verdict("reject", harm)
     if evidence >= 1 / config.alpha:
         return verdict("promote", f"better on {int((better > 0).sum())} rows, worse on {int((better < 0).sum())}")
@@ -96,19 +96,31 @@ def judge(
     return verdict("need_more", f"evidence {evidence:.2f} of {1 / config.alpha:g}")
 
 
-def _harmed(better: IndexArray, labels: IndexArray, config: GateConfig) -> str:
-    """Which label loses more than the margin, in the sample and with evidence; "" if none."""
-    groups = {int(label): better[labels == label] for label in np.unique(labels)}
-    small = [label for label, rows in groups.items() if len(rows) < config.min_class_rows]
-    pooled = [groups.pop(label) for label in small]
-    named = {f"label {label}": rows for label, rows in groups.items()}
-    if pooled and sum(map(len, pooled)) >= config.min_class_rows:
-        named["rare labels together"] = np.concatenate(pooled)
-    for name, rows in named.items():
-        loss = -float(rows.mean())
-        if loss > config.class_margin and paired_evidence(-rows) >= _HARM_EVIDENCE:
-            return f"harms {name}: {loss:.3f} of accuracy lost on {len(rows)} rows"
+def _harmed(champion: IndexArray, challenger: IndexArray, labels: IndexArray, config: GateConfig) -> str:
+    """Which label loses more than the margin, in the sample and with evidence; "" if none.
+
+    A label's errors are its rows that are missed and the rows of others that are taken for it, so that a champion which
+    calls everything by one name is not held to be good at that label.
+    """
+    numbers, counts = np.unique(labels, return_counts=True)
+    enough = counts >= config.min_class_rows
+    groups = {f"label {number}": numbers[numbers == number] for number in numbers[enough]}
+    if counts[~enough].sum() >= config.min_class_rows:
+        groups["rare labels together"] = numbers[~enough]
+    for name, members in groups.items():
+        rows = int(np.isin(labels, members).sum())
+        worse = _errors_at(challenger, labels, members) - _errors_at(champion, labels, members)
+        loss = worse.sum() / rows
+        if loss > config.class_margin and paired_evidence(worse) >= _HARM_EVIDENCE:
+            return f"harms {name}: {loss:.3f} of accuracy lost on {rows} rows"
     return ""
+
+
+def _errors_at(predicted: IndexArray, labels: IndexArray, members: IndexArray) -> IndexArray:
+    """1 where a row of the member labels is missed or another row is taken for one of them, else 0; int64 [N]."""
+    wrong = (predicted != labels) & (np.isin(labels, members) | np.isin(predicted, members))
+    errors: IndexArray = wrong.astype(np.int64)
+    return errors
 
 
 def is_healthy(errors: int, predictions: int) -> bool:

@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -116,17 +116,27 @@ class Slots:
 
     def held_files(self) -> dict[str, Path]:
         """Files of the installed releases by SHA-256: what need not be fetched again."""
-        held: dict[str, Path] = {}
+        return {
+            entry.sha256: self.folder(version) / name
+            for version, manifest in self._installed()
+            for name, entry in manifest.files.items()
+        }
+
+    def trunk_ids(self) -> list[str]:
+        """The trunks of the installed releases: whose latents can still be read."""
+        return sorted({manifest.trunk_id for _, manifest in self._installed()})
+
+    def _installed(self) -> Iterator[tuple[Version, Manifest]]:
+        """The release in use and the one to go back to, as far as their manifests can be read."""
         for version in (self.pointer.fallback, self.pointer.current):
             if version is None:
                 continue
             try:
-                files = self.manifest(version).files
+                manifest = self.manifest(version)
             except ArtifactError as error:  # a damaged fallback must not spoil the release that would replace it
                 logger.warning("%s", error)
                 continue
-            held |= {entry.sha256: self.folder(version) / name for name, entry in files.items()}
-        return held
+            yield version, manifest
 
     # ---- changing
 

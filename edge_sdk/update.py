@@ -151,6 +151,7 @@ class UpdateClient:
         self._asked: set[int] = set()
         self._asked_on = 0
         self._full_at: float | None = None
+        self._sound: dict[str, bool] = {}
         self._damaged = 0
 
     @property
@@ -204,6 +205,7 @@ class UpdateClient:
             raise IntegrityError(f"release {offer.release} has a manifest of {offer.size} bytes")
         self._offer = offer
         self._damaged = 0
+        self._sound = {}
 
     def abandon(self) -> None:
         """Stop fetching; blocks that are here stay for another try."""
@@ -275,7 +277,7 @@ class UpdateClient:
 
     def _fetch(self, digest: str, size: int, now: float, held: Mapping[str, Path]) -> Path | None:
         """The file with this hash if it is here; else ask for its missing blocks."""
-        if digest in held:
+        if digest in held and self._is_sound(digest, held[digest]):
             return held[digest]
         if (done := self._folder / digest).exists():
             return done
@@ -303,6 +305,14 @@ class UpdateClient:
             logger.warning("%s came damaged and is fetched again", digest[:12])
             return None
         return done
+
+    def _is_sound(self, digest: str, path: Path) -> bool:
+        """Whether an installed file still has its hash; looked at once. One that has aged is fetched again."""
+        if digest not in self._sound:
+            self._sound[digest] = path.exists() and sha256_file(path) == digest
+            if not self._sound[digest]:
+                logger.warning("%s is damaged on the disk and is fetched again", path.name)
+        return self._sound[digest]
 
     def _ask(self, download: Download, now: float) -> None:
         """Ask for the next window of blocks when the last one is here, is overdue, or the connection is new."""

@@ -615,12 +615,16 @@ def test_a_full_disk_loses_no_acknowledged_label_and_serving_goes_on(make_device
 def test_a_durable_label_on_a_full_disk_is_an_error_in_time_with_a_thread(make_device, digits):
     device = make_device(mode="monitor", flush_interval_s=0.01)
     conn = device._store.conn
+
+    def label_until_it_fails():
+        for x in digits.life.x:
+            device.observe(device.predict(x).id, "3", durable=True, timeout_s=0.3)
+
     with device:
         with device._step_lock:
             conn.execute("PRAGMA max_page_count = 1")  # SQLite takes the present size for it
         with pytest.raises(StoreError, match="not on disk yet"):
-            for x in digits.life.x:
-                device.observe(device.predict(x).id, "3", durable=True, timeout_s=0.3)
+            label_until_it_fails()
         with device._step_lock:
             conn.execute("PRAGMA max_page_count = 1000000")
         device.observe(device.predict(digits.life.x[0]).id, "3", durable=True)

@@ -25,7 +25,13 @@ def verdict(live=(), labels=None, factory=(), *, waited_s=0.0, config=CONFIG):
     champion, challenger = rows(*live)
     factory_champion, factory_challenger = rows(*factory)
     labels = np.zeros(len(champion), np.int64) if labels is None else np.asarray(labels, dtype=np.int64)
+    champion, challenger = says(champion, labels), says(challenger, labels)
     return judge(champion, challenger, labels, factory_champion, factory_challenger, waited_s=waited_s, config=config)
+
+
+def says(right, labels):
+    """Predictions that are right where told; -1, no row's label, elsewhere."""
+    return np.where(right, labels, -1)
 
 
 def test_a_clearly_better_challenger_is_promoted():
@@ -85,6 +91,26 @@ def test_harm_within_the_margin_or_without_evidence_is_tolerated():
     labels = [0] * 100 + [1] * 20
     assert verdict([(100, BETTER), (10, BOTH), (5, BETTER), (5, WORSE)], labels).outcome == "promote"
     assert verdict([(100, BETTER), (17, BOTH), (3, WORSE)], labels).outcome == "promote"
+
+
+def test_a_champion_that_calls_everything_by_one_name_is_not_held_to_be_good_at_that_label():
+    labels = np.repeat([0, 1, 2], 40)
+    champion = np.zeros(120, np.int64)
+    challenger = np.where(np.arange(120) % 5 == 0, 1, labels)
+    none = np.zeros(0, dtype=bool)
+    result = judge(champion, challenger, labels, none, none, waited_s=0.0, config=CONFIG)
+    assert result.outcome == "promote"
+    assert (result.champion, result.challenger) == pytest.approx((40 / 120, 104 / 120))
+
+
+def test_taking_other_rows_for_a_label_harms_it():
+    labels = np.repeat([0, 1, 2], 40)
+    champion = np.where(labels == 0, -1, labels)
+    challenger = np.where((labels == 2) & (np.arange(120) % 2 == 0), 1, labels)
+    none = np.zeros(0, dtype=bool)
+    result = judge(champion, challenger, labels, none, none, waited_s=0.0, config=CONFIG)
+    assert result.outcome == "reject"
+    assert result.reason == "harms label 1: 0.500 of accuracy lost on 40 rows"
 
 
 def test_rare_labels_are_pooled_before_harm_is_judged():
@@ -184,6 +210,7 @@ def test_a_challenger_no_better_is_promoted_in_at_most_alpha_of_runs_though_the_
         kinds = rng.choice(3, length, p=[up, discordant - up, 1 - discordant])
         champion, challenger = kinds != 0, kinds != 1
         labels = np.zeros(length, np.int64)
+        champion, challenger = says(champion, labels), says(challenger, labels)
         none = np.zeros(0, dtype=bool)
         promoted += any(
             judge(champion[:n], challenger[:n], labels[:n], none, none, waited_s=0.0, config=config).outcome
@@ -198,7 +225,7 @@ def test_a_better_challenger_is_promoted_soon():
     for seed in range(50):
         rng = np.random.default_rng([29, seed])
         kinds = rng.choice(3, 300, p=[0.3, 0.05, 0.65])
-        live = (kinds != 0, kinds != 1)
+        live = [says(right, np.zeros(300, np.int64)) for right in (kinds != 0, kinds != 1)]
         none = np.zeros(0, dtype=bool)
         for n in range(1, 301):
             labels = np.zeros(n, np.int64)

@@ -58,3 +58,25 @@ def test_a_folder_whose_slots_are_gone_starts_anew(make_device, tmp_path, digits
     device = make_device()
     assert device.predict(digits.life.x[0]).release == 1
     assert np.isfinite(device.predict(digits.life.x[1]).probabilities).all()
+
+
+def test_a_database_whose_pages_were_overwritten_is_put_aside(make_device, tmp_path, digits):
+    device = make_device()
+    for x in digits.life.x[:200]:
+        device.predict(x)
+    device.stop()
+    path = tmp_path / "device" / "edge.db"
+    content = bytearray(path.read_bytes())
+    content[8192:] = b"\xff" * len(content[8192:])
+    path.write_bytes(content)
+    device = make_device(checkpoint=None)
+    assert device.predict(digits.life.x[0]).release == 1
+    assert (device.boot, device.status().problem) == (1, "")
+
+
+def test_a_damaged_fallback_does_not_stop_the_device(make_device, build, tmp_path, digits):
+    make_device().stop()
+    make_device(checkpoint=build(release=2, seed=0)).stop()
+    (tmp_path / "device" / "slots" / "a" / "manifest.json").write_bytes(b"{")
+    device = make_device(checkpoint=None)
+    assert device.predict(digits.life.x[0]).release == 2
