@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from edge_sdk.clock import ManualClock
 from edge_sdk.config import DeviceConfig, DriftConfig, GateConfig, LearnConfig, PolicyConfig
@@ -234,6 +235,8 @@ def make_device(tmp_path, checkpoint, config, clock):
 
 # ---- tools that a machine may lack
 
+settings.register_profile("shared-machine", deadline=None)  # timings say nothing here
+settings.load_profile("shared-machine")
 LEFT_OUT = pytest.StashKey[str]()
 TOOLS = {"mosquitto": ("mosquitto", "mosquitto_passwd")}
 """What a marker's tests need on PATH."""

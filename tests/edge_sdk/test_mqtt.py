@@ -297,7 +297,7 @@ def test_a_connection_counts_only_once_its_subscriptions_are_in_force(make):
 
     def hesitate(line):
         accept(line)
-        kind, body = line.read()
+        _, body = line.read()
         subscribed.set()
         go.wait(DEADLINE_S)
         line.send(bytes([0x90, 4, *body[:2], 0, 0x01]))

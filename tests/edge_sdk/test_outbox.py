@@ -84,8 +84,8 @@ def report(size=0):
     return Report(
         start=0.0, end=1.0, release=1, head=0, mode="adapt" + "x" * size, predictions=3, labelled=0, correct=0,
         unmatched=0, rejected_inputs=0, errors=0, mean_confidence=0.5, p50_ms=0.1, p95_ms=0.2, predicted={},
-        monitors=[], replay_rows=0, fresh_rows=0, promotions=0, rejections=0, rollbacks=0, labels_lost=0, outbox_dropped=0,
-        rss_mb=1.0, written_bytes=0,
+        monitors=[], replay_rows=0, fresh_rows=0, promotions=0, rejections=0, rollbacks=0, labels_lost=0,
+        outbox_dropped=0, rss_mb=1.0, written_bytes=0,
     )  # fmt: skip
 
 
