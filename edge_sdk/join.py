@@ -41,6 +41,8 @@ class Joined:
     unmatched: int = 0
     ids: list[str] = field(default_factory=list)
     """Predictions that met their label."""
+    gone: list[str] = field(default_factory=list)
+    """Predictions whose label will not be waited for any longer."""
     live: list[Judged] = field(default_factory=list)
 
 
@@ -86,10 +88,12 @@ class Joiner:
         joined = Joined(msgspec.structs.replace(counters), msgspec.structs.replace(window))
         joined.rows = [row for batch in self._unsaved for row in batch.predictions]
         self._store.add_rows(
-            LoggedRow(
-                row.id, row.time, row.latent.tobytes(), row.label, row.version.release, row.version.head, row.trunk
-            )
-            for row in joined.rows
+            [
+                LoggedRow(
+                    row.id, row.time, row.latent.tobytes(), row.label, row.version.release, row.version.head, row.trunk
+                )
+                for row in joined.rows
+            ]
         )
         self._join([label for batch in self._unsaved for label in batch.labels], joined, current)
         taught = [row for batch in self._unsaved for row in batch.taught]
@@ -97,7 +101,7 @@ class Joiner:
             key = f"taught-{counters.labelled}-{number}"
             self._keep(key, sample.label, sample.latent.tobytes(), sample.trunk, sample.time)
         join = self._config.join
-        self._pending.release(self._store.trim_rows(older_than=now - join.window_s, max_bytes=join.max_bytes))
+        joined.gone = self._store.trim_rows(older_than=now - join.window_s, max_bytes=join.max_bytes)
         self._tally(joined, len(taught))
         return joined
 
@@ -105,7 +109,7 @@ class Joiner:
         """The transaction was committed."""
         self._unsaved = []
         self._labelled.extend(joined.ids)
-        self._pending.release(joined.ids)
+        self._pending.release([*joined.ids, *joined.gone])
 
     def _join(self, labels: list[Label], joined: Joined, current: Version | None) -> None:
         waiting = self._store.take_rows([label.id for label in labels])

@@ -15,6 +15,7 @@ Role = Literal["fresh", "replay", "judge"]
 _ROW_BYTES = 120
 """What a logged row costs beside its latent."""
 _HISTORY_ROWS = 2_000
+_ROWS_A_STATEMENT = 500
 
 
 class LoggedRow(NamedTuple):
@@ -117,9 +118,16 @@ class Store(Database):
 
     # ---- predictions that wait for labels
 
-    def add_rows(self, rows: Iterable[LoggedRow]) -> None:
-        """Log predictions."""
-        self.execute_many("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+    def add_rows(self, rows: Sequence[LoggedRow]) -> None:
+        """Log predictions.
+
+        Many to a statement: at each, SQLite gives up the interpreter's lock and must wait for it while threads predict.
+        """
+        for start in range(0, len(rows), _ROWS_A_STATEMENT):
+            part = rows[start : start + _ROWS_A_STATEMENT]
+            marks = ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * len(part))
+            values = [value for row in part for value in row]
+            self.execute(f"INSERT OR REPLACE INTO rows VALUES {marks}", values)  # noqa: S608 - marks only
 
     def take_rows(self, ids: Sequence[str]) -> dict[str, LoggedRow]:
         """Remove and return the logged predictions among `ids`."""

@@ -57,7 +57,8 @@ def commands_page():
 
 
 def helps(command, name, parent=None):
-    context = click.Context(command, info_name=name, parent=parent, max_content_width=100, terminal_width=100)
+    settings = {**command.context_settings, "max_content_width": 100, "terminal_width": 100}
+    context = click.Context(command, info_name=name, parent=parent, **settings)
     yield (
         f"    $ {context.command_path} --help\n"
         + "".join(f"    {line}".rstrip() + "\n" for line in command.get_help(context).splitlines())
