@@ -64,7 +64,8 @@ class AdaptState(msgspec.Struct):
     """Both on probation."""
     recent: list[bool] = []
     """Whether the latest live predictions were right."""
-    demanded: bool = False
+    demand: str = ""
+    """Why learning should start whatever the cool-down says."""
     waits: str = ""
     """Why learning that is wanted does not start."""
 
@@ -203,7 +204,7 @@ class Adaptation:
 
     def demand(self) -> None:
         """Learn as soon as there are enough rows, cool-down or not."""
-        self.state.demanded = True
+        self.state.demand = "on demand"
 
     def forget_recent(self) -> None:
         """The recent live accuracy belongs to a version that no longer serves."""
@@ -256,7 +257,7 @@ class Adaptation:
             fresh_rows=self._store.count_samples("fresh", self._trunk, since=self._since),
             accuracy=self.accuracy,
             since_last_s=self._since_last(now),
-            demanded=self.state.demanded,
+            demand=self.state.demand,
         )
         decision: Decision = decide(signals, resources, self._config.policy)
         self.state.waits = decision.reason if decision.wanted and not decision.learn else ""
@@ -271,7 +272,7 @@ class Adaptation:
         job, keys = self._job()
         with self._transition():
             self._begin("training", now=now)
-            self.state.reason, self.state.parent, self.state.demanded = reason, self._version, False
+            self.state.reason, self.state.parent, self.state.demand = reason, self._version, ""
             self.state.attempts += 1
             self.state.fresh_keys = keys
             rows = {"rows": len(job.fresh_labels), "replayed": len(job.replay_labels)}
@@ -384,7 +385,7 @@ class Adaptation:
         with self._transition():
             self._emit("superseded", {"reason": self.state.waits, "rows": self.state.rows, "new": waiting})
             self._begin("idle", now=now)
-            self.state.demanded = True
+            self.state.demand = "more samples than the challenger before knew"
         self._discard_job()
 
     def _without_small_scores(self, verdict: Verdict) -> Verdict:

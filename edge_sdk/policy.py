@@ -16,14 +16,14 @@ class Signals:
         fresh_rows: Labelled samples not learned from yet.
         accuracy: Recent live accuracy, or None while too few labels have come.
         since_last_s: Since learning last ended, or None if it never ran.
-        demanded: Somebody asked for it.
+        demand: Why it should start whatever the cool-down says, or "".
     """
 
     alarms: tuple[str, ...]
     fresh_rows: int
     accuracy: float | None
     since_last_s: float | None
-    demanded: bool
+    demand: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ def decide(signals: Signals, resources: ResourceState, config: PolicyConfig) -> 
     why = "; ".join(reasons)
     if signals.fresh_rows < config.min_fresh_rows:
         return _wait(why, f"{signals.fresh_rows} of {config.min_fresh_rows} new labelled rows")
-    if not signals.demanded and signals.since_last_s is not None and signals.since_last_s < config.cooldown_s:
+    if not signals.demand and signals.since_last_s is not None and signals.since_last_s < config.cooldown_s:
         return _wait(why, f"cool-down of {config.cooldown_s:g} s")
     if obstacle := _obstacle(resources, config):
         return _wait(why, obstacle)
@@ -77,8 +77,8 @@ def _reasons(signals: Signals, config: PolicyConfig) -> list[str]:
     due = signals.since_last_s is None or signals.since_last_s >= config.schedule_s
     if config.schedule_s and signals.fresh_rows and due:
         reasons.append("schedule")
-    if signals.demanded:
-        reasons.append("on demand")
+    if signals.demand:
+        reasons.append(signals.demand)
     return reasons
 
 

@@ -261,7 +261,7 @@ def test_a_challenger_that_proves_nothing_gives_way_to_one_that_knows_more(make_
     assert events(device).count("superseded") == 2
     assert device.status().replay_rows == 0
     assert device.status().counters.rejections == 0
-    assert "on demand" in details(device, "learn_started")[1]["reason"]
+    assert "more samples than the challenger before" in details(device, "learn_started")[1]["reason"]
 
 
 def test_a_challenger_that_is_not_proven_in_time_is_rejected_and_its_rows_are_remembered(

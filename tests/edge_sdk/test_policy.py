@@ -9,7 +9,7 @@ from edge_sdk.policy import ResourceState, Signals, decide
 from edge_sdk.resources import FixedReader, PsutilReader
 
 CONFIG = PolicyConfig(min_fresh_rows=50, volume_rows=500, accuracy_target=0.8, schedule_s=1_000.0, cooldown_s=100.0)
-CALM = Signals(alarms=(), fresh_rows=50, accuracy=0.9, since_last_s=500.0, demanded=False)
+CALM = Signals(alarms=(), fresh_rows=50, accuracy=0.9, since_last_s=500.0, demand="")
 ALARMED = replace(CALM, alarms=("output",))
 PLENTY = ResourceState()
 
@@ -23,9 +23,9 @@ PLENTY = ResourceState()
         ({"fresh_rows": 500}, "500 new labelled rows"),
         ({"since_last_s": 1_000.0}, "schedule"),
         ({"since_last_s": None}, "schedule"),
-        ({"demanded": True}, "on demand"),
+        ({"demand": "on demand"}, "on demand"),
         (
-            {"alarms": ("output",), "accuracy": 0.5, "demanded": True},
+            {"alarms": ("output",), "accuracy": 0.5, "demand": "on demand"},
             "output drift; accuracy 0.500 below 0.8; on demand",
         ),
     ],
@@ -64,9 +64,9 @@ def test_a_schedule_is_not_due_the_moment_learning_ended():
     assert not decide(replace(CALM, since_last_s=0.0), PLENTY, config).wanted
 
 
-@pytest.mark.parametrize("demanded", [False, True])
-def test_too_few_new_rows_are_never_learned_from(demanded):
-    decision = decide(replace(ALARMED, fresh_rows=49, demanded=demanded), PLENTY, CONFIG)
+@pytest.mark.parametrize("demand", ["", "on demand"])
+def test_too_few_new_rows_are_never_learned_from(demand):
+    decision = decide(replace(ALARMED, fresh_rows=49, demand=demand), PLENTY, CONFIG)
     assert not decision.learn
     assert decision.wanted
     assert decision.reason.endswith("waits for 49 of 50 new labelled rows")
@@ -81,7 +81,7 @@ def test_the_cool_down_is_kept_unless_somebody_asks():
     assert not decide(replace(ALARMED, since_last_s=99.9), PLENTY, CONFIG).learn
     assert decide(replace(ALARMED, since_last_s=100.0), PLENTY, CONFIG).learn
     assert decide(replace(ALARMED, since_last_s=None), PLENTY, CONFIG).learn
-    assert decide(replace(ALARMED, since_last_s=0.0, demanded=True), PLENTY, CONFIG).learn
+    assert decide(replace(ALARMED, since_last_s=0.0, demand="on demand"), PLENTY, CONFIG).learn
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_the_cool_down_is_kept_unless_somebody_asks():
     ],
 )
 def test_each_obstacle_makes_learning_wait_even_on_demand_and_is_told(resources, obstacle):
-    for demanded in (False, True):
-        decision = decide(replace(ALARMED, demanded=demanded), resources, CONFIG)
+    for demand in ("", "on demand"):
+        decision = decide(replace(ALARMED, demand=demand), resources, CONFIG)
         assert not decision.learn
         assert decision.wanted
         assert decision.reason.endswith(f": waits for {obstacle}")
