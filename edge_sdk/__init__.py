@@ -21,12 +21,13 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from edge_sdk.clock import Clock, ManualClock, SystemClock
     from edge_sdk.config import DeviceConfig, load_config
-    from edge_sdk.device import EdgeDevice, Status, StepReport
+    from edge_sdk.device import EdgeDevice
     from edge_sdk.errors import EdgeError
     from edge_sdk.head import Head
     from edge_sdk.manifest import Manifest, verify_checkpoint
     from edge_sdk.mqtt import MqttTransport
     from edge_sdk.simulate import Fleet, FleetReport, SimulatedDevice
+    from edge_sdk.status import Status, StepReport
     from edge_sdk.transport import MemoryBroker, MemoryTransport, Transport
     from edge_sdk.types import Mode, Prediction
 
@@ -46,8 +47,8 @@ _HOME = {
     "MqttTransport": "mqtt",
     "Prediction": "types",
     "SimulatedDevice": "simulate",
-    "Status": "device",
-    "StepReport": "device",
+    "Status": "status",
+    "StepReport": "status",
     "SystemClock": "clock",
     "Transport": "transport",
     "load_config": "config",

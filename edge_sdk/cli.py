@@ -173,7 +173,7 @@ def _transport(config: DeviceConfig) -> Transport | None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def status(home: Path | None, as_json: bool) -> None:
     """Show how the device was when it last saved its state (once a minute, and when it stops)."""
-    from edge_sdk.device import STATUS_KEY
+    from edge_sdk.status import STATUS_KEY
 
     with _open_store(home) as store:
         data = store.get(STATUS_KEY)

@@ -38,10 +38,11 @@ from edge_sdk.manifest import verify_checkpoint
 from edge_sdk.messages import check_name
 from edge_sdk.monitoring import Monitoring
 from edge_sdk.pending import Label, LoggedPrediction, Pending, Taught
-from edge_sdk.reporter import Counters, Identity, Reporter
+from edge_sdk.reporter import Identity, Reporter
 from edge_sdk.resources import PsutilReader, ResourceReader
 from edge_sdk.serving import Served, Trunks, load_served
 from edge_sdk.slots import Slots, Version
+from edge_sdk.status import STATUS_KEY, Status, StepReport
 from edge_sdk.store import HistoryEntry, Store
 from edge_sdk.transport import NoTransport, Transport
 from edge_sdk.types import Mode, Prediction
@@ -51,55 +52,6 @@ from edge_sdk.upgrade import Upgrade
 logger = logging.getLogger(__name__)
 _SAVE_S = 60.0
 _BUSY_S = 0.02
-STATUS_KEY = "status"
-"""Where the latest status is kept for `edge status`, which may run beside the device."""
-
-
-class StepReport(msgspec.Struct, frozen=True):
-    """What one `step` did."""
-
-    predictions: int = 0
-    """Logged."""
-    labelled: int = 0
-    """Labels joined with their prediction."""
-    unmatched: int = 0
-    received: int = 0
-    """Messages."""
-    sent: int = 0
-    swapped: bool = False
-    """Another version serves now."""
-    problem: str = ""
-    """Empty, or what could not be done; serving goes on."""
-
-
-class Status(msgspec.Struct, frozen=True):
-    """How the device is. Contains aggregates only."""
-
-    device: str
-    mode: Mode
-    ready: bool
-    release: int
-    head: int
-    labels: list[str]
-    variant: str
-    phase: str
-    """Of learning: idle, training, judging or probation."""
-    waits: str
-    """Why learning or judging waits."""
-    release_on_probation: bool
-    alarms: list[str]
-    warnings: list[str]
-    accuracy: float | None
-    """Live, over the latest labels."""
-    fresh_rows: int
-    replay_rows: int
-    judge_rows: int
-    connected: bool
-    outbox_rows: int
-    fetching: int | None
-    """Number of the release on its way."""
-    problem: str
-    counters: Counters
 
 
 class EdgeDevice:
