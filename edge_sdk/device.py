@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -27,7 +27,6 @@ from edge_sdk.errors import (
     InputError,
     LabelError,
     ModelError,
-    RollbackRefusedError,
     StoreError,
     UnknownLabelError,
 )
@@ -195,11 +194,14 @@ class EdgeDevice:
             self._swap(now)
         except (EdgeError, OSError) as error:
             logger.error("%s: the version in use cannot be loaded: %s", self.name, error)  # noqa: TRY400 - no traceback
-            try:
-                version = self._slots.rollback()
-            except RollbackRefusedError:
-                raise error from None
-            self._left(current, version, f"cannot be loaded: {error}", now)
+            # the version before may be another head on the same damaged release; the release before is not
+            for go_back in (self._slots.rollback, self._slots.rollback_release):
+                with suppress(EdgeError, OSError):
+                    version = go_back()
+                    verify_checkpoint(self._slots.folder(version))
+                    self._left(current, version, f"cannot be loaded: {error}", now)
+                    return
+            raise
 
     # ---- serving
 
@@ -495,7 +497,8 @@ class EdgeDevice:
         if before is not None:
             self._adaptation.forget_recent()
         with self._store.transaction():
-            self._store.keep_trunks(self._slots.trunk_ids())
+            unreadable = self._store.keep_trunks(self._slots.trunk_ids())
+        self._pending.release(unreadable)
         self._slots.collect_garbage()
         self._taken_up = current
         self._reporter.tell_state()

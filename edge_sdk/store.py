@@ -201,11 +201,12 @@ class Store(Database):
             (role, trunk, role, trunk, keep),
         )
 
-    def keep_trunks(self, trunks: Sequence[str]) -> None:
-        """Drop samples and logged predictions whose latents no installed trunk can read."""
+    def keep_trunks(self, trunks: Sequence[str]) -> list[str]:
+        """Drop samples and logged predictions whose latents no installed trunk can read; returns the latter's ids."""
         marks = ",".join("?" * len(trunks))
-        for table in ("samples", "rows"):
-            self.execute(f"DELETE FROM {table} WHERE trunk NOT IN ({marks})", list(trunks))  # noqa: S608
+        self.execute(f"DELETE FROM samples WHERE trunk NOT IN ({marks})", list(trunks))  # noqa: S608 - marks only
+        dropped = self.execute(f"DELETE FROM rows WHERE trunk NOT IN ({marks}) RETURNING id", list(trunks))  # noqa: S608
+        return [row[0] for row in dropped.fetchall()]
 
     # ---- outbox
 

@@ -11,10 +11,22 @@ import numpy as np
 
 from edge_sdk.adapt import Adaptation, FactoryMemory
 from edge_sdk.config import DeviceConfig
-from edge_sdk.errors import ArtifactError, ModelError, RollbackRefusedError, StoreError
+from edge_sdk.drift.monitors import DriftMonitors
+from edge_sdk.drift.reference import Reference
+from edge_sdk.errors import ArtifactError, IntegrityError, ModelError, RollbackRefusedError, StoreError
+from edge_sdk.files import load_npz
 from edge_sdk.gate import is_healthy, watch_release
 from edge_sdk.head import Head, dequantize
-from edge_sdk.manifest import HEAD_NPZ, MANIFEST_NAME, Manifest, digest_of, verify_checkpoint
+from edge_sdk.manifest import (
+    FISHER_NPZ,
+    HEAD_NPZ,
+    MANIFEST_NAME,
+    REFERENCE_NPZ,
+    SELFTEST_NPZ,
+    Manifest,
+    digest_of,
+    verify_checkpoint,
+)
 from edge_sdk.rebase import Rebase, choose_head
 from edge_sdk.runtime import Variant
 from edge_sdk.serving import choose_variant
@@ -221,6 +233,7 @@ class Upgrade:
         slot, manifest = self._slots.stage(data, sources, link=link)
         digest = digest_of(data)
         self.state.variants[digest] = choose_variant(self._slots.root / slot, manifest, self._config.variant)
+        _rehearse(self._slots.root / slot, manifest)
         rebase = self._rebase(slot, manifest, adaptation)
         self.state.carried = rebase.reason
         head = self._slots.write_head(slot, rebase.head) if rebase.head is not None else 0
@@ -263,3 +276,36 @@ class Upgrade:
             with self._store.transaction():
                 self._emit(name, {"release": release, "reason": reason})
             self._complaints.add(key)
+
+
+def _rehearse(folder: Path, manifest: Manifest) -> None:
+    """Use everything once that monitors and learning will need: once it serves, a release cannot be refused any more.
+
+    Raises:
+        IntegrityError: Something is missing, or does not fit the rest.
+    """
+    try:
+        head, memory = Head.load(folder / HEAD_NPZ), FactoryMemory(folder, manifest)
+        fisher, stored = load_npz(folder / FISHER_NPZ), load_npz(folder / SELFTEST_NPZ)
+        monitors = DriftMonitors(
+            Reference.load(folder / REFERENCE_NPZ), tuple(manifest.labels), run_length=1e9, rereference_rows=200
+        )
+        monitors.fold(manifest.input.check_batch(stored["x"]), stored["probabilities"])
+        problems = {
+            "the head's labels are not the manifest's": list(head.labels) != manifest.labels,
+            "the head is not of the latent's width": head.latent_dim != manifest.latent.dim,
+            "the factory memory does not hold latents": any(
+                rows.dtype != np.uint8 or rows.shape != (len(labels), manifest.latent.dim)
+                for rows, labels in (
+                    (memory.replay_latents, memory.replay_labels),
+                    (memory.judge_latents, memory.judge_labels),
+                )
+            ),
+            "the Fisher information is not the head's": {key: value.shape for key, value in fisher.items()}
+            != {key: value.shape for key, value in head.weights.items()},
+            "the Fisher information is not finite": not all(np.isfinite(value).all() for value in fisher.values()),
+        }
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise IntegrityError(f"release {manifest.release} cannot be used: {type(error).__name__}: {error}") from error
+    if found := [problem for problem, is_so in problems.items() if is_so]:
+        raise IntegrityError(f"release {manifest.release} cannot be used: {'; '.join(found)}")

@@ -126,17 +126,31 @@ def bad(repack, checkpoint):
 
 
 @pytest.fixture
-def lying(other_trunk, tmp_path):
+def altered(other_trunk, tmp_path):
+    """Makes a release 2 one of whose files was altered before it was described: every hash is right."""
+
+    def make(name, change):
+        folder = shutil.copytree(other_trunk, tmp_path / "altered")
+        arrays = load_npz(folder / name)
+        change(arrays)
+        (folder / name).write_bytes(npz_bytes(arrays))
+        manifest = parse_manifest((folder / MANIFEST_NAME).read_bytes())
+        entries = describe_folder(folder, tuple(manifest.files))
+        (folder / MANIFEST_NAME).write_bytes(manifest_bytes(msgspec.structs.replace(manifest, files=entries)))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def lying(altered):
     """Release 2 whose stored outputs no machine reproduces."""
-    folder = shutil.copytree(other_trunk, tmp_path / "lying")
-    stored = load_npz(folder / "selftest.npz")
-    for variant in ("int8", "fp32"):
-        stored[f"latents_{variant}"] = 255 - stored[f"latents_{variant}"]
-    (folder / "selftest.npz").write_bytes(npz_bytes(stored))
-    manifest = parse_manifest((folder / MANIFEST_NAME).read_bytes())
-    entries = describe_folder(folder, tuple(manifest.files))
-    (folder / MANIFEST_NAME).write_bytes(manifest_bytes(msgspec.structs.replace(manifest, files=entries)))
-    return folder
+
+    def lie(arrays):
+        for variant in ("int8", "fp32"):
+            arrays[f"latents_{variant}"] = 255 - arrays[f"latents_{variant}"]
+
+    return altered("selftest.npz", lie)
 
 
 def events(device, name):
@@ -265,6 +279,39 @@ def assert_never_tried_again(device, publisher, offer):
     assert len(publisher.needs) == asked
     assert len(events(device, "release_failed")) == 1
     assert device.status().release == 1
+
+
+UNUSABLE = {
+    "no memory": ("memory.npz", lambda arrays: arrays.pop("latents")),
+    "memory of another width": ("memory.npz", lambda arrays: arrays.update(latents=arrays["latents"][:, :-1])),
+    "memory of other numbers": ("memory.npz", lambda arrays: arrays.update(latents=arrays["latents"] / 2)),
+    "memory of unknown labels": ("memory.npz", lambda arrays: arrays.update(labels=arrays["labels"] + 100)),
+    "memory of fewer labels": ("memory.npz", lambda arrays: arrays.update(labels=arrays["labels"][:-1])),
+    "no importance": ("fisher.npz", lambda arrays: arrays.pop("b0")),
+    "importance of another head": ("fisher.npz", lambda arrays: arrays.update(W0=arrays["W0"][:-1])),
+    "importance without numbers": ("fisher.npz", lambda arrays: arrays.update(b0=np.full_like(arrays["b0"], np.nan))),
+    "no reference": ("reference.npz", lambda arrays: arrays.pop("input_mean")),
+    "reference of other inputs": ("reference.npz", lambda arrays: arrays.update(edges=arrays["edges"][:-1])),
+    "reference of other labels": (
+        "reference.npz",
+        lambda arrays: arrays.update(output_mean=arrays["output_mean"][:-1]),
+    ),
+    "reference of a mean of no range": ("reference.npz", lambda arrays: arrays.update(input_std=np.zeros(0))),
+    "head of other labels": ("head.npz", lambda arrays: arrays.update(labels=arrays["labels"][::-1])),
+}
+
+
+@pytest.mark.parametrize("what", UNUSABLE)
+def test_a_release_that_could_not_be_lived_with_is_never_activated(online, publisher, altered, digits, what):
+    offer = publisher.add(altered(*UNUSABLE[what]))
+    device = online()
+    publisher.desire(offer)
+    settle(device, publisher)
+    assert [detail["release"] for detail in events(device, "release_failed")] == [2]
+    assert device.predict(digits.life.x[0]).release == 1
+    feed(device, digits.life, 3)
+    assert device.step().labelled == 3
+    assert device.status().problem == ""
 
 
 def test_an_older_offer_is_refused_and_recorded_once(online, publisher, checkpoint, other_trunk, digits):
@@ -398,3 +445,27 @@ def test_a_healthy_step_forgets_the_crashes_before_it(make_device, other_trunk):
         assert device.step().problem == ""
         crash(device)
     assert make_device(checkpoint=other_trunk, update=update).status().release == 2
+
+
+def test_a_damaged_release_with_a_learned_head_is_left_for_the_release_before(make_device, other_trunk, digits):
+    make_device().stop()
+    device = make_device(checkpoint=other_trunk)
+    tilt(device)
+    folder = device._slots.folder(device._slots.pointer.current)
+    device.stop()
+    (folder / "trunk.int8.onnx").write_bytes(b"worn out")
+    again = make_device(checkpoint=None)
+    assert again.predict(digits.life.x[0]).release == 1
+    assert [detail["release"] for detail in events(again, "release_rolled_back")] == [2]
+    assert events(again, "head_rolled_back") == []
+
+
+def test_ids_of_predictions_that_went_with_their_trunk_are_free_again(online, publisher, build, other_trunk, digits):
+    device = online()
+    device.predict(digits.life.x[0], id="order-7")
+    device.step()
+    for folder in (other_trunk, build(release=3, seed=2)):  # the second takes the slot of the first release
+        publisher.desire(publisher.add(folder))
+        settle(device, publisher)
+    assert device.status().release == 3
+    assert device.predict(digits.life.x[0], id="order-7").id == "order-7"

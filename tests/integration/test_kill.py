@@ -1,6 +1,7 @@
 """Killed at any instant, the device comes back with every acknowledged label and a version that works."""
 
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -11,31 +12,39 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from edge_quantize import Dataset, repack_checkpoint
 from edge_sdk.clock import ManualClock
 from edge_sdk.config import DeviceConfig, LearnConfig, ReplayConfig, ReportConfig
 from edge_sdk.device import EdgeDevice
-from edge_sdk.manifest import verify_checkpoint
+from edge_sdk.head import Head
+from edge_sdk.manifest import HEAD_NPZ, verify_checkpoint
 from edge_sdk.resources import FixedReader
+from edge_sdk.store import Store
 from edge_sdk.transport import MemoryBroker, MemoryTransport
 
 pytestmark = pytest.mark.torch
-ROUNDS = 10
+ROUNDS = 15
 TURNS = 30
 DEADLINE_S = 60
 EXIT_KILLED = 77
 
 CHILD = """
 import os, sys, zlib
+from pathlib import Path
 import numpy as np
 from edge_sdk.clock import ManualClock
-from edge_sdk.config import DeviceConfig, GateConfig, LearnConfig, PolicyConfig, ReplayConfig, ReportConfig
+from edge_sdk.config import (
+    DeviceConfig, GateConfig, LearnConfig, PolicyConfig, ReplayConfig, ReportConfig, UpdateConfig,
+)
 from edge_sdk.device import EdgeDevice
 from edge_sdk.files import set_crash_hook
-from edge_sdk.messages import Ack, Envelope, Topics, decode, encode
+from edge_sdk.manifest import MANIFEST_NAME, digest_of
+from edge_sdk.messages import Ack, Desired, Envelope, Need, Offer, Topics, block_count, decode, encode, from_bitmap
 from edge_sdk.resources import FixedReader
 from edge_sdk.transport import MemoryBroker, MemoryTransport
 
-home, checkpoint, data, told, passed, deadly, spared, turns, start = sys.argv[1:]
+BLOCK = 16 * 1024
+home, checkpoint, data, told, passed, deadly, spared, turns, start, offered = sys.argv[1:]
 told, passed, spared = open(told, "a"), open(passed, "a"), int(spared)
 met = 0
 
@@ -56,17 +65,26 @@ config = DeviceConfig(
     replay=ReplayConfig(max_bytes=5_000_000),
     gate=GateConfig(probation_rows=20),
     report=ReportConfig(interval_s=20),
+    update=UpdateConfig(min_free_bytes=0, probation_rows=20, max_accuracy_drop=1.0, retry_s=1.0),
 )
 broker, topics, clock = MemoryBroker(), Topics(), ManualClock(float(start))
 coordinator = MemoryTransport(broker)
 coordinator.subscribe(topics.up("+", "report"))
 coordinator.subscribe(topics.up("+", "event"))
+coordinator.subscribe(topics.up("+", "need"))
 coordinator.connect()
 device = EdgeDevice(
     home, checkpoint=checkpoint, config=config, clock=clock, transport=MemoryTransport(broker),
     resources=FixedReader(), rng=np.random.default_rng(0),
 )
 device.connect()
+blobs = {digest_of(file.read_bytes()): file.read_bytes() for file in Path(offered).iterdir()} if offered else {}
+if offered:
+    manifest = (Path(offered) / MANIFEST_NAME).read_bytes()
+    desired = Desired(
+        revision=1, base=Offer(2, digest_of(manifest), len(manifest)), candidate=None, salt="", threshold=0, revoked=[],
+        block_bytes=BLOCK,
+    )
 arrays = np.load(data)
 x, y = arrays["x"], arrays["y"]
 row = device.boot * 97
@@ -81,7 +99,14 @@ for turn in range(int(turns)):
         print("label", time, file=told, flush=True)
     device.learn_now()
     device.step()
+    if offered and device.status().head:  # there is something learned to carry over
+        coordinator.publish(topics.desired("default"), encode(desired), retain=True)
     for message in coordinator.receive():
+        if message.topic.endswith("/need"):
+            need = decode(message.payload, Need)
+            for i in sorted(from_bitmap(need.blocks, block_count(need.size, BLOCK))):
+                coordinator.publish(topics.block(need.digest, i), blobs[need.digest][i * BLOCK : (i + 1) * BLOCK])
+            continue
         envelope = decode(message.payload, Envelope)
         print("seq", envelope.seq, zlib.crc32(bytes(envelope.body)), file=told, flush=True)
         if turn % 3 == 0:
@@ -94,9 +119,9 @@ device.stop()
 class Life:
     """One device's folder, and what its processes told before they died."""
 
-    def __init__(self, folder, checkpoint, data):
+    def __init__(self, folder, checkpoint, data, offered=""):
         folder.mkdir()
-        self.home, self._checkpoint, self._data = folder / "device", checkpoint, data
+        self.home, self._checkpoint, self._data, self._offered = folder / "device", checkpoint, data, offered
         self._script, self.told, self.passed = folder / "child.py", folder / "told", folder / "passed"
         self._script.write_text(CHILD)
         for file in (self.told, self.passed):
@@ -108,6 +133,7 @@ class Life:
         self._start += 10_000
         arguments = (
             self.home, self._checkpoint, self._data, self.told, self.passed, deadly, spared, turns, self._start,
+            self._offered,
         )  # fmt: skip
         return subprocess.Popen(
             [sys.executable, str(self._script), *map(str, arguments)],
@@ -136,7 +162,8 @@ class Life:
         )  # fmt: skip
         try:
             current = device._slots.pointer.current
-            assert verify_checkpoint(device._slots.folder(current)).release == 1
+            assert verify_checkpoint(device._slots.folder(current)).release == current.release
+            assert current.release in ((1, 2) if self._offered else (1,))
             prediction = device.predict(image)
             assert (prediction.release, prediction.head) == (current.release, current.head)
             before = self._last_seq()
@@ -153,6 +180,15 @@ class Life:
         bodies = {}
         for seq, body in self.lines("seq"):
             assert bodies.setdefault(seq, body) == body
+
+    def releases(self):
+        """What was recorded of releases, in order."""
+        store = Store(self.home / "edge.db")
+        try:
+            entries = store.history(limit=2_000)
+        finally:
+            store.close()
+        return [(entry.name, entry.detail["release"]) for entry in entries if entry.name.startswith("release_")]
 
     def _last_seq(self):
         conn = sqlite3.connect(self.home / "edge.db")
@@ -176,7 +212,19 @@ def data(digits, tmp_path_factory):
 @pytest.fixture
 def life(tmp_path, checkpoint, data):
     """Makes lives: `life("name")`."""
-    return lambda name: Life(tmp_path / name, checkpoint, data)
+    return lambda name, offered="": Life(tmp_path / name, checkpoint, data, offered)
+
+
+@pytest.fixture(scope="module")
+def next_release(checkpoint, digits, tmp_path_factory):
+    """Release 2, on the same trunk."""
+    base = digits.factory.only(set(range(8)))
+    target = tmp_path_factory.mktemp("next") / "release-2"
+    repack_checkpoint(
+        checkpoint, target, head=Head.load(checkpoint / HEAD_NPZ), release=2, created="2026-02-01T00:00:00Z",
+        data=Dataset(base.x[:480], base.y[:480], base.x[480:], base.y[480:]),
+    )  # fmt: skip
+    return target
 
 
 def test_a_device_killed_at_random_instants_loses_nothing_acknowledged(life, digits):
@@ -214,3 +262,24 @@ def test_a_device_killed_at_every_crash_point_comes_back(life, digits):
         child = device.launch(turns=2)
         assert child.wait(DEADLINE_S) == 0, name
         device.assert_alive(digits.life.x[0])
+
+
+def test_a_device_killed_at_every_crash_point_of_an_update_comes_back_and_updates(life, digits, next_release):
+    whole = life("whole", next_release)
+    assert whole.launch().wait(DEADLINE_S) == 0
+    whole.assert_alive(digits.life.x[0])
+    assert whole.releases() == [("release_activated", 1), ("release_activated", 2), ("release_confirmed", 2)]
+    passed = whole.passed.read_text().split()
+    built = len(passed) - 1 - passed[::-1].index("stage:built")  # of release 2
+    fetching = {re.sub("[0-9a-f]{64}", "*", name): at for at, name in reversed(list(enumerate(passed[:built])))}
+    moments = [at for name, at in fetching.items() if name.startswith("blocks:") or "*" in name]
+    moments += range(built - 1, built + 14)  # staged, head carried over, activated, recorded, taken up
+    assert any(name.startswith("renamed:00") for name in passed[built : built + 14]), "no head was carried over"
+    for at in moments:
+        name = passed[at]
+        device = life(f"moment-{at}", next_release)
+        assert device.launch(deadly=name, spared=passed[:at].count(name)).wait(DEADLINE_S) == EXIT_KILLED, name
+        device.assert_alive(digits.life.x[0])
+        assert device.launch().wait(DEADLINE_S) == 0, name
+        device.assert_alive(digits.life.x[0])
+        assert device.releases() == whole.releases(), name
