@@ -220,12 +220,14 @@ def reset(home: Path | None) -> None:
 @main.command()
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def verify(checkpoint: Path) -> None:
-    """Check a CHECKPOINT folder: hashes, sizes, and its self-test on this machine."""
+    """Check a CHECKPOINT folder as a device would: hashes, sizes, self-test here, and all that learning needs."""
     from edge_sdk.manifest import verify_checkpoint
     from edge_sdk.serving import choose_variant
+    from edge_sdk.upgrade import rehearse
 
     manifest = verify_checkpoint(checkpoint)
     variant = choose_variant(checkpoint, manifest, "auto")
+    rehearse(checkpoint, manifest)
     click.echo(f"{manifest.name} release {manifest.release}: {len(manifest.files)} files ok, self-test ok, {variant}")
 
 

@@ -149,7 +149,7 @@ class ReportConfig(_Section, frozen=True):
     outbox_bytes: Count = 4_000_000
     """The same in bytes."""
     resend_s: Positive = 30.0
-    """Unacknowledged rows are sent again after this time."""
+    """When nothing has been acknowledged for this time, all that waits is sent again."""
 
 
 class UpdateConfig(_Section, frozen=True):

@@ -641,19 +641,19 @@ class EdgeDevice:
             if self._stopped:
                 return
             self._stopped = True
-            self.step()
-            self._executor.cancel()
-            try:
-                with self._store.transaction():
-                    self._monitoring.save(self._clock.now())
-                    self._upgrade.save()
-                    if self._adaptation is not None:
-                        self._adaptation.save()  # the last flush was seen after its own transaction
-                    self._store.put(STATUS_KEY, msgspec.json.encode(self.status()))
-            except StoreError as error:
-                logger.error("%s: the last evidence was not saved: %s", self.name, error)  # noqa: TRY400
-            self._reporter.close()
-            self._files.close()
+            with self._files:
+                self.step()
+                self._executor.cancel()
+                try:
+                    with self._store.transaction():
+                        self._monitoring.save(self._clock.now())
+                        self._upgrade.save()
+                        if self._adaptation is not None:
+                            self._adaptation.save()  # the last flush was seen after its own transaction
+                        self._store.put(STATUS_KEY, msgspec.json.encode(self.status()))
+                except StoreError as error:
+                    logger.error("%s: the last evidence was not saved: %s", self.name, error)  # noqa: TRY400
+                self._reporter.close()
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -684,3 +684,6 @@ def _recorded(problems: list[str]) -> Iterator[None]:
         yield
     except (EdgeError, OSError) as error:
         problems.append(str(error))
+    except Exception as error:  # a bug in one part must not keep the others from their turn
+        logger.exception("an error that nobody foresaw")
+        problems.append(f"{type(error).__name__}: {error}")

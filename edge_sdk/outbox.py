@@ -45,8 +45,9 @@ class Outbox:
         self._store, self._store_id = store, store_id
         self._device, self._topics, self._transport, self._config = device, topics, transport, config
         self._sent = 0
-        self._sent_at = 0.0
         self._sent_on = 0
+        self._oldest = 0
+        self._stuck_since = 0.0
         self._bytes_sent = 0
         self._counted = 0
 
@@ -88,8 +89,11 @@ class Outbox:
         count, _, oldest = self._store.outbox_size()
         if not count:
             return 0
-        if self._sent_on != self._transport.connections or is_due(now, self._sent_at, self._config.resend_s):
-            self._sent = 0  # a new connection, or silence: begin again at the oldest
+        if oldest != self._oldest:
+            self._oldest, self._stuck_since = oldest, now
+        stuck = self._sent >= oldest and is_due(now, self._stuck_since, self._config.resend_s)
+        if self._sent_on != self._transport.connections or stuck:
+            self._sent, self._stuck_since = 0, now  # begin again at the oldest, whatever was sent after it
         start = max(self._sent, oldest - 1)
         window_end = oldest + _WINDOW
         sent = 0
@@ -100,7 +104,7 @@ class Outbox:
                 self._publish(row, oldest)
             except NotConnectedError:
                 break
-            self._sent, self._sent_at, self._sent_on = row.seq, now, self._transport.connections
+            self._sent, self._sent_on = row.seq, self._transport.connections
             sent += 1
         return sent
 

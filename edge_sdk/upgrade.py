@@ -233,7 +233,7 @@ class Upgrade:
         slot, manifest = self._slots.stage(data, sources, link=link)
         digest = digest_of(data)
         self.state.variants[digest] = choose_variant(self._slots.root / slot, manifest, self._config.variant)
-        _rehearse(self._slots.root / slot, manifest)
+        rehearse(self._slots.root / slot, manifest)
         rebase = self._rebase(slot, manifest, adaptation)
         self.state.carried = rebase.reason
         head = self._slots.write_head(slot, rebase.head) if rebase.head is not None else 0
@@ -278,8 +278,12 @@ class Upgrade:
             self._complaints.add(key)
 
 
-def _rehearse(folder: Path, manifest: Manifest) -> None:
+def rehearse(folder: Path, manifest: Manifest) -> None:
     """Use everything once that monitors and learning will need: once it serves, a release cannot be refused any more.
+
+    Args:
+        folder: A checkpoint that has been verified.
+        manifest: Its manifest.
 
     Raises:
         IntegrityError: Something is missing, or does not fit the rest.

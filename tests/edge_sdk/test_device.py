@@ -750,3 +750,16 @@ def test_a_stopped_device_says_goodbye_and_writes_no_more(make_device, digits):
     prediction = device.predict(digits.life.x[0])
     with pytest.raises(StoreError):
         device.observe(prediction.id, "3", durable=True)
+
+
+def test_a_bug_in_one_part_of_a_step_does_not_keep_the_others_from_their_turn(make_device, digits, monkeypatch, caplog):
+    device = make_device()
+    monkeypatch.setattr(device._upgrade, "turn", lambda *_: 1 / 0)
+    prediction = device.predict(digits.life.x[0])
+    device.observe(prediction.id, str(digits.life.y[0]))
+    report = device.step()
+    assert (report.predictions, report.labelled) == (1, 1)
+    assert "ZeroDivisionError" in report.problem
+    assert "nobody foresaw" in caplog.text
+    device.stop()
+    assert make_device().status().counters.labelled == 1

@@ -132,9 +132,21 @@ def test_after_silence_all_that_is_not_acknowledged_is_sent_again(make):
     world.put("event", "event", "event")
     world.send()
     world.acknowledge(1)
-    assert world.send(START + 29.9) == []
-    assert world.send(START + 30) == [2, 3]
+    assert world.send(START + 29.9) == [], "an acknowledgement is progress, from which the time is counted anew"
+    assert world.send(START + 30) == []
+    assert world.send(START + 59.9) == [2, 3]
     assert world.envelopes[-1].oldest == 2
+
+
+def test_new_messages_do_not_put_off_sending_a_lost_one_again(make):
+    world = make(resend_s=30.0)
+    world.put("event")
+    assert world.send() == [1]
+    for number, seconds in enumerate((10, 20, 29), start=2):
+        world.put("event")
+        assert world.send(START + seconds) == [number]
+    assert world.send(START + 30) == [1, 2, 3, 4]
+    assert world.send(START + 59) == []
 
 
 def test_after_a_reconnect_all_that_is_not_acknowledged_is_sent_again(make):
