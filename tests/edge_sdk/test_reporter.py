@@ -267,6 +267,7 @@ def test_acknowledged_messages_are_forgotten_and_others_sent_again(make_reporter
     assert reporter.outbox.pending == 1
     sent = reporter.counters.bytes_sent
     watcher.receive()
+    assert reporter.send(clock.now()) == 0
     clock.advance(30)
     reporter.send(clock.now())
     assert [envelope.seq for envelope in envelopes(watcher)] == [3]
