@@ -124,7 +124,7 @@ class GateConfig(_Section, frozen=True):
     alpha: Annotated[float, Meta(gt=0, lt=1)] = 0.05
     """Chance that a challenger no better than the champion is promoted, however often the gate looks."""
     class_margin: Share = 0.1
-    """Loss of accuracy on one class that counts as harm."""
+    """Harm to one label: its rows missed and others' taken for it, more than the champion did, by its rows."""
     factory_margin: Share = 0.05
     """Loss of accuracy on the factory's own data that counts as harm: forgetting."""
     min_class_rows: Count = 20

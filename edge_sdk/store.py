@@ -112,10 +112,6 @@ class Store(Database):
         """Set the value under `key`."""
         self.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
 
-    def delete(self, key: str) -> None:
-        """Remove `key`."""
-        self.execute("DELETE FROM meta WHERE key = ?", (key,))
-
     # ---- predictions that wait for labels
 
     def add_rows(self, rows: Sequence[LoggedRow]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from edge_sdk.errors import EmptyBufferError
 from edge_sdk.head import Head, Weights, softmax
-from edge_sdk.types import AnyArray, FloatArray
+from edge_sdk.types import FloatArray
 
 
 def backward(head: Head, features: FloatArray, delta: FloatArray) -> list[tuple[FloatArray, FloatArray]]:
@@ -101,8 +101,3 @@ def grown_like(weights: Weights, template: Weights) -> Weights:
         pad = [(0, t - s) for s, t in zip(value.shape, template[key].shape, strict=True)]
         result[key] = np.pad(value, pad)
     return result
-
-
-def flatten(weights: Weights) -> AnyArray:
-    """All weights in one vector, by name."""
-    return np.concatenate([weights[key].ravel() for key in sorted(weights)])

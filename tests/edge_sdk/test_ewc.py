@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 
 from edge_sdk.errors import EmptyBufferError
 from edge_sdk.head import Head, softmax
-from edge_sdk.learn.ewc import backward, fisher_diagonal, flatten, grown_like, penalty, proximal_step
+from edge_sdk.learn.ewc import backward, fisher_diagonal, grown_like, penalty, proximal_step
+
+
+def flatten(weights):
+    """All weights in one vector, by name."""
+    return np.concatenate([weights[key].ravel() for key in sorted(weights)])
 
 
 def make_head(rng, *widths):
