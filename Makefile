@@ -30,8 +30,10 @@ format: $(VENV)/.dev
 
 # What tests use beside Python. Without root on Debian they are deselected, with a line that says so.
 tools:
-	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! command -v mosquitto >/dev/null; then \
-		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq mosquitto >/dev/null; \
+	@missing=""; for tool in mosquitto node npm curl; do \
+		command -v $$tool >/dev/null || missing="$$missing $$(echo $$tool | sed 's/^node$$/nodejs/')"; done; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; \
 	fi
 
 $(VENV)/.demo: $(INPUTS)

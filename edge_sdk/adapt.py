@@ -113,9 +113,18 @@ class Adaptation:
     # ---- the release in use
 
     def attach(self, version: Version, manifest: Manifest) -> None:
-        """Work on a version: load its factory memory, anchor, Fisher information and replay buffer."""
+        """Work on a version: load its factory memory, anchor, Fisher information and replay buffer.
+
+        Of one that is not learned on, only the live accuracy is kept.
+        """
         folder = self._slots.folder(version)
         self._version, self._manifest, self._trunk = version, manifest, manifest.trunk_id
+        self._before = None
+        if not manifest.learns:
+            self._begin("idle", now=self.state.since)
+            self.state.waits = f"adapt={manifest.adapt}, task={manifest.task}: this release is served, not learned on"
+            self._load_buffer()
+            return
         self.memory = FactoryMemory(folder, manifest)
         self._base = Head.load(folder / HEAD_NPZ)
         self._fisher: Weights = {key: value.astype(np.float32) for key, value in load_npz(folder / FISHER_NPZ).items()}
@@ -241,6 +250,8 @@ class Adaptation:
             changed_at: When the inputs that raised the first warning came. What is older is replayed, not fresh.
             resources: What the machine can spare.
         """
+        if not self._manifest.learns:
+            return
         self._since = changed_at or 0.0
         if self.state.phase == "training":
             self._collect(now)

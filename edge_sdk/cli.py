@@ -9,20 +9,25 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 import msgspec
 from platformdirs import user_data_path
 
 from edge_sdk import __version__
-from edge_sdk.errors import ArtifactError, ConfigError, EdgeError, ProtocolError, TransportError
+from edge_sdk.errors import ArtifactError, ConfigError, EdgeError, MissingExtraError, ProtocolError, TransportError
 
 if TYPE_CHECKING:
     from edge_sdk.config import DeviceConfig
+    from edge_sdk.installed import Use
     from edge_sdk.transport import Transport
 
+T = TypeVar("T")
 EXIT_FAILED, EXIT_USAGE, EXIT_INTEGRITY, EXIT_NETWORK = 1, 2, 3, 4
 CONFIG_NAME = "device.toml"
 
@@ -152,6 +157,51 @@ def run(home: Path | None, checkpoint: Path | None) -> None:
     click.echo(f"{device.name} stopped", err=True)
 
 
+@main.command()
+@home_option
+@click.option("--checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path), help="To start with.")
+@click.option("--socket", "path", type=click.Path(path_type=Path), help="Answer on this Unix socket, its owner only.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Answer on this port of this machine; 0: any free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="With --port: 127.0.0.1 or ::1.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Predictions at a time.")
+@click.option("--queue", default=64, show_default=True, type=click.IntRange(0), help="Requests that wait; then 429.")
+@click.option("--max-body-mb", default=16, show_default=True, type=click.IntRange(1), help="Of a request; then 413.")
+def serve(
+    home: Path | None,
+    checkpoint: Path | None,
+    path: Path | None,
+    port: int | None,
+    host: str,
+    workers: int,
+    queue: int,
+    max_body_mb: int,
+) -> None:
+    """Run the device as `edge run` does, and answer apps of this machine over HTTP."""
+    try:
+        from edge_sdk import http
+    except ImportError as error:
+        raise MissingExtraError("edge serve", "serve") from error
+    from edge_sdk.config import load_config
+    from edge_sdk.device import EdgeDevice
+
+    folder = home or _default_home()
+    config = load_config(folder / CONFIG_NAME)
+    limits = http.Limits(workers=workers, queue=queue, max_body_bytes=max_body_mb * 1_000_000)
+    if path is not None and port is None:
+        listening = http.listen_unix(path)
+    elif port is not None and path is None:
+        listening = http.listen_loopback(host, port)
+    else:
+        raise click.UsageError("give either --socket PATH or --port NUMBER")
+    with (
+        listening as listener,
+        EdgeDevice(folder, checkpoint=checkpoint, config=config, transport=_transport(config)) as device,
+    ):
+        where = http.address_of(listener)
+        http.serve(device, listener, limits, on_ready=lambda: click.echo(f"{device.name} answers on {where}", err=True))
+    click.echo(f"{device.name} stopped", err=True)
+
+
 def _transport(config: DeviceConfig) -> Transport | None:
     if not config.broker.host:
         return None
@@ -166,6 +216,132 @@ def _transport(config: DeviceConfig) -> Transport | None:
         password=broker.password or None,
         keepalive_s=broker.keepalive_s,
     )
+
+
+version_options = (
+    home_option,
+    click.option("--checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path),
+                 help="A checkpoint folder in place of a device."),
+    click.option("--variant", type=click.Choice(["int8", "fp32"]), help="[default: what the device serves]"),
+)  # fmt: skip
+
+
+def _version_options(command: Any) -> Any:
+    """Options that say which version is meant."""
+    for option in reversed(version_options):
+        command = option(command)
+    return command
+
+
+@main.command()
+@click.option(
+    "--input",
+    "source",
+    required=True,
+    type=click.Path(exists=True, path_type=Path),
+    help=".csv, .parquet, .npy or .npz, or a folder of .npy files or images.",
+)
+@click.option(
+    "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Ends in .csv, .jsonl or .parquet."
+)
+@_version_options
+@click.option("--batch", default=32, show_default=True, type=click.IntRange(1), help="Samples at once.")
+@click.option("--id-column", help="Column of a table that names its rows; else they are numbered from 0.")
+@click.option("--restart", is_flag=True, help="Begin anew, whatever an earlier run has left.")
+@click.option("--allow-errors", is_flag=True, help="Exit with 0 although rows were refused.")
+@click.option("--quiet", is_flag=True, help="No progress bar and no summary.")
+def predict(
+    source: Path,
+    output: Path,
+    home: Path | None,
+    checkpoint: Path | None,
+    variant: Literal["int8", "fp32"] | None,
+    batch: int,
+    id_column: str | None,
+    restart: bool,
+    allow_errors: bool,
+    quiet: bool,
+) -> None:
+    """Score a file or folder of samples, beside a running device or without one.
+
+    A run that was stopped goes on where it stopped, with the same command. A row that the model cannot take has an
+    error in place of a prediction, and the exit code is 1 when all rows are done. These predictions are not logged, not
+    watched for drift, and wait for no labels.
+    """
+    from edge_sdk.batch import begun_variant, score
+    from edge_sdk.installed import load
+
+    begun = None if restart else begun_variant(output)
+    served = _with_version(home, checkpoint, variant or begun, load)
+    with _progress_bar(f"scoring {source.name}", hidden=quiet) as progress:
+        summary = score(served, source, output, batch=batch, id_column=id_column, restart=restart, progress=progress)
+    refused = sum(summary.refused.values())
+    if not quiet:
+        if summary.left_out:
+            click.echo(f"columns left out: {', '.join(summary.left_out)}", err=True)
+        counted = ", ".join(f"{count} {kind}" for kind, count in summary.refused.items())
+        click.echo(
+            f"{output.name}: {summary.rows} rows"
+            + (f", {summary.resumed} of them done before" if summary.resumed else "")
+            + (f", {refused} refused ({counted})" if refused else ""),
+            err=True,
+        )
+    if refused and not allow_errors:
+        sys.exit(EXIT_FAILED)
+
+
+@contextmanager
+def _progress_bar(label: str, *, hidden: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on a terminal; nothing anywhere else."""
+    if hidden or not sys.stderr.isatty():
+        yield None
+        return
+    with click.progressbar(length=1, label=label, file=sys.stderr) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        yield show
+
+
+def _with_version(
+    home: Path | None, checkpoint: Path | None, variant: Literal["int8", "fp32"] | None, use: Use[T]
+) -> T:
+    """Use the version that the options mean."""
+    from edge_sdk.config import load_config
+    from edge_sdk.installed import from_checkpoint, from_home
+
+    if checkpoint is not None and home is not None:
+        raise click.UsageError("give either --home or --checkpoint")
+    if checkpoint is not None:
+        return from_checkpoint(checkpoint, variant or "auto", use)
+    folder = home or _default_home()
+    settings = folder / CONFIG_NAME
+    configured = load_config(settings).variant if variant is None and settings.exists() else "auto"
+    return from_home(folder, variant or configured, use)
+
+
+@main.command()
+@click.option("--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Ends in .onnx.")
+@_version_options
+@click.option("--latent", is_flag=True, help="Put the latent out as well.")
+def export(
+    output: Path,
+    home: Path | None,
+    checkpoint: Path | None,
+    variant: Literal["int8", "fp32"] | None,
+    latent: bool,
+) -> None:
+    """Write trunk and learned head as one ONNX file for other runtimes, with labels and release in its metadata."""
+    from edge_sdk import installed
+    from edge_sdk.files import replace_file
+
+    if output.suffix.lower() != ".onnx" or not output.parent.is_dir():
+        raise ConfigError(f"{output}: expected a name ending in .onnx, in a folder that is there")
+    data = _with_version(home, checkpoint, variant, partial(installed.export, latent=latent))
+    replace_file(output, data)
+    click.echo(f"{output}: {len(data)} bytes", err=True)
 
 
 @main.command()
@@ -222,13 +398,16 @@ def reset(home: Path | None) -> None:
 def verify(checkpoint: Path) -> None:
     """Check a CHECKPOINT folder as a device would: hashes, sizes, self-test here, and all that learning needs."""
     from edge_sdk.manifest import verify_checkpoint
-    from edge_sdk.serving import choose_variant
+    from edge_sdk.selftest import choose_variant
     from edge_sdk.upgrade import rehearse
 
     manifest = verify_checkpoint(checkpoint)
-    variant = choose_variant(checkpoint, manifest, "auto")
+    choice = choose_variant(checkpoint, manifest, "auto")
     rehearse(checkpoint, manifest)
-    click.echo(f"{manifest.name} release {manifest.release}: {len(manifest.files)} files ok, self-test ok, {variant}")
+    files = len(manifest.files)
+    click.echo(
+        f"{manifest.name} release {manifest.release}: {files} files ok, self-test ok, {choice.variant} ({choice.reason})"
+    )
 
 
 @main.command()

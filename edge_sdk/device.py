@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from edge_sdk.config import DeviceConfig
 from edge_sdk.errors import (
     ArtifactError,
     EdgeError,
+    IncompatibleError,
     InputError,
     LabelError,
     ModelError,
@@ -35,16 +36,18 @@ from edge_sdk.join import Joined, Joiner
 from edge_sdk.learn.executor import LearnExecutor, new_executor
 from edge_sdk.manifest import verify_checkpoint
 from edge_sdk.messages import check_name
+from edge_sdk.model import Arrays, Trunks
 from edge_sdk.monitoring import Monitoring
 from edge_sdk.pending import Label, LoggedPrediction, Pending, Taught
 from edge_sdk.reporter import Identity, Reporter
 from edge_sdk.resources import PsutilReader, ResourceReader
-from edge_sdk.serving import Served, Trunks, load_served
+from edge_sdk.serving import Served, load_served
 from edge_sdk.slots import Slots, Version
 from edge_sdk.status import STATUS_KEY, Status, StepReport
 from edge_sdk.store import HistoryEntry, Store
+from edge_sdk.tasks import is_right, store_truth, stored_answer
 from edge_sdk.transport import NoTransport, Transport
-from edge_sdk.types import Mode, Prediction
+from edge_sdk.types import NO_VALUES, NOTHING, AnyArray, Mode, Prediction, Truth
 from edge_sdk.update import UpdateClient
 from edge_sdk.upgrade import Upgrade
 
@@ -229,79 +232,112 @@ class EdgeDevice:
         """What the model in use can say."""
         return self._model().labels
 
-    def predict(self, x: Any, *, id: str | None = None) -> Prediction:  # noqa: A002 - the word users know
+    def predict(self, x: Any, *, id: str | None = None, state: Arrays | None = None) -> Prediction:  # noqa: A002 - the word users know
         """Predict one sample. Thread-safe.
 
         Args:
-            x: One sample of the manifest's input shape, in the app's units; anything numpy casts to float32.
+            x: One sample of the manifest's input shape, in the app's units; anything numpy casts to the input's dtype.
+                A tabular model also takes a mapping of column names, a model with several inputs one of input names.
             id: The app's own name for the prediction; it must not be waiting for a label already.
+            state: For a recurrent model: the `state` of the prediction before; None starts anew.
 
         Raises:
             InputError: Wrong dtype, shape, NaN/Inf or out of range; the message says which.
             DuplicateIdError: The id is in use.
             ModelError: There is no model yet, or the engine failed.
         """
-        return self._predict(x, [id], batch=False)[0]
-
-    def predict_batch(self, x: Any) -> list[Prediction]:
-        """Predict samples stacked in the first dimension. Thread-safe. Errors as in `predict`."""
-        return self._predict(x, None, batch=True)
-
-    def _predict(self, x: Any, ids: list[str | None] | None, *, batch: bool) -> list[Prediction]:
         started = time.perf_counter()
         served = self._model()
-        spec = served.manifest.input
         try:
-            checked = spec.check_batch(x) if batch else spec.check(x)[None]
+            main, more = served.take(x) if served.manifest.more_inputs else (x, NOTHING)
+            checked = served.manifest.input.check(main)[None]
+            if state is not None or served.manifest.state:
+                more = {**more, **served.carry(state)}
         except InputError:
             self._pending.reject()
             raise
-        names = [self._pending.new_id(given) for given in (ids or [None] * len(checked))]
+        return self._answer(served, checked, more, [self._pending.new_id(id)], started)[0]
+
+    def predict_batch(self, x: Any) -> list[Prediction]:
+        """Predict samples stacked in the first dimension, or a list of rows. Thread-safe. Errors as in `predict`."""
+        started = time.perf_counter()
+        served = self._model()
         try:
-            latents, probabilities = served.run(checked)
+            checked = served.check_batch(x)
+        except InputError:
+            self._pending.reject()
+            raise
+        return self._answer(served, checked, NOTHING, [self._pending.new_id(None) for _ in checked], started)
+
+    def _answer(
+        self, served: Served, checked: AnyArray, more: Arrays, names: list[str], started: float
+    ) -> list[Prediction]:
+        """Run the model, and keep what was said until the next step."""
+        try:
+            ran = served.run(checked, more)
         except ModelError:
             self._pending.release(names)
             self._pending.fail()
             raise
-        probabilities.setflags(write=False)
-        best = probabilities.argmax(axis=1)
-        now, trunk = self._clock.now(), served.manifest.trunk_id
-        elapsed = (time.perf_counter() - started) * 1e3 / len(checked)
-        results = []
-        for i, name in enumerate(names):
-            label = served.labels[best[i]]
-            self._pending.log(
-                LoggedPrediction(
-                    name, now, checked[i].copy(), latents[i], probabilities[i], label, served.version, trunk, elapsed
-                )
-            )
-            results.append(
+        scores, manifest, version = ran.scores, served.manifest, served.version
+        scores.setflags(write=False)
+        seen = served.thumbnail(checked)
+        answers = served.read(scores)
+        now, elapsed = self._clock.now(), (time.perf_counter() - started) * 1e3 / len(names)
+        self._pending.log(
+            [
+                LoggedPrediction(name, now, seen[i], ran.latents[i], scores[i], *answers[i], version, manifest, elapsed)
+                for i, name in enumerate(names)
+            ]
+        )
+        release, head, labels = version.release, version.head, served.labels
+        if manifest.task == "classification":
+            return [
                 Prediction(
-                    name, label, probabilities[i], served.labels, served.version.release, served.version.head, elapsed
+                    name, answers[i][0], scores[i], labels, release, head, elapsed, answers[i][1], state=ran.state
                 )
+                for i, name in enumerate(names)
+            ]
+        values = scores if manifest.task == "regression" else None
+        outputs = ran.outputs
+        return [
+            Prediction(
+                name,
+                answers[i][0],
+                scores[i] if manifest.task == "multilabel" else NO_VALUES,
+                labels,
+                release,
+                head,
+                elapsed,
+                answers[i][1],
+                NO_VALUES if values is None else values[i],
+                outputs[i] if outputs else NOTHING,
+                ran.state,
             )
-        return results
+            for i, name in enumerate(names)
+        ]
 
-    def observe(self, id: str, label: str, *, durable: bool = False, timeout_s: float = 10.0) -> None:  # noqa: A002
-        """Give the true label of a prediction, at any time after it. Thread-safe.
+    def observe(self, id: str, truth: Truth, *, durable: bool = False, timeout_s: float = 10.0) -> None:  # noqa: A002
+        """Give the truth about a prediction, at any time after it. Thread-safe.
 
-        The label is acknowledged (it survives whatever happens next) at the next `step`, or when this returns if
-        `durable`. A label whose prediction is gone is counted as `unmatched`, a second one as `duplicate`.
+        It is acknowledged (it survives whatever happens next) at the next `step`, or when this returns if
+        `durable`. A truth whose prediction is gone is counted as `unmatched`, a second one as `duplicate`.
 
         Args:
             id: The prediction's.
-            label: The true label.
+            truth: The true label; of a multi-label model the list of labels that applied; of a regression the number,
+                or one for each target.
             durable: Wait until it is on disk.
             timeout_s: How long to wait at most.
 
         Raises:
             UnknownLabelError: It is not one of the model's labels and may not become one.
+            LabelError: It is of another task, or not finite.
             StoreError: `durable`, and it could not be written in time; it is kept and tried again.
         """
         if not isinstance(id, str) or not id:
             raise LabelError(f"a prediction id is a string that `predict` returned, got {id!r}")
-        self._check_label(label)
-        self._pending.label(Label(id, label, self._clock.now()))
+        self._pending.label(Label(id, self._stored(truth), self._clock.now()))
         if durable:
             self._wait_for_flush(timeout_s)
 
@@ -309,54 +345,68 @@ class EdgeDevice:
         """Give labelled samples that were never predicted. Thread-safe.
 
         Args:
-            x: Samples stacked in the first dimension.
+            x: Samples stacked in the first dimension, or a list of rows.
             y: One label for each.
 
         Raises:
             InputError, UnknownLabelError, ModelError: As `predict` and `observe`.
             LabelError: Not as many labels as samples.
+            IncompatibleError: The release in use is served, not learned on.
         """
         served = self._model()
-        checked = served.manifest.input.check_batch(x)
-        if len(y) != len(checked):
-            raise LabelError(f"{len(checked)} samples need as many labels, got {len(y)}")
-        for label in y:
-            self._check_label(label)
-        latents, _ = served.run(checked)
+        if not served.manifest.learns:
+            raise IncompatibleError(f"release {served.version.release} (adapt={served.manifest.adapt}, "
+                                    f"task={served.manifest.task}) is served, not learned on")  # fmt: skip
+        checked = served.check_batch(x)
+        labels = self._truths(y, len(checked))
+        latents = served.run(checked).latents
         now, trunk = self._clock.now(), served.manifest.trunk_id
-        self._pending.teach([Taught(latent, label, now, trunk) for latent, label in zip(latents, y, strict=True)])
+        self._pending.teach([Taught(latent, label, now, trunk) for latent, label in zip(latents, labels, strict=True)])
 
-    def evaluate(self, x: Any, y: list[str]) -> float:
-        """Accuracy of the version in use on labelled samples, which are neither logged nor learned from.
+    def evaluate(self, x: Any, y: Sequence[Truth]) -> float:
+        """Share of samples that the version in use gets right; they are neither logged nor learned from.
+
+        Args:
+            x: Samples stacked in the first dimension, or a list of rows.
+            y: The truth about each, as in `observe`. What counts as right: `edge_sdk.tasks.is_right`.
 
         Raises:
-            InputError, ModelError: As `predict`.
-            LabelError: Not as many labels as samples.
+            InputError, LabelError, ModelError: As `predict` and `observe`.
         """
         served = self._model()
-        checked = served.manifest.input.check_batch(x)
+        checked = served.check_batch(x)
         if len(y) != len(checked):
             raise LabelError(f"{len(checked)} samples need as many labels, got {len(y)}")
-        _, probabilities = served.run(checked)
-        predicted = [served.labels[i] for i in probabilities.argmax(axis=1)]
-        return float(np.mean([p == label for p, label in zip(predicted, y, strict=True)]))
+        truths = [store_truth(truth, served.manifest) for truth in y]
+        scores, task = served.run(checked).scores, served.manifest.task
+        said = [stored_answer(row, *answer, task) for row, answer in zip(scores, served.read(scores), strict=True)]
+        return float(np.mean([is_right(a, b, served.manifest) for a, b in zip(said, truths, strict=True)]))
+
+    def _truths(self, y: Sequence[Truth], rows: int) -> list[str]:
+        if len(y) != rows:
+            raise LabelError(f"{rows} samples need as many labels, got {len(y)}")
+        return [self._stored(truth) for truth in y]
 
     def _model(self) -> Served:
         if self._served is None:
             raise ModelError("no release is installed yet: give a checkpoint, or wait for the coordinator's first one")
         return self._served
 
-    def _check_label(self, label: str) -> None:
-        if not isinstance(label, str) or not label:
-            raise UnknownLabelError(f"a label is a non-empty string, got {label!r}")
-        known = self._model().labels
-        if label in known:
-            return
-        learn = self.config.learn
+    def _stored(self, truth: Truth) -> str:
+        """The stored form of a truth, if the model knows its label or may learn it."""
+        served = self._model()
+        stored, known, learn = store_truth(truth, served.manifest), served.labels, self.config.learn
+        if served.manifest.task != "classification" or stored in known:
+            return stored
+        if not served.manifest.learns:
+            raise UnknownLabelError(
+                f"unknown label {stored!r}; known: {', '.join(known)} (this release does not learn)"
+            )
         if learn.new_labels == "refuse":
-            raise UnknownLabelError(f"unknown label {label!r}; known: {', '.join(known)} (learn.new_labels = refuse)")
+            raise UnknownLabelError(f"unknown label {stored!r}; known: {', '.join(known)} (learn.new_labels = refuse)")
         if len(known) >= learn.max_labels:
-            raise UnknownLabelError(f"label {label!r} would be one more than learn.max_labels = {learn.max_labels}")
+            raise UnknownLabelError(f"label {stored!r} would be one more than learn.max_labels = {learn.max_labels}")
+        return stored
 
     def _wait_for_flush(self, timeout_s: float) -> None:
         if self._thread is None or self._thread is threading.current_thread():
@@ -426,9 +476,8 @@ class EdgeDevice:
         """
         joined = None
         if self._joiner.drain() or is_due(now, self._saved_at, _SAVE_S):
-            current = self._served.version if self._served else None
             with self._store.transaction():
-                joined = self._joiner.write(now, current, self._reporter.counters, self._reporter.window)
+                joined = self._joiner.write(now, self._served, self._reporter.counters, self._reporter.window)
                 self._save(now, joined)
             self._saved_at = now
             self._joiner.written(joined)
@@ -480,7 +529,7 @@ class EdgeDevice:
         if current is None:
             return
         if self._served is None or self._served.version != current:
-            self._served = load_served(self._slots, current, self._upgrade.variant(current), self._trunks)
+            self._served = load_served(self._slots, current, self._upgrade.variant(current).variant, self._trunks)
             logger.info("%s serves release %d, head %d", self.name, current.release, current.head)
         if self._taken_up != current:
             self._take_up(self._served, now)
@@ -579,6 +628,7 @@ class EdgeDevice:
                 head=served.version.head if served else 0,
                 labels=list(served.labels) if served else [],
                 variant=served.variant if served else "",
+                variant_reason=self._upgrade.variant(served.version).reason if served else "",
                 phase=adaptation.state.phase if adaptation else "idle",
                 waits=adaptation.state.waits if adaptation else "",
                 release_on_probation=self._upgrade.state.watching,

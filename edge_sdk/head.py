@@ -33,6 +33,12 @@ def softmax(logits: FloatArray) -> FloatArray:
     return result
 
 
+def sigmoid(logits: FloatArray) -> FloatArray:
+    """Element-wise logistic function; does not overflow."""
+    result: FloatArray = (0.5 * (1 + np.tanh(0.5 * logits))).astype(np.float32)
+    return result
+
+
 @dataclass(frozen=True)
 class Head:
     """Dense layers with ReLU between them. Immutable; learning returns a new one.

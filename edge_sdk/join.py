@@ -13,8 +13,9 @@ import numpy as np
 from edge_sdk.config import DeviceConfig
 from edge_sdk.pending import Batch, Label, LoggedPrediction, Pending
 from edge_sdk.reporter import Counters, Window
-from edge_sdk.slots import Version
+from edge_sdk.serving import Served
 from edge_sdk.store import LoggedRow, Role, Store
+from edge_sdk.tasks import is_right
 from edge_sdk.types import LatentArray
 
 _REMEMBERED_IDS = 10_000
@@ -76,12 +77,12 @@ class Joiner:
                 self._pending.release([row.id for row in lost.predictions])
         return self.unsaved
 
-    def write(self, now: float, current: Version | None, counters: Counters, window: Window) -> Joined:
+    def write(self, now: float, current: Served | None, counters: Counters, window: Window) -> Joined:
         """Log predictions and join labels; inside a transaction, and without touching anything in memory.
 
         Args:
             now: Seconds since the epoch.
-            current: The version in use.
+            current: What serves.
             counters: Totals so far.
             window: What the next report has so far.
         """
@@ -90,7 +91,13 @@ class Joiner:
         self._store.add_rows(
             [
                 LoggedRow(
-                    row.id, row.time, row.latent.tobytes(), row.label, row.version.release, row.version.head, row.trunk
+                    row.id,
+                    row.time,
+                    row.latent.tobytes(),
+                    row.said,
+                    row.version.release,
+                    row.version.head,
+                    row.manifest.trunk_id,
                 )
                 for row in joined.rows
             ]
@@ -111,7 +118,7 @@ class Joiner:
         self._labelled.extend(joined.ids)
         self._pending.release([*joined.ids, *joined.gone])
 
-    def _join(self, labels: list[Label], joined: Joined, current: Version | None) -> None:
+    def _join(self, labels: list[Label], joined: Joined, current: Served | None) -> None:
         waiting = self._store.take_rows([label.id for label in labels])
         done = {*self._labelled}
         for label in labels:
@@ -124,10 +131,13 @@ class Joiner:
                 continue
             done.add(label.id)
             joined.ids.append(label.id)
-            if current is not None and (row.release, row.head) == (current.release, current.head):
+            if current is None:
+                continue
+            if (row.release, row.head) == (current.version.release, current.version.head):
                 latent = np.frombuffer(row.latent, dtype=np.uint8)
-                joined.live.append(Judged(latent, label.label, row.predicted == label.label))
-            self._keep(label.id, label.label, row.latent, row.trunk, row.time)
+                joined.live.append(Judged(latent, label.label, is_right(row.predicted, label.label, current.manifest)))
+            if current.manifest.learns and row.latent:
+                self._keep(label.id, label.label, row.latent, row.trunk, row.time)
 
     def _keep(self, key: str, label: str, latent: bytes, trunk: str, time: float) -> None:
         """A labelled sample is to be learned from, or to judge by; its id decides, once and for all."""
@@ -137,8 +147,8 @@ class Joiner:
     def _tally(self, joined: Joined, taught: int) -> None:
         counters, window = joined.counters, joined.window
         window.count(
-            [row.label for row in joined.rows],
-            [float(row.probabilities.max()) for row in joined.rows],
+            [label for row in joined.rows for label in row.present],
+            [float(row.scores.max()) for row in joined.rows if row.present],
             [row.latency_ms for row in joined.rows],
         )
         window.labelled += len(joined.live)

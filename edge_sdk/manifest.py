@@ -7,6 +7,8 @@ SHA-256 and size of every other file.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +17,7 @@ import msgspec
 from edge_sdk.errors import IncompatibleError, IntegrityError
 from edge_sdk.files import sha256_file
 from edge_sdk.schema import InputSpec
+from edge_sdk.types import Task, Variant
 
 SCHEMA = 1
 MANIFEST_NAME = "manifest.json"
@@ -27,7 +30,12 @@ MEMORY_NPZ = "memory.npz"
 SELFTEST_NPZ = "selftest.npz"
 REFERENCE_NPZ = "reference.npz"
 CARD = "card.md"
+MODEL_INT8 = "model.int8.onnx"
+MODEL_FP32 = "model.fp32.onnx"
 REQUIRED = (TRUNK_INT8, TRUNK_FP32, HEAD_ONNX, HEAD_NPZ, FISHER_NPZ, MEMORY_NPZ, SELFTEST_NPZ, REFERENCE_NPZ, CARD)
+"""Of a model that is split."""
+REQUIRED_WHOLE = (MODEL_FP32, SELFTEST_NPZ, REFERENCE_NPZ, CARD)
+"""Of one that is not (adapt=none)."""
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,19 +48,41 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class LatentSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How the trunk's uint8 output is read: value = (q - zero_point) * scale."""
 
-    dim: int
-    scale: float
-    zero_point: int
+    dim: int = 0
+    """Width; 0: the model is not split (adapt=none)."""
+    scale: float = 1.0
+    zero_point: int = 0
 
 
 class HeadSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The trainable part: dense layers with ReLU between them, softmax at the end."""
+    """The trainable part: dense layers with ReLU between them; the task says what follows the last one."""
 
     hidden: list[int] = []
     """Widths of the hidden layers; empty for a linear head."""
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+class TargetSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One target of a regression, whose head puts out standardised numbers: value = number * std + mean."""
+
+    mean: float
+    std: float
+    tolerance: float
+    """Absolute error, in the target's units, up to which a prediction counts as right."""
+
+
+class StateSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a recurrent model carries from one call to the next; zeros at first."""
+
+    input: str
+    """Name of the graph's input."""
+    output: str
+    """Name of the output that becomes the next call's input."""
+    shape: list[int]
+    """As the graph takes it, batch dimension included and 1."""
+    dtype: Literal["float32", "int64", "int32", "uint8"] = "float32"
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """What is in the checkpoint and how to use it. Fields this version does not know are ignored."""
 
     schema: int = SCHEMA
@@ -62,21 +92,50 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     parent: str | None = None
     """Digest of the checkpoint this one was made from."""
     created: str
-    task: Literal["classification", "multilabel", "regression"] = "classification"
+    task: Task = "classification"
     adapt: Literal["head", "none", "full"] = "head"
     labels: list[str]
+    """One for each output: labels, or the names of the regression's targets; none for a raw model."""
     input: InputSpec
-    latent: LatentSpec
-    head: HeadSpec
+    more_inputs: list[InputSpec] = []
+    """Further inputs of a model with adapt=none."""
+    state: list[StateSpec] = []
+    """Of a recurrent model with adapt=none."""
+    targets: list[TargetSpec] = []
+    """Of a regression, in the order of `labels`."""
+    thresholds: list[float] = []
+    """Of a multi-label model, in the order of `labels`: the probability from which a label counts as present."""
+    latent: LatentSpec = LatentSpec()
+    head: HeadSpec = HeadSpec()
     files: dict[str, FileEntry]
     metrics: dict[str, float] = {}
     toolchain: dict[str, str] = {}
 
-    @property
+    @cached_property
     def trunk_id(self) -> str:
         """Equal for two checkpoints exactly when their latents mean the same."""
-        parts = [self.files[TRUNK_INT8].sha256, self.files[TRUNK_FP32].sha256, repr(self.latent)]
-        return hashlib.sha256("".join(parts).encode()).hexdigest()
+        parts = [self.files[name].sha256 for name in self.model_files.values()]
+        return hashlib.sha256("".join([*parts, repr(self.latent)]).encode()).hexdigest()
+
+    @cached_property
+    def model_files(self) -> dict[Variant, str]:
+        """The file that holds the trunk, or the whole model, in each variant there is; INT8 first."""
+        names: dict[Variant, str] = (
+            {"int8": MODEL_INT8, "fp32": MODEL_FP32}
+            if self.adapt == "none"
+            else {"int8": TRUNK_INT8, "fp32": TRUNK_FP32}
+        )
+        return {variant: name for variant, name in names.items() if name in self.files}
+
+    @property
+    def learns(self) -> bool:
+        """Whether a device learns on it."""
+        return self.adapt == "head" and self.task == "classification"
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The files that a checkpoint of this kind cannot do without."""
+        return REQUIRED_WHOLE if self.adapt == "none" else REQUIRED
 
 
 def parse_manifest(data: bytes) -> Manifest:
@@ -97,9 +156,34 @@ def parse_manifest(data: bytes) -> Manifest:
             raise IntegrityError(f"{MANIFEST_NAME} names a file outside its folder: {name!r}")
         if entry.size < 0 or len(entry.sha256) != 64 or set(entry.sha256) - set("0123456789abcdef"):
             raise IntegrityError(f"{MANIFEST_NAME}: size or hash of {name} is not valid")
-    if missing := [name for name in REQUIRED if name not in manifest.files]:
+    if missing := [name for name in manifest.required if name not in manifest.files]:
         raise IntegrityError(f"{MANIFEST_NAME} lacks {', '.join(missing)}")
+    if problem := _contradiction(manifest):
+        raise IntegrityError(f"{MANIFEST_NAME} contradicts itself: {problem}")
     return manifest
+
+
+def _contradiction(manifest: Manifest) -> str:
+    """What of the task does not fit the rest, or nothing."""
+    task, count = manifest.task, len(manifest.labels)
+    if len(set(manifest.labels)) != count:
+        return "a label appears more than once"
+    problems = {
+        f"adapt={manifest.adapt} with a latent of {manifest.latent.dim} values": (manifest.adapt == "none")
+        != (manifest.latent.dim == 0),
+        "task=raw with adapt other than none": task == "raw" and manifest.adapt != "none",
+        f"task={task} with {count} labels": (task == "raw") != (count == 0),
+        f"task={task} with {len(manifest.targets)} targets": len(manifest.targets)
+        != (count if task == "regression" else 0),
+        f"task={task} with {len(manifest.thresholds)} thresholds": len(manifest.thresholds)
+        != (count if task == "multilabel" else 0),
+        "a model that is split has one input and no state": manifest.adapt != "none"
+        and bool(manifest.more_inputs or manifest.state),
+        "a target needs std > 0 and tolerance >= 0": any(
+            not (target.std > 0 and target.tolerance >= 0) for target in manifest.targets
+        ),
+    }
+    return next((problem for problem, is_so in problems.items() if is_so), "")
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
@@ -112,7 +196,7 @@ def digest_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def describe_folder(folder: Path, names: tuple[str, ...] = REQUIRED) -> dict[str, FileEntry]:
+def describe_folder(folder: Path, names: Iterable[str]) -> dict[str, FileEntry]:
     """Size and hash of the named files, for a manifest."""
     return {name: FileEntry((folder / name).stat().st_size, sha256_file(folder / name)) for name in sorted(names)}
 

@@ -122,7 +122,7 @@ class Monitoring:
         while len(self._unfolded) >= size:
             block, self._unfolded = self._unfolded[:size], self._unfolded[size:]
             self._block_began = block[0].time
-            monitors.fold(np.stack([row.x for row in block]), np.stack([row.probabilities for row in block]))
+            monitors.fold(np.stack([row.x for row in block]), np.stack([row.scores for row in block]))
         self._announce(monitors)
 
     def save(self, now: float) -> None:

@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import NamedTuple
 
 from edge_sdk.errors import DuplicateIdError
+from edge_sdk.manifest import Manifest
 from edge_sdk.slots import Version
+from edge_sdk.tasks import stored_answer
 from edge_sdk.types import FloatArray, LatentArray
 
 
 class LoggedPrediction(NamedTuple):
-    """One prediction as it was served. `x` is for the input monitor and never leaves memory."""
+    """One prediction as it was served. `x`, a thumbnail, is for the input monitor and never leaves memory."""
 
     id: str
     time: float
     x: FloatArray
     latent: LatentArray
-    probabilities: FloatArray
+    scores: FloatArray
     label: str
+    present: tuple[str, ...]
     version: Version
-    trunk: str
+    manifest: Manifest
     latency_ms: float
+
+    @property
+    def said(self) -> str:
+        """The answer in stored form."""
+        return stored_answer(self.scores, self.label, self.present, self.manifest.task)
 
 
 class Label(NamedTuple):
@@ -74,7 +84,7 @@ class Pending:
         self._lock = threading.Lock()
         self._max_rows = max_rows
         self._prefix = prefix
-        self._count = 0
+        self._numbers = count(1)  # `next` of it is atomic
         self._given: set[str] = set()
         self._predictions: deque[LoggedPrediction] = deque()
         self._labels: deque[Label] = deque()
@@ -87,10 +97,9 @@ class Pending:
         Raises:
             DuplicateIdError: The app's id waits for a label already.
         """
+        if given is None:
+            return f"{self._prefix}{next(self._numbers)}"
         with self._lock:
-            if given is None:
-                self._count += 1
-                return f"{self._prefix}{self._count}"
             if given in self._given:
                 raise DuplicateIdError(f"prediction id {given!r} waits for its label; give each prediction its own")
             self._given.add(given)
@@ -106,14 +115,15 @@ class Pending:
         with self._lock:
             self._given.difference_update(ids)
 
-    def log(self, prediction: LoggedPrediction) -> None:
-        """Keep a served prediction."""
+    def log(self, predictions: Iterable[LoggedPrediction]) -> None:
+        """Keep served predictions."""
         with self._lock:
-            if len(self._predictions) >= self._max_rows:
-                gone = self._predictions.popleft()
-                self._given.discard(gone.id)
-                self._rows_lost += 1
-            self._predictions.append(prediction)
+            for prediction in predictions:
+                if len(self._predictions) >= self._max_rows:
+                    gone = self._predictions.popleft()
+                    self._given.discard(gone.id)
+                    self._rows_lost += 1
+                self._predictions.append(prediction)
 
     def label(self, label: Label) -> None:
         """Keep a label."""

@@ -77,8 +77,8 @@ class Window(msgspec.Struct):
     latencies: list[float] = []
 
     def count(self, labels: list[str], confidences: list[float], latencies: list[float]) -> None:
-        """Add predictions."""
-        self.predictions += len(labels)
+        """Add predictions: what they said, how sure they were, and how long each took in milliseconds."""
+        self.predictions += len(latencies)
         self.confidence += float(sum(confidences))
         self.predicted = dict(Counter(self.predicted) + Counter(labels))
         self.latencies = (self.latencies + latencies)[-_MAX_LATENCIES:]

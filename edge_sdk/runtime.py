@@ -5,20 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from edge_sdk.errors import RuntimeUnavailableError, SelfTestError
-from edge_sdk.files import load_npz
+from edge_sdk.errors import RuntimeUnavailableError
 from edge_sdk.head import Head
-from edge_sdk.manifest import HEAD_NPZ, HEAD_ONNX, SELFTEST_NPZ, TRUNK_FP32, TRUNK_INT8, Manifest
-from edge_sdk.types import FloatArray, LatentArray
+from edge_sdk.manifest import TRUNK_FP32, TRUNK_INT8
+from edge_sdk.types import AnyArray, FloatArray, LatentArray, Variant
 
 if TYPE_CHECKING:
     import onnxruntime
-
-Variant = Literal["int8", "fp32"]
 
 
 class ModelRuntime(Protocol):
@@ -72,7 +69,7 @@ class OnnxRuntime:
         self.variant = variant
         self._session = new_session(folder / (TRUNK_INT8 if variant == "int8" else TRUNK_FP32))
         self._input = self._session.get_inputs()[0].name
-        self._output = self._session.get_outputs()[0].name
+        self._outputs = [self._session.get_outputs()[0].name]
 
     def latents(self, x: FloatArray) -> LatentArray:
         """float32 [N, ...] to uint8 [N, D].
@@ -81,7 +78,7 @@ class OnnxRuntime:
             RuntimeUnavailableError: The engine failed.
         """
         try:
-            result: LatentArray = self._session.run([self._output], {self._input: x})[0]
+            result: LatentArray = self._session.run(self._outputs, {self._input: x})[0]
         except Exception as error:
             raise RuntimeUnavailableError(f"the trunk failed: {error}") from error
         return result
@@ -103,46 +100,38 @@ class HeadSession:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._session = new_session(onnx_path, initializers=head.weights)
+        self._outputs = [self._session.get_outputs()[-1].name]
         self.run(np.zeros((1, head.latent_dim), dtype=np.uint8))
 
     def run(self, latents: LatentArray) -> FloatArray:
-        """Probabilities float32 [N, C] for uint8 latents [N, D]."""
-        result: FloatArray = self._session.run(["probabilities"], {"latent": latents})[0]
+        """Probabilities float32 [N, C], or values [N, T] of a regression, for uint8 latents [N, D]."""
+        result: FloatArray = self._session.run(self._outputs, {"latent": latents})[0]
         return result
 
 
-def self_test(
-    folder: Path, manifest: Manifest, runtime: ModelRuntime, *, variant: Variant = "int8", tolerance: int = 2
-) -> float:
-    """Replay the stored inputs through trunk and shipped head and compare with the stored outputs.
+class WholeModel:
+    """A model that is not split (adapt=none), in ONNX Runtime. Thread-safe.
 
     Args:
-        folder: A checkpoint folder that has been verified.
-        manifest: Its manifest.
-        runtime: The trunk to test.
-        variant: Which of the two trunks it is: each has stored latents of its own.
-        tolerance: Most steps (of 255) by which 99 % of the latent values may differ.
-
-    Returns:
-        Share of stored rows on which the predicted label is the stored one (>= 0.98).
-
-    Raises:
-        SelfTestError: The outputs differ beyond tolerance.
+        path: The model file.
     """
-    stored = load_npz(folder / SELFTEST_NPZ)
-    if not {"x", "latents_int8", "latents_fp32", "probabilities"} <= stored.keys() or not len(stored["x"]):
-        raise SelfTestError(f"{SELFTEST_NPZ} lacks x, latents_int8, latents_fp32 or probabilities")
-    expected = stored[f"latents_{variant}"]
-    latents = runtime.latents(manifest.input.apply(manifest.input.check_batch(stored["x"])))
-    if latents.shape != expected.shape or latents.dtype != np.uint8:
-        raise SelfTestError(f"latents are {latents.dtype} {latents.shape}, stored are {expected.shape}")
-    off = np.abs(latents.astype(np.int16) - expected.astype(np.int16))
-    if np.quantile(off, 0.99) > tolerance:
-        raise SelfTestError(f"{variant} latents differ by up to {off.max()} of 255 steps here; allowed are {tolerance}")
-    probabilities = HeadSession(folder / HEAD_ONNX, Head.load(folder / HEAD_NPZ)).run(latents)
-    if not np.isfinite(probabilities).all():
-        raise SelfTestError("the head puts out NaN or infinity")
-    agreement = float((probabilities.argmax(1) == stored["probabilities"].argmax(1)).mean())
-    if agreement < 0.98:
-        raise SelfTestError(f"only {agreement:.1%} of the stored predictions are reproduced here")
-    return agreement
+
+    def __init__(self, path: Path) -> None:
+        self._session = new_session(path)
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        self.inputs = [value.name for value in inputs]
+        self.outputs = [value.name for value in outputs]
+        batch = inputs[0].shape[0] if inputs[0].shape else None
+        self.batched = isinstance(batch, str) and all(value.shape and value.shape[0] == batch for value in outputs)
+        """Whether every output has a row for each sample; otherwise samples are run one by one."""
+
+    def run(self, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        """Every output by name.
+
+        Raises:
+            RuntimeUnavailableError: The engine failed.
+        """
+        try:
+            return dict(zip(self.outputs, self._session.run(self.outputs, dict(feeds)), strict=True))
+        except Exception as error:
+            raise RuntimeUnavailableError(f"the model failed: {error}") from error

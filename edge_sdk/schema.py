@@ -1,7 +1,15 @@
-"""What an input must look like, checked the same way in training and in serving."""
+"""What an input must look like and how it becomes what the network takes: one path for training and for serving.
+
+`check` takes what the app gives (an array, or a row of named values) to a checked array in the app's own units, which
+is also what the input monitors watch. `apply` runs the declared preprocessing on it. Both are numpy alone.
+"""
 
 from __future__ import annotations
 
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import msgspec
@@ -11,62 +19,324 @@ from edge_sdk.errors import DtypeError, InputError, NonFiniteError, RangeError, 
 from edge_sdk.types import AnyArray, FloatArray
 
 _KINDS = "fiu"  # float, int, unsigned: what casts to float32 without surprise
+_INTEGERS = "iu"
+ANY = -1
+"""In a shape: any size of at least one."""
+
+Step = Callable[[AnyArray], AnyArray]
+"""One operation on a batch."""
 
 
-class Scale(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="scale", tag_field="op"):
-    """Preprocessing: (x - mean) / std, element by element or with one number for all."""
+class Column(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One value of a tabular row, and the number that stands for it.
+
+    A number stands for itself, a category for its place in `values` (an unseen one is -1), a text for the CRC-32 of
+    its UTF-8 bytes modulo `buckets`. What is missing (None, NaN, an empty string, no such key) is NaN.
+    """
+
+    name: str
+    kind: Literal["number", "category", "text"] = "number"
+    values: list[str] = []
+    """Of a category, in the order in which the model was trained."""
+    buckets: int = 0
+    """Of a text."""
+    low: float | None = None
+    """Smallest number that can be right, in the app's units."""
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check that kind and details fit.
+
+        Raises:
+            ValueError: They do not.
+        """
+        if self.kind == "category" and (not self.values or len(set(self.values)) != len(self.values)):
+            raise ValueError(f"column {self.name!r}: a category needs its values, each once")
+        if self.kind == "text" and self.buckets < 2:
+            raise ValueError(f"column {self.name!r}: a text needs at least 2 buckets, got {self.buckets}")
+        if self.kind != "category" and self.values:
+            raise ValueError(f"column {self.name!r}: only a category has values")
+        if self.kind != "text" and self.buckets:
+            raise ValueError(f"column {self.name!r}: only a text has buckets")
+        if self.kind != "number" and (self.low is not None or self.high is not None):
+            raise ValueError(f"column {self.name!r}: only a number has a range")
+
+    @property
+    def size(self) -> int:
+        """How many codes there are; 0 for a number."""
+        return len(self.values) if self.kind == "category" else self.buckets
+
+    def encode(self, value: Any) -> float:
+        """The number that stands for a value.
+
+        Raises:
+            DtypeError: A number column got something else.
+        """
+        if value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value):
+            return math.nan
+        if self.kind == "category":
+            return float(self._places.get(str(value), -1))
+        if self.kind == "text":
+            return float(zlib.crc32(str(value).encode()) % self.buckets)
+        try:
+            return float(value)
+        except (TypeError, ValueError) as error:
+            raise DtypeError(f"column {self.name!r}: expected a number, got {value!r}") from error
+
+    @property
+    def _places(self) -> dict[str, int]:
+        return _places(tuple(self.values))
+
+
+class _Op(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="op"):
+    pass
+
+
+class Impute(_Op, frozen=True, tag="impute"):
+    """NaN becomes a number: one for all values, or one for each of the last dimension (None: must not be missing)."""
+
+    values: list[float | None]
+
+
+class OneHot(_Op, frozen=True, tag="one_hot"):
+    """The named category and text columns become one column for each code; what has no code is all zeros."""
+
+    columns: list[str]
+
+
+class Scale(_Op, frozen=True, tag="scale"):
+    """(x - mean) / std, with one number for all values, or one for each place along `axis` of a sample."""
 
     mean: list[float]
     std: list[float]
+    axis: int = -1
+    """Of one sample, without the batch: 0 for the channels of an image [C, H, W]."""
 
 
-class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Resize(_Op, frozen=True, tag="resize"):
+    """An image to height x width: linear interpolation, averaging where it shrinks."""
+
+    height: int
+    width: int
+    layout: Literal["chw", "hwc", "hw"] = "chw"
+
+
+class Window(_Op, frozen=True, tag="window"):
+    """The latest `length` steps of a recording [T, ...], every `stride`-th one; a short one is padded at its front."""
+
+    length: int
+    stride: int = 1
+    pad: Literal["zero", "edge"] = "edge"
+
+
+class Permute(_Op, frozen=True, tag="permute"):
+    """The dimensions of a sample in another order: [2, 0, 1] makes [C, H, W] of [H, W, C]."""
+
+    order: list[int]
+
+
+Op = Impute | OneHot | Scale | Resize | Window | Permute
+
+
+class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
     """The input contract of a model: one sample, without the batch dimension."""
 
     shape: list[int]
+    """As the app gives it; -1 for any size."""
     name: str = "input"
-    dtype: Literal["float32"] = "float32"
+    dtype: Literal["float32", "int32", "int64", "uint8"] = "float32"
+    """What the network takes. Whatever numpy casts to it without loss may be given."""
     low: float | None = None
     """Smallest value that can be right, in the units the app gives; None: any."""
     high: float | None = None
-    preprocess: list[Scale] = []
+    columns: list[Column] = []
+    """Names and kinds of the values of a tabular row, whose shape is [len(columns)]; empty for anything else."""
+    preprocess: list[Op] = []
 
-    def check(self, x: Any) -> FloatArray:
-        """One sample as float32, ready for preprocessing.
+    def __post_init__(self) -> None:
+        """Check that shape, columns and preprocessing fit each other.
+
+        Raises:
+            ValueError: They do not.
+        """
+        if any(size < 1 and size != ANY for size in self.shape):
+            raise ValueError(f"input {self.name!r}: sizes are 1 or more, or {ANY} for any, got {self.shape}")
+        names = [column.name for column in self.columns]
+        if names and self.shape != [len(names)]:
+            raise ValueError(f"input {self.name!r}: {len(names)} columns make shape {[len(names)]}, not {self.shape}")
+        if len(set(names)) != len(names):
+            raise ValueError(f"input {self.name!r}: column names must differ")
+        if self.dtype != "float32" and (any(not isinstance(op, Window | Permute) for op in self.preprocess) or names):
+            raise ValueError(f"input {self.name!r}: numbers of type {self.dtype} can only be windowed and permuted")
+        self._compiled  # noqa: B018 - a preprocessing that cannot work is found here
+
+    # ---- what the app gives
+
+    def check(self, x: Any) -> AnyArray:
+        """One sample, in the app's units, as an array of the contract's dtype.
+
+        Args:
+            x: An array of `shape`; for a tabular input also a mapping of column names to values, or values in order.
 
         Raises:
             DtypeError, ShapeError, NonFiniteError, RangeError: What is wrong with it, and what was expected.
         """
-        return self._checked(x, tuple(self.shape))
+        if self.columns and not (isinstance(x, np.ndarray) and x.dtype.kind in _KINDS):
+            x = self._row(x)
+        given = x if isinstance(x, np.ndarray) else _as_array(x)
+        if not self._fits(given.shape):
+            raise ShapeError(f"input {self.name!r}: expected shape {self._expected()}, got {given.shape}")
+        return self._checked(given)
 
-    def check_batch(self, x: Any) -> FloatArray:
-        """Samples stacked in the first dimension, as float32 [N, ...]. Errors as in `check`."""
-        array = _as_array(x)
-        if array.ndim == 0 or array.shape[0] == 0:
-            raise ShapeError(f"a batch needs at least one sample; got shape {array.shape}")
-        return self._checked(array, (array.shape[0], *self.shape))
-
-    def apply(self, x: FloatArray) -> FloatArray:
-        """The declared preprocessing. float32 [N, ...] in, float32 [N, ...] out."""
-        for op in self.preprocess:
-            mean, std = np.asarray(op.mean, dtype=np.float32), np.asarray(op.std, dtype=np.float32)
-            x = np.asarray((x - mean) / std, dtype=np.float32)
-        return np.ascontiguousarray(x, dtype=np.float32)
-
-    def _checked(self, x: Any, shape: tuple[int, ...]) -> FloatArray:
+    def check_batch(self, x: Any) -> AnyArray:
+        """Samples stacked in the first dimension, or a list of rows, as [N, ...]. Errors as in `check`."""
+        if self.columns and not (isinstance(x, np.ndarray) and x.dtype.kind in _KINDS):
+            if isinstance(x, Mapping | str) or not isinstance(x, Sequence | np.ndarray):
+                raise ShapeError(f"input {self.name!r}: expected a list of rows, got {type(x).__name__}")
+            x = np.stack([self._row(row) for row in x]) if len(x) else np.empty((0,))
         given = _as_array(x)
-        if given.shape != shape:
-            raise ShapeError(f"input {self.name!r}: expected shape {shape}, got {given.shape}")
-        values: FloatArray = np.asarray(given, dtype=np.float32)
-        if not np.isfinite(values).all():
-            where = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
-            raise NonFiniteError(f"input {self.name!r}: {values[where]} at {where}; impute or drop the sample")
-        if (self.low is not None and values.min() < self.low) or (self.high is not None and values.max() > self.high):
+        if given.ndim == 0 or given.shape[0] == 0:
+            raise ShapeError(f"a batch needs at least one sample; got shape {given.shape}")
+        if not self._fits(given.shape[1:]):
+            raise ShapeError(f"input {self.name!r}: expected shape (N, {str(self._expected())[1:]}, got {given.shape}")
+        return self._checked(given)
+
+    # ---- what the network takes
+
+    def apply(self, x: AnyArray) -> AnyArray:
+        """The declared preprocessing: checked samples [N, ...] to what the network takes, [N, ...] and contiguous."""
+        for step in self._compiled[0]:
+            x = step(x)
+        return np.ascontiguousarray(x)
+
+    @property
+    def model_shape(self) -> list[int]:
+        """Shape of one sample as the network takes it; -1 for any size."""
+        return list(self._compiled[1])
+
+    @cached_property
+    def imputes(self) -> bool:
+        """Whether values may be missing."""
+        return any(isinstance(op, Impute) for op in self.preprocess)
+
+    # ---- inside
+
+    @cached_property
+    def _compiled(self) -> tuple[list[Step], tuple[int, ...]]:
+        steps: list[Step] = []
+        shape, columns = tuple(self.shape), list(self.columns)
+        for op in self.preprocess:
+            try:
+                step, shape = _compile(op, shape, columns)
+            except ValueError as error:
+                raise ValueError(f"input {self.name!r}: {error}") from error
+            steps.append(step)
+        return steps, shape
+
+    @cached_property
+    def _fixed(self) -> tuple[int, ...] | None:
+        return None if ANY in self.shape else tuple(self.shape)
+
+    def _expected(self) -> tuple[int | str, ...]:
+        return tuple("any" if size == ANY else size for size in self.shape)
+
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        if self._fixed is not None:
+            return shape == self._fixed
+        return len(shape) == len(self.shape) and all(
+            size >= 1 and wanted in (size, ANY) for size, wanted in zip(shape, self.shape, strict=True)
+        )
+
+    @cached_property
+    def _dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.dtype)
+
+    @cached_property
+    def _bounds(self) -> tuple[float, float]:
+        return (-math.inf if self.low is None else self.low), (math.inf if self.high is None else self.high)
+
+    @cached_property
+    def _column_bounds(self) -> tuple[FloatArray, FloatArray] | None:
+        if all(column.low is None and column.high is None for column in self.columns):
+            return None
+        low = [-math.inf if column.low is None else column.low for column in self.columns]
+        high = [math.inf if column.high is None else column.high for column in self.columns]
+        return np.array(low, np.float32), np.array(high, np.float32)
+
+    @cached_property
+    def _must_not_miss(self) -> AnyArray | None:
+        """Where NaN is not allowed although other places are imputed; bool, as wide as the last dimension."""
+        for op in self.preprocess:
+            if isinstance(op, Impute):
+                return np.array([value is None for value in op.values]) if None in op.values else None
+        return None
+
+    def _row(self, row: Any) -> FloatArray:
+        """A row of values as the numbers that stand for them, float32 [columns]."""
+        if isinstance(row, Mapping):
+            if unknown := row.keys() - {column.name for column in self.columns}:
+                raise ShapeError(f"input {self.name!r} has no column {', '.join(sorted(map(repr, unknown)))}")
+            values = [row.get(column.name) for column in self.columns]
+        else:
+            values = list(row) if isinstance(row, Sequence | np.ndarray) and not isinstance(row, str) else [row]
+            if len(values) != len(self.columns):
+                raise ShapeError(
+                    f"input {self.name!r}: expected {len(self.columns)} values in a row, got {len(values)}"
+                )
+        codes = [column.encode(value) for column, value in zip(self.columns, values, strict=True)]
+        return np.array(codes, dtype=np.float32)
+
+    def _checked(self, given: AnyArray) -> AnyArray:
+        dtype = self._dtype
+        if given.dtype != dtype:
+            given = self._cast(given, dtype)
+        # two reductions tell all that can be wrong: NaN comes through both, infinity through one
+        least, most = float(np.minimum.reduce(given, axis=None)), float(np.maximum.reduce(given, axis=None))
+        low, high = self._bounds
+        if not (low <= least and most <= high and most - least < math.inf):
+            self._refuse(given, low, high)
+        if self._column_bounds is not None:
+            self._check_columns(given, *self._column_bounds)
+        return given
+
+    def _cast(self, given: AnyArray, dtype: np.dtype[Any]) -> AnyArray:
+        kind = given.dtype.kind
+        if kind not in (_KINDS if self.dtype == "float32" else _INTEGERS):
+            wanted = "numbers (float32)" if self.dtype == "float32" else f"whole numbers ({self.dtype})"
+            raise DtypeError(f"expected {wanted}, got dtype {given.dtype}")
+        if self.dtype == "float32":
+            with np.errstate(over="ignore"):  # becomes infinity, which is refused with its place
+                return given.astype(np.float32)
+        cast = given.astype(dtype)
+        if not np.array_equal(cast, given):
+            raise RangeError(f"input {self.name!r}: values from {given.min()} to {given.max()} do not fit {self.dtype}")
+        return cast
+
+    def _refuse(self, given: AnyArray, low: float, high: float) -> None:
+        """Say what is wrong, if missing values do not explain it."""
+        bad = np.isinf(given) if self.imputes else ~np.isfinite(given)
+        if self._must_not_miss is not None:
+            bad |= np.isnan(given) & self._must_not_miss
+        if bad.any():
+            where = tuple(int(i) for i in np.argwhere(bad)[0])
+            named = f"column {self.columns[where[-1]].name!r}" if self.columns else f"{where}"
+            raise NonFiniteError(f"input {self.name!r}: {given[where]} at {named}; impute or drop the sample")
+        known = given[~np.isnan(given)]
+        if len(known) and not (low <= known.min() and known.max() <= high):
             raise RangeError(
-                f"input {self.name!r}: values from {values.min():g} to {values.max():g}, "
+                f"input {self.name!r}: values from {known.min():g} to {known.max():g}, "
                 f"allowed {self.low} to {self.high}; is the unit right?"
             )
-        return values
+
+    def _check_columns(self, given: AnyArray, low: FloatArray, high: FloatArray) -> None:
+        outside = (given < low) | (given > high)  # NaN is neither
+        if outside.any():
+            where = tuple(int(i) for i in np.argwhere(outside)[0])
+            column = self.columns[where[-1]]
+            raise RangeError(
+                f"input {self.name!r}: column {column.name!r} is {given[where]:g}, allowed {column.low} to "
+                f"{column.high}; is the unit right?"
+            )
 
 
 def _as_array(x: Any) -> AnyArray:
@@ -75,5 +345,143 @@ def _as_array(x: Any) -> AnyArray:
     except (ValueError, TypeError) as error:
         raise InputError(f"the input is not an array: {error}") from error
     if array.dtype.kind not in _KINDS:
-        raise DtypeError(f"expected numbers (float32), got dtype {array.dtype}")
+        raise DtypeError(f"expected numbers, got dtype {array.dtype}")
     return array
+
+
+@lru_cache(maxsize=64)
+def _places(values: tuple[str, ...]) -> dict[str, int]:
+    return {value: i for i, value in enumerate(values)}
+
+
+# ---- preprocessing, compiled once for each contract
+
+
+def _compile(op: Op, shape: tuple[int, ...], columns: list[Column]) -> tuple[Step, tuple[int, ...]]:
+    """An operation as a function on batches, and the shape of a sample after it. Updates `columns` as it goes."""
+    match op:
+        case Impute():
+            return _impute(op, shape), shape
+        case OneHot():
+            return _one_hot(op, shape, columns)
+        case Scale():
+            return _scale(op, shape), shape
+        case Resize():
+            return _resize(op, shape)
+        case Window():
+            return _window(op, shape)
+        case Permute():
+            if sorted(op.order) != list(range(len(shape))):
+                raise ValueError(f"permute: {op.order} is no order of the dimensions of {list(shape)}")
+            order = (0, *(i + 1 for i in op.order))
+            return lambda x: x.transpose(order), tuple(shape[i] for i in op.order)
+
+
+def _impute(op: Impute, shape: tuple[int, ...]) -> Step:
+    if len(op.values) != 1 and (not shape or len(op.values) != shape[-1]):
+        raise ValueError(f"impute: {len(op.values)} values do not fit shape {list(shape)}")
+    values = np.array([0.0 if value is None else value for value in op.values], dtype=np.float32)
+    return lambda x: np.where(np.isnan(x), values, x)
+
+
+def _one_hot(op: OneHot, shape: tuple[int, ...], columns: list[Column]) -> tuple[Step, tuple[int, ...]]:
+    names = [column.name for column in columns]
+    if len(names) != shape[0] or len(shape) != 1:
+        raise ValueError("one_hot: it needs a tabular row, before any operation that changes its width")
+    sizes = {}
+    for name in op.columns:
+        if name not in names or not columns[names.index(name)].size:
+            raise ValueError(f"one_hot: {name!r} is no category or text column")
+        sizes[names.index(name)] = columns[names.index(name)].size
+
+    def step(x: AnyArray) -> AnyArray:
+        parts = []
+        for i in range(x.shape[1]):
+            part = x[:, i : i + 1]
+            parts.append((part == np.arange(sizes[i])).astype(np.float32) if i in sizes else part)
+        return np.concatenate(parts, axis=1)
+
+    width = sum(sizes.get(i, 1) for i in range(len(names)))
+    columns[:] = [
+        Column(f"{column.name}={k}" if i in sizes else column.name, "number" if i in sizes else column.kind,
+               [] if i in sizes else column.values, 0 if i in sizes else column.buckets)
+        for i, column in enumerate(columns)
+        for k in range(sizes.get(i, 1))
+    ]  # fmt: skip
+    return step, (width,)
+
+
+def _scale(op: Scale, shape: tuple[int, ...]) -> Step:
+    mean, std = np.array(op.mean, dtype=np.float32), np.array(op.std, dtype=np.float32)
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+        raise ValueError("scale: mean and std must be finite, std above 0")
+    if mean.size == 1 == std.size:
+        mean, std = mean.reshape(()), std.reshape(())
+    else:
+        axis = op.axis if op.axis >= 0 else len(shape) + op.axis
+        if not 0 <= axis < len(shape):
+            raise ValueError(f"scale: shape {list(shape)} has no axis {op.axis}")
+        along = [1] * axis + [-1] + [1] * (len(shape) - axis - 1)
+        mean, std = (v.reshape(along) if v.size > 1 else v.reshape(()) for v in (mean, std))
+        if any(v.size not in (1, shape[axis]) for v in (mean, std)):
+            raise ValueError(f"scale: {mean.size} means and {std.size} stds do not fit axis {op.axis} of {list(shape)}")
+
+    def step(x: AnyArray) -> AnyArray:
+        scaled = np.subtract(x, mean, dtype=np.float32)
+        scaled /= std
+        return scaled
+
+    return step
+
+
+def _resize(op: Resize, shape: tuple[int, ...]) -> tuple[Step, tuple[int, ...]]:
+    if len(shape) != len(op.layout) or min(op.height, op.width) < 1:
+        raise ValueError(f"resize: layout {op.layout} with size {op.height} x {op.width} does not fit {list(shape)}")
+    at = op.layout.index("h")
+    letters = "n" + op.layout
+    out = letters.replace("h", "i").replace("w", "j")
+
+    def step(x: AnyArray) -> AnyArray:
+        if x.shape[at + 1 : at + 3] == (op.height, op.width):
+            return x
+        rows = interpolation(x.shape[at + 1], op.height)
+        columns = interpolation(x.shape[at + 2], op.width)
+        half = np.einsum(f"{letters},ih->{letters.replace('h', 'i')}", x.astype(np.float32), rows, optimize=True)
+        resized: FloatArray = np.einsum(f"{letters.replace('h', 'i')},jw->{out}", half, columns, optimize=True)
+        return resized
+
+    return step, (*shape[:at], op.height, op.width, *shape[at + 2 :])
+
+
+@lru_cache(maxsize=32)
+def interpolation(source: int, target: int) -> FloatArray:
+    """Weights float32 [target, source] of linear interpolation along one axis; each row sums to 1.
+
+    Pixel centres lie at halves. Where the axis shrinks the triangle is widened by the factor, so that every source
+    pixel counts (what imaging libraries call antialiasing).
+    """
+    scale = source / target
+    reach = max(scale, 1.0)
+    centres = (np.arange(target) + 0.5) * scale
+    distance = np.abs((np.arange(source) + 0.5)[None, :] - centres[:, None])
+    weights = np.maximum(0.0, 1.0 - distance / reach)
+    result: FloatArray = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+    result.setflags(write=False)
+    return result
+
+
+def _window(op: Window, shape: tuple[int, ...]) -> tuple[Step, tuple[int, ...]]:
+    if not shape or op.length < 1 or op.stride < 1:
+        raise ValueError(f"window: length {op.length} and stride {op.stride} do not fit {list(shape)}")
+
+    def step(x: AnyArray) -> AnyArray:
+        latest = x[:, ::-1][:, :: op.stride][:, : op.length][:, ::-1]
+        missing = op.length - latest.shape[1]
+        if missing <= 0:
+            return latest
+        front = np.repeat(latest[:, :1], missing, axis=1) if op.pad == "edge" else np.zeros_like(
+            latest, shape=(len(x), missing, *x.shape[2:])
+        )  # fmt: skip
+        return np.concatenate([front, latest], axis=1)
+
+    return step, (op.length, *shape[1:])

@@ -1,22 +1,21 @@
-"""One version, ready to serve: its trunk and its head, as one immutable object that is swapped whole."""
+"""One version, ready to serve: an immutable object that is swapped whole."""
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from edge_sdk.errors import IncompatibleError, ModelError, SelfTestError
-from edge_sdk.manifest import HEAD_ONNX, Manifest
-from edge_sdk.runtime import HeadSession, ModelRuntime, OnnxRuntime, Variant, self_test
+from edge_sdk.drift.features import Thumbnail
+from edge_sdk.errors import InputError, ModelError, ShapeError
+from edge_sdk.manifest import Manifest
+from edge_sdk.model import Arrays, Ran, ServedModel, Trunks, checked_state, load_model
 from edge_sdk.slots import Slots, Version
-from edge_sdk.types import FloatArray, LatentArray
-
-Trunks = MutableMapping[str, ModelRuntime]
-"""Loaded trunks by content: several devices in one process can share them."""
+from edge_sdk.tasks import present_labels
+from edge_sdk.types import NOTHING, AnyArray, FloatArray, Variant
 
 
 @dataclass(frozen=True)
@@ -26,57 +25,82 @@ class Served:
     version: Version
     manifest: Manifest
     variant: Variant
-    trunk: ModelRuntime
-    head: HeadSession
+    model: ServedModel
+    labels: tuple[str, ...]
+    """What it can say."""
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """What the head can say."""
-        return self.head.head.labels
-
-    def run(self, x: FloatArray) -> tuple[LatentArray, FloatArray]:
-        """Latents uint8 [N, D] and probabilities float32 [N, C] of checked inputs float32 [N, ...].
+    def run(self, x: AnyArray, more: Arrays = NOTHING) -> Ran:
+        """What the model says about checked inputs [N, ...], in the app's units.
 
         Raises:
             ModelError: The engine failed or put out NaN.
         """
-        latents = self.trunk.latents(self.manifest.input.apply(x))
-        probabilities = self.head.run(latents)
-        if not np.isfinite(probabilities).all():
+        ran = self.model.run(self.manifest.input.apply(x), more)
+        if not np.isfinite(ran.scores).all():
             raise ModelError(f"release {self.version.release}, head {self.version.head} put out NaN or infinity")
-        return latents, probabilities
+        return ran
+
+    def check_batch(self, x: Any) -> AnyArray:
+        """Checked samples [N, ...] of a model that takes nothing else.
+
+        Raises:
+            InputError: They are not as the manifest says, or the model takes more than one input or a state.
+        """
+        if self.manifest.more_inputs or self.manifest.state:
+            raise InputError(f"{self.manifest.name} has several inputs or a state: predict one sample at a time")
+        return self.manifest.input.check_batch(x)
+
+    def read(self, scores: FloatArray) -> list[tuple[str, tuple[str, ...]]]:
+        """What the scores [N, C] of each sample say: the most probable label, and all that are present."""
+        task, labels = self.manifest.task, self.labels
+        if task == "classification":
+            return [self._single[i] for i in scores.argmax(axis=1).tolist()]
+        if task == "multilabel":
+            thresholds = self.manifest.thresholds
+            best = scores.argmax(axis=1).tolist()
+            return [(labels[i], present_labels(row, labels, thresholds)) for i, row in zip(best, scores, strict=True)]
+        return [("", ())] * len(scores)
+
+    @cached_property
+    def _single(self) -> list[tuple[str, tuple[str, ...]]]:
+        return [(label, (label,)) for label in self.labels]
+
+    @cached_property
+    def thumbnail(self) -> Thumbnail:
+        """What the monitors keep of an input."""
+        return Thumbnail(self.manifest.input.shape)
+
+    def take(self, x: Any) -> tuple[Any, Arrays]:
+        """The main input of one sample, and the others: a model with several takes a mapping by their names.
+
+        Raises:
+            InputError: An input is missing, unknown, or not as the manifest says.
+        """
+        specs = self.manifest.more_inputs
+        if not specs:
+            return x, NOTHING
+        names = [self.manifest.input.name, *(spec.name for spec in specs)]
+        if not isinstance(x, Mapping) or set(x) != set(names):
+            raise ShapeError(f"this model takes the inputs {', '.join(names)}, by name")
+        return x[names[0]], {spec.name: spec.apply(spec.check(x[spec.name])[None]) for spec in specs}
+
+    def carry(self, state: Arrays | None) -> Arrays:
+        """The state to start from: the one given, or zeros.
+
+        Raises:
+            InputError: It is not a state of this model.
+        """
+        return checked_state(self.manifest.state, state)
 
 
 def load_served(slots: Slots, version: Version, variant: Variant, trunks: Trunks) -> Served:
-    """Load a version off the request path, sharing trunks that are loaded already.
+    """Load a version off the request path.
 
     Raises:
         IntegrityError: A file is damaged.
         RuntimeUnavailableError: The engine refuses the model.
     """
     manifest = slots.manifest(version)
-    folder = slots.folder(version)
-    trunk = trunks.setdefault(f"{manifest.trunk_id}:{variant}", OnnxRuntime(folder, variant=variant))
-    return Served(version, manifest, variant, trunk, HeadSession(folder / HEAD_ONNX, slots.head(version)))
-
-
-def choose_variant(folder: Path, manifest: Manifest, wanted: Literal["auto", "int8", "fp32"]) -> Variant:
-    """The trunk to serve: INT8 where it reproduces its stored outputs on this CPU, else FP32.
-
-    Raises:
-        IncompatibleError: This SDK does not run such a checkpoint.
-        SelfTestError: Neither trunk, or not the one asked for, reproduces its stored outputs here.
-    """
-    if manifest.adapt != "head" or manifest.task != "classification":
-        raise IncompatibleError(f"adapt={manifest.adapt}, task={manifest.task}: this version serves adapt=head, "
-                                "task=classification")  # fmt: skip
-    candidates: tuple[Variant, ...] = ("int8", "fp32") if wanted == "auto" else (wanted,)
-    problems = []
-    for variant in candidates:
-        try:
-            self_test(folder, manifest, OnnxRuntime(folder, variant=variant), variant=variant)
-        except (SelfTestError, ModelError) as error:
-            problems.append(f"{variant}: {error}")
-        else:
-            return variant
-    raise SelfTestError(f"release {manifest.release} fails its self-test here: {'; '.join(problems)}")
+    head = None if manifest.adapt == "none" else slots.head(version)
+    model = load_model(slots.folder(version), manifest, variant, head, trunks)
+    return Served(version, manifest, variant, model, head.labels if head else tuple(manifest.labels))

@@ -38,6 +38,9 @@ class Status(msgspec.Struct, frozen=True):
     head: int
     labels: list[str]
     variant: str
+    """int8 or fp32."""
+    variant_reason: str
+    """Why."""
     phase: str
     """Of learning: idle, training, judging or probation."""
     waits: str

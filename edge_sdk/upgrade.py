@@ -11,8 +11,9 @@ import numpy as np
 
 from edge_sdk.adapt import Adaptation, FactoryMemory
 from edge_sdk.config import DeviceConfig
+from edge_sdk.drift.features import Thumbnail
 from edge_sdk.drift.monitors import DriftMonitors
-from edge_sdk.drift.reference import Reference
+from edge_sdk.drift.reference import Reference, output_names
 from edge_sdk.errors import ArtifactError, IntegrityError, ModelError, RollbackRefusedError, StoreError
 from edge_sdk.files import load_npz
 from edge_sdk.gate import is_healthy, watch_release
@@ -28,8 +29,7 @@ from edge_sdk.manifest import (
     verify_checkpoint,
 )
 from edge_sdk.rebase import Rebase, choose_head
-from edge_sdk.runtime import Variant
-from edge_sdk.serving import choose_variant
+from edge_sdk.selftest import Choice, choose_variant, read_choice, write_choice
 from edge_sdk.slots import Slot, Slots, Version
 from edge_sdk.store import Store
 from edge_sdk.update import FetchedRelease, UpdateClient
@@ -43,8 +43,6 @@ class UpgradeState(msgspec.Struct):
 
     recorded: Version | None = None
     """The version whose coming into use has been reported."""
-    variants: dict[str, Variant] = {}
-    """Which trunk each installed release serves, by digest: fixed for the release."""
     refused: dict[str, str] = {}
     """Releases that failed here, by digest, with the reason: not tried again."""
     watching: bool = False
@@ -73,6 +71,7 @@ class Upgrade:
         data = store.get(_STATE)
         self.state = msgspec.json.decode(data, type=UpgradeState) if data else UpgradeState()
         self._complaints: set[str] = set()
+        self._choices: dict[str, Choice] = {}
         self.why = ""
         """Why the release was last left, until that is recorded."""
 
@@ -80,13 +79,16 @@ class Upgrade:
         """Persist the state; inside a transaction."""
         self._store.put(_STATE, msgspec.json.encode(self.state))
 
-    def variant(self, version: Version) -> Variant:
-        """Which trunk a version serves; chosen anew if the choice was lost in a crash."""
-        if version.digest not in self.state.variants:
-            folder = self._slots.folder(version)
-            chosen = choose_variant(folder, self._slots.manifest(version), self._config.variant)
-            self.state.variants[version.digest] = chosen
-        return self.state.variants[version.digest]
+    def variant(self, version: Version) -> Choice:
+        """Which variant of its release a version serves; chosen anew if the choice was lost in a crash."""
+        if version.digest not in self._choices:
+            folder, manifest = self._slots.folder(version), self._slots.manifest(version)
+            choice = read_choice(folder, manifest)
+            if choice is None:
+                choice = choose_variant(folder, manifest, self._config.variant)
+                write_choice(folder, choice)
+            self._choices[version.digest] = choice
+        return self._choices[version.digest]
 
     def install_folder(
         self, folder: Path, adaptation: Adaptation | None, current: Version | None, refused: Mapping[str, str]
@@ -212,7 +214,8 @@ class Upgrade:
                     "previous": recorded.release if recorded else 0,
                     "carried": current.head != 0,
                     "head": state.carried,
-                    "variant": self.variant(current),
+                    "variant": self.variant(current).variant,
+                    "variant_reason": self.variant(current).reason,
                 }
                 self._emit("release_activated", detail)
             elif recorded is not None:
@@ -232,7 +235,9 @@ class Upgrade:
     def _install(self, data: bytes, sources: Mapping[str, Path], adaptation: Adaptation | None, *, link: bool) -> None:
         slot, manifest = self._slots.stage(data, sources, link=link)
         digest = digest_of(data)
-        self.state.variants[digest] = choose_variant(self._slots.root / slot, manifest, self._config.variant)
+        choice = choose_variant(self._slots.root / slot, manifest, self._config.variant)
+        write_choice(self._slots.root / slot, choice)
+        self._choices[digest] = choice
         rehearse(self._slots.root / slot, manifest)
         rebase = self._rebase(slot, manifest, adaptation)
         self.state.carried = rebase.reason
@@ -244,7 +249,7 @@ class Upgrade:
         current = self._slots.pointer.current
         if current is None or current.head == 0 or adaptation is None:
             return Rebase(None, "there was no personal head")
-        if self._slots.manifest(current).trunk_id != manifest.trunk_id:
+        if manifest.adapt == "none" or self._slots.manifest(current).trunk_id != manifest.trunk_id:
             return Rebase(None, "dropped: the new release has another trunk")
         folder = self._slots.root / slot
         memory = FactoryMemory(folder, manifest)
@@ -289,12 +294,18 @@ def rehearse(folder: Path, manifest: Manifest) -> None:
         IntegrityError: Something is missing, or does not fit the rest.
     """
     try:
+        stored, reference = load_npz(folder / SELFTEST_NPZ), Reference.load(folder / REFERENCE_NPZ)
+        if reference.task != manifest.task:
+            raise IntegrityError(f"the monitor reference is of task={reference.task}, the manifest of {manifest.task}")
+        monitors = DriftMonitors(reference, tuple(manifest.labels), run_length=1e9, rereference_rows=200)
+        thumbnail = Thumbnail(manifest.input.shape)
+        monitors.fold(thumbnail(manifest.input.check_batch(stored["x"])), stored["scores"])
+        if len(reference.output_mean) != len(output_names(tuple(manifest.labels), manifest.task)):
+            raise IntegrityError("the monitor reference has not one channel for each output")
+        if not manifest.learns:
+            return
         head, memory = Head.load(folder / HEAD_NPZ), FactoryMemory(folder, manifest)
-        fisher, stored = load_npz(folder / FISHER_NPZ), load_npz(folder / SELFTEST_NPZ)
-        monitors = DriftMonitors(
-            Reference.load(folder / REFERENCE_NPZ), tuple(manifest.labels), run_length=1e9, rereference_rows=200
-        )
-        monitors.fold(manifest.input.check_batch(stored["x"]), stored["probabilities"])
+        fisher = load_npz(folder / FISHER_NPZ)
         problems = {
             "the head's labels are not the manifest's": list(head.labels) != manifest.labels,
             "the head is not of the latent's width": head.latent_dim != manifest.latent.dim,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
-from edge_sdk.types import FloatArray
+from edge_sdk.types import AnyArray, FloatArray
 
 MAX_FEATURES = 64
+MAX_THUMBNAIL = 4096
 _GRID = 4
 
 
@@ -42,3 +44,48 @@ def _mean_step(planes: FloatArray, axis: int) -> FloatArray:
 
 def _pooled(flat: FloatArray, width: int) -> FloatArray:
     return np.stack([part.mean(axis=1) for part in np.array_split(flat, width, axis=1)], axis=1)
+
+
+class Thumbnail:
+    """What the monitors keep of each input: the input itself, or evenly spaced values of a large one.
+
+    The same for a reference and in serving. Copies, so that the app may use its array again.
+
+    Args:
+        shape: Of one sample; -1 for any size.
+    """
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        limit = next(k for k in range(MAX_THUMBNAIL, 0, -1) if math.prod(_within(d, k) for d in shape) <= MAX_THUMBNAIL)
+        self._sizes = [_within(d, limit) for d in shape]
+        self._fixed = all(d > 0 for d in shape)
+        self._steps = (
+            slice(None),
+            *(slice(0, size * (d // size), d // size) for d, size in zip(shape, self._sizes, strict=True)),
+        )
+
+    def __call__(self, x: AnyArray) -> FloatArray:
+        """Samples [N, ...] to float32 [N, ...] of at most 4096 values each."""
+        if self._fixed:
+            return np.array(x[self._steps], dtype=np.float32, order="C")
+        places = [
+            np.linspace(0, d - 1, size).astype(np.int64) for d, size in zip(x.shape[1:], self._sizes, strict=True)
+        ]
+        return np.ascontiguousarray(x[np.ix_(np.arange(len(x)), *places)], dtype=np.float32)
+
+
+def _within(size: int, limit: int) -> int:
+    return limit if size < 0 else min(size, limit)
+
+
+OUTPUT_SUMMARY = ("mean", "spread", "least", "most", "values")
+"""What is watched of a raw model's first output."""
+
+
+def summarize_output(output: AnyArray) -> FloatArray:
+    """Few numbers that describe one output, whatever its shape: float32 [5], see `OUTPUT_SUMMARY`."""
+    if not output.size:  # a detector that found nothing
+        return np.zeros(len(OUTPUT_SUMMARY), dtype=np.float32)
+    values = output.astype(np.float64, copy=False)
+    summary = [values.mean(), values.std(), values.min(), values.max(), float(values.size)]
+    return np.array(summary, dtype=np.float32)

@@ -10,7 +10,7 @@ import numpy as np
 from edge_sdk.drift.base import DriftDetector
 from edge_sdk.drift.edetector import EDetector
 from edge_sdk.drift.features import input_features
-from edge_sdk.drift.reference import Reference, input_channels, output_channels, output_names
+from edge_sdk.drift.reference import Reference, output_channels, output_names, rank_channels
 from edge_sdk.errors import IntegrityError
 from edge_sdk.files import load_npz, npz_bytes
 from edge_sdk.stats import wilson_interval
@@ -75,13 +75,13 @@ class DriftMonitors:
             np.array([1 - accuracy]), np.array([accuracy - low]), run_length=self._run_length, sides="up"
         )
 
-    def fold(self, x: FloatArray, probabilities: FloatArray) -> None:
-        """Fold predictions: checked inputs float32 [N, ...], probabilities float32 [N, C], oldest first.
+    def fold(self, x: FloatArray, scores: FloatArray) -> None:
+        """Fold predictions: thumbnails of inputs float32 [N, ...], scores float32 [N, C], oldest first.
 
         Rows of a model with other labels than the present one's are left to the caller to drop.
         """
-        inputs = input_channels(input_features(x), self.reference.edges)
-        outputs = output_channels(probabilities)
+        inputs = rank_channels(input_features(x), self.reference.edges)
+        outputs = output_channels(scores, self.reference.output_edges, self.reference.task)
         if "output" in self.collecting:
             self._collected.append((inputs, outputs))
             if sum(len(rows) for rows, _ in self._collected) >= self._rereference_rows:
@@ -109,7 +109,7 @@ class DriftMonitors:
         self._labels = labels
         self._collected, self._collected_labels = [], []
         base = reference or self.reference
-        width = 2 + len(labels)
+        width = len(output_names(labels, base.task))
         if len(base.output_mean) != width:
             base = replace(base, output_mean=np.full(width, 0.5), output_std=np.full(width, 0.5))
         self._use(base)
@@ -188,7 +188,11 @@ class DriftMonitors:
 
     def _describe(self, name: str) -> Alarm:
         detector = self.detectors[name]
-        names = {"input": input_names(self.reference), "output": output_names(self._labels), "accuracy": ["error rate"]}
+        names = {
+            "input": input_names(self.reference),
+            "output": output_names(self._labels, self.reference.task),
+            "accuracy": ["error rate"],
+        }
         suspects = tuple((names[name][i], round(shift, 3)) for i, shift in detector.suspects())
         return Alarm(name, detector.evidence, detector.threshold, suspects)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from edge_sdk.errors import EmptyBufferError
-from edge_sdk.head import Head, Weights, softmax
-from edge_sdk.types import FloatArray
+from edge_sdk.head import Head, Weights, sigmoid, softmax
+from edge_sdk.types import FloatArray, Task
 
 
 def backward(head: Head, features: FloatArray, delta: FloatArray) -> list[tuple[FloatArray, FloatArray]]:
@@ -34,16 +34,20 @@ def backward(head: Head, features: FloatArray, delta: FloatArray) -> list[tuple[
     return pairs
 
 
-def fisher_diagonal(head: Head, features: FloatArray) -> Weights:
-    """Diagonal Fisher information of the head at its weights, exact over the model's own label distribution.
+def fisher_diagonal(head: Head, features: FloatArray, *, task: Task = "classification") -> Weights:
+    """Diagonal Fisher information of the head at its weights, exact over the model's own output distribution.
 
     For each sample and each label, the gradient of the log-likelihood is squared (per sample, before averaging) and
     weighted with the probability that the model gives the label. A dense layer's sample gradient is an outer product,
     so its square is the outer product of the squares and no sample's gradient is ever stored. The head is only read.
 
+    The outputs of a multi-label head are independent coin tosses of variance p (1 - p), those of a regression
+    independent Gaussians of variance 1 (its targets are standardised): there the gradients of the outputs do not mix.
+
     Args:
-        head: A softmax head.
+        head: The head.
         features: float32 [N, D] in model units: samples of what is to be kept.
+        task: What its outputs mean.
 
     Returns:
         One float32 array for each weight, same name and shape, all >= 0.
@@ -53,12 +57,15 @@ def fisher_diagonal(head: Head, features: FloatArray) -> Weights:
     """
     if not len(features):
         raise EmptyBufferError("Fisher information needs at least one sample")
-    probabilities = softmax(head.logits(features))
+    logits = head.logits(features)
+    probabilities = softmax(logits) if task == "classification" else sigmoid(logits)
     total = {key: np.zeros(value.shape, np.float64) for key, value in head.weights.items()}
     for label in range(len(head.labels)):
-        delta = -probabilities
+        p = probabilities[:, label : label + 1]
+        delta, weight = (-probabilities, p) if task == "classification" else (np.zeros_like(logits), p * (1 - p))
         delta[:, label] += 1
-        weight = probabilities[:, label : label + 1]
+        if task == "regression":
+            weight = np.ones_like(p)
         for i, (inputs, gradient) in enumerate(backward(head, features, delta)):
             squared = gradient**2 * weight
             total[f"W{i}"] += (inputs**2).T @ squared

@@ -17,65 +17,92 @@ from typing import TYPE_CHECKING, Any
 from edge_sdk.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from edge_quantize.build import BuildResult, build_checkpoint
+    from edge_quantize.build import BuildResult, Search, build_checkpoint
     from edge_quantize.calibrate import Calibration
     from edge_quantize.card import CardText
     from edge_quantize.compare import Comparison, compare_variants, encode
-    from edge_quantize.data import Dataset
-    from edge_quantize.errors import CalibrationWarning, DataError, ExportError, ParityError
+    from edge_quantize.data import DataFormat, Dataset
+    from edge_quantize.errors import CalibrationWarning, DataError, ExportError, LeakageWarning, ParityError
     from edge_quantize.export import export_onnx
-    from edge_quantize.graph import Split, split
-    from edge_quantize.pack import Memory, pack_checkpoint, repack_checkpoint
-    from edge_quantize.quantize import Trunks, quantize_trunk
+    from edge_quantize.graph import Split, load_onnx, split
+    from edge_quantize.levels import Assessment, assess
+    from edge_quantize.pack import Memory, pack_checkpoint, pack_whole, repack_checkpoint
+    from edge_quantize.quantize import QuantRecipe, Trunks, quantize_trunk, quantize_whole
     from edge_quantize.recipe import Recipe, load_recipe, run_recipe
+    from edge_quantize.search import Budget, SearchResult
+    from edge_quantize.sensitivity import Sensitivity
 
 _HOME = {
+    "Assessment": "levels",
+    "Budget": "search",
     "BuildResult": "build",
     "Calibration": "calibrate",
     "CalibrationWarning": "errors",
     "CardText": "card",
     "Comparison": "compare",
     "DataError": "errors",
+    "DataFormat": "data",
     "Dataset": "data",
     "ExportError": "errors",
+    "LeakageWarning": "errors",
     "Memory": "pack",
     "ParityError": "errors",
+    "QuantRecipe": "quantize",
     "Recipe": "recipe",
+    "Search": "build",
+    "SearchResult": "search",
+    "Sensitivity": "sensitivity",
     "Split": "graph",
     "Trunks": "quantize",
+    "assess": "levels",
     "build_checkpoint": "build",
     "compare_variants": "compare",
     "encode": "compare",
     "export_onnx": "export",
+    "load_onnx": "graph",
     "load_recipe": "recipe",
     "pack_checkpoint": "pack",
+    "pack_whole": "pack",
     "quantize_trunk": "quantize",
+    "quantize_whole": "quantize",
     "repack_checkpoint": "pack",
     "run_recipe": "recipe",
     "split": "graph",
 }
 
 __all__ = [
+    "Assessment",
+    "Budget",
     "BuildResult",
     "Calibration",
     "CalibrationWarning",
     "CardText",
     "Comparison",
     "DataError",
+    "DataFormat",
     "Dataset",
     "ExportError",
+    "LeakageWarning",
     "Memory",
     "ParityError",
+    "QuantRecipe",
     "Recipe",
+    "Search",
+    "SearchResult",
+    "Sensitivity",
     "Split",
     "Trunks",
+    "assess",
     "build_checkpoint",
     "compare_variants",
     "encode",
     "export_onnx",
+    "load_onnx",
     "load_recipe",
     "pack_checkpoint",
+    "pack_whole",
     "quantize_trunk",
+    "quantize_whole",
     "repack_checkpoint",
     "run_recipe",
     "split",

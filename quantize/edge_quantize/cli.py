@@ -12,7 +12,7 @@ from typing import Any
 import click
 import msgspec
 
-from edge_quantize.errors import CalibrationWarning
+from edge_quantize.errors import CalibrationWarning, LeakageWarning
 from edge_sdk import __version__
 from edge_sdk.clock import SystemClock
 from edge_sdk.errors import ConfigError, EdgeError, IntegrityError
@@ -41,31 +41,72 @@ def main(debug: bool) -> None:
     """Quantize a network and pack it as a checkpoint for devices."""
 
 
+_html = click.option("--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write a page for a browser.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
 @main.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-def run(recipe: Path) -> None:
+@_html
+def run(recipe: Path, html: Path | None) -> None:
     """Build the checkpoint that RECIPE (TOML) describes."""
+    _build(recipe, html, searching=False)
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@_html
+def auto(recipe: Path, html: Path | None) -> None:
+    """Try quantization recipes for the network of RECIPE (TOML), and build the checkpoint with the best.
+
+    The fastest that keeps the accuracy within search.max_loss of float wins; if none does or none is faster, the
+    one that loses least is packed, and devices that time both serve float.
+    """
+    _build(recipe, html, searching=True)
+
+
+def _build(recipe: Path, html: Path | None, *, searching: bool) -> None:
     import warnings
 
     import edge_quantize
 
-    with warnings.catch_warnings(record=True, action="always", category=CalibrationWarning) as caught:
-        result = edge_quantize.run_recipe(recipe, created=_now())
+    with warnings.catch_warnings(record=True) as caught:
+        for category in (CalibrationWarning, LeakageWarning):
+            warnings.simplefilter("always", category)
+        result = edge_quantize.run_recipe(
+            recipe, created=_now(), searching=searching, progress=_tell if searching else None
+        )
     for warning in caught:
         click.echo(f"warning: {warning.message}", err=True)
+    for line in result.assessment.lines()[:1]:
+        click.echo(line)
+    if result.search is not None:
+        click.echo(result.search.table())
+        if result.search.sensitivity is not None:
+            click.echo(result.search.sensitivity.table())
     click.echo(result.comparison.table())
-    click.echo(f"packed {result.manifest.name} release {result.manifest.release}")
+    if html is not None:
+        sensitivity = None if result.search is None else result.search.sensitivity
+        html.write_text(result.comparison.to_html(sensitivity=sensitivity), encoding="utf-8")
+    click.echo(f"packed {result.manifest.name} release {result.manifest.release}, adapt={result.manifest.adapt}")
+
+
+def _tell(done: int, total: int, what: str) -> None:
+    click.echo(f"[{done}/{total}] {what}", err=True)
 
 
 @main.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def inspect(folder: Path, as_json: bool) -> None:
-    """Print what the manifest of checkpoint FOLDER states; hashes are not checked."""
-    path = folder / MANIFEST_NAME
-    if not path.is_file():
-        raise IntegrityError(f"{folder} has no {MANIFEST_NAME}; is it a checkpoint folder?")
-    data = path.read_bytes()
+@click.argument("path", type=click.Path(path_type=Path))
+@_json
+def inspect(path: Path, as_json: bool) -> None:
+    """Say what the checkpoint folder PATH states (hashes are not checked), or what can be done with an ONNX file."""
+    if path.suffix == ".onnx":
+        _inspect_onnx(path, as_json=as_json)
+        return
+    manifest_path = path / MANIFEST_NAME
+    if not manifest_path.is_file():
+        raise IntegrityError(f"{path} has no {MANIFEST_NAME}; is it a checkpoint folder?")
+    data = manifest_path.read_bytes()
     facts = _facts(parse_manifest(data), digest_of(data))
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(facts), indent=2))
@@ -76,17 +117,52 @@ def inspect(folder: Path, as_json: bool) -> None:
             click.echo(f"{'' if i else key:{width}}  {line}")
 
 
+def _inspect_onnx(path: Path, *, as_json: bool) -> None:
+    from edge_quantize.graph import load_onnx
+    from edge_quantize.levels import assess
+
+    assessment = assess(load_onnx(path))
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(assessment), indent=2))
+    else:
+        click.echo("\n".join(assessment.lines()))
+
+
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def verify(folder: Path) -> None:
-    """Check every hash of checkpoint FOLDER, then replay its self-test with both trunks."""
-    from edge_sdk.runtime import OnnxRuntime, Variant, self_test
+    """Check every hash of checkpoint FOLDER, then replay its self-test with each variant."""
+    from edge_sdk.selftest import self_test
 
     manifest = verify_checkpoint(folder)
-    variants: tuple[Variant, Variant] = ("int8", "fp32")
-    for variant in variants:
-        self_test(folder, manifest, OnnxRuntime(folder, variant=variant), variant=variant)
+    for variant in manifest.model_files:
+        self_test(folder, manifest, variant=variant)
     click.echo(f"ok: {manifest.name} release {manifest.release}, {len(manifest.files)} files, self-test passed")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Rows nobody trained on, with the truth.")
+@click.option("--target", multiple=True, help="Column of a table with the truth; may be repeated.")
+@click.option("--slice", "slices", multiple=True, help="Column whose values part the rows; may be repeated.")
+@click.option("--repeats", default=200, show_default=True, type=click.IntRange(10), help="Calls timed.")
+@_html
+@_json
+def compare(
+    folder: Path, data: Path, target: tuple[str, ...], slices: tuple[str, ...], repeats: int, html: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Measure INT8 against float in checkpoint FOLDER: accuracy, agreement, speed, size, memory."""
+    from edge_quantize.compare import compare_variants
+    from edge_quantize.data import DataFormat, Dataset
+
+    manifest = verify_checkpoint(folder)
+    form = DataFormat(target=list(target), slices=list(slices))
+    rows = Dataset.load(None, data, spec=manifest.input, labels=manifest.labels, task=manifest.task, form=form)
+    found = compare_variants(folder, rows.holdout_x, rows.holdout_y, slices=rows.slices, repeats=repeats)
+    if html is not None:
+        html.write_text(found.to_html(), encoding="utf-8")
+    click.echo(found.to_json().decode() if as_json else found.table())
 
 
 def _exit_code(error: EdgeError) -> int:
@@ -111,6 +187,10 @@ def _facts(manifest: Manifest, digest: str) -> dict[str, Any]:
         "adapt": manifest.adapt,
         "labels": manifest.labels,
         "input": msgspec.to_builtins(manifest.input),
+        "more_inputs": msgspec.to_builtins(manifest.more_inputs),
+        "state": msgspec.to_builtins(manifest.state),
+        "targets": msgspec.to_builtins(manifest.targets),
+        "thresholds": manifest.thresholds,
         "trunk_id": manifest.trunk_id,
         "latent": msgspec.to_builtins(manifest.latent),
         "head": msgspec.to_builtins(manifest.head),

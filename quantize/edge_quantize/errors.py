@@ -5,7 +5,8 @@ EdgeError
 ├─ ParityError              a step changed what the network computes
 └─ DataError (ValueError)   the rows given cannot be used
 
-CalibrationWarning (UserWarning)   the calibration data are usable, but thin
+CalibrationWarning (UserWarning)   rows for calibrating or choosing are usable, but few or unlike the others
+LeakageWarning (UserWarning)       held-out rows are also training rows
 """
 
 from __future__ import annotations
@@ -26,4 +27,8 @@ class DataError(EdgeError, ValueError):
 
 
 class CalibrationWarning(UserWarning):
-    """The calibration data are few; the activation ranges may be too narrow."""
+    """Rows to calibrate on or to choose a recipe by are few, or unlike those held out: what is found may not hold."""
+
+
+class LeakageWarning(UserWarning):
+    """Held-out rows are also among the rows that the model was made from; the figures are too good."""

@@ -5,18 +5,24 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
+from edge_quantize.calibrate import Calibration
 from edge_quantize.card import CardFacts, CardText, render_card
-from edge_quantize.compare import VARIANTS, Accuracy, encode, predict
+from edge_quantize.compare import VARIANTS, contrast_outputs, encode, judge, predict
 from edge_quantize.data import Dataset
 from edge_quantize.errors import ParityError
+from edge_quantize.metrics import Score, Terms
 from edge_quantize.quantize import Trunks, head_graph
 from edge_sdk import __version__
+from edge_sdk.drift.features import Thumbnail
 from edge_sdk.drift.reference import Reference
 from edge_sdk.errors import ConfigError, IncompatibleError
 from edge_sdk.files import fsync_folder, npz_bytes, replace_file, storage_error
@@ -29,25 +35,38 @@ from edge_sdk.manifest import (
     HEAD_ONNX,
     MANIFEST_NAME,
     MEMORY_NPZ,
+    MODEL_FP32,
+    MODEL_INT8,
     REFERENCE_NPZ,
     SELFTEST_NPZ,
     TRUNK_FP32,
     TRUNK_INT8,
     HeadSpec,
     Manifest,
+    StateSpec,
+    TargetSpec,
     describe_folder,
     digest_of,
     manifest_bytes,
     verify_checkpoint,
 )
-from edge_sdk.runtime import OnnxRuntime, self_test
+from edge_sdk.model import GraphModel, checked_state
+from edge_sdk.runtime import WholeModel
 from edge_sdk.schema import InputSpec
-from edge_sdk.types import FloatArray, IndexArray, LatentArray
+from edge_sdk.selftest import self_test
+from edge_sdk.tasks import rows_right
+from edge_sdk.types import AnyArray, FloatArray, IndexArray, Task, Variant
 
 MIN_PER_CLASS = 40
 """The device splits factory memory into rows to replay and rows to judge by, and needs 20 of each."""
 SELFTEST_ROWS = 32
+SELFTEST_BYTES = 2_000_000
+"""Of stored inputs: large images must not outweigh the model. Two rows are kept in any case."""
 FISHER_ROWS = 4096
+_REGRESSION_CELLS = 10
+"""Factory memory of a regression has as many rows of each tenth of its first target as others have of a label."""
+_TOLERANCE = 0.9
+"""Without a stated tolerance, the error that so many held-out rows stay below."""
 _TOOLS = ("numpy", "onnx", "onnxruntime", "torch")
 
 
@@ -68,6 +87,25 @@ class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError(f"per_class must be at least {MIN_PER_CLASS}, got {self.per_class}")
 
 
+@dataclass(frozen=True)
+class Making:
+    """How the model came to be what it is: facts for the card.
+
+    Attributes:
+        recipe: Of the quantization, in a few words.
+        adapt_reason: Why it has its adapt level.
+        calibration: How ranges were found.
+        calibration_rows: From so many rows.
+        float_only: Why there is no INT8 variant; "" if there is one.
+    """
+
+    recipe: str = ""
+    adapt_reason: str = ""
+    calibration: Calibration | None = None
+    calibration_rows: int = 0
+    float_only: str = ""
+
+
 def pack_checkpoint(
     target: Path,
     *,
@@ -78,12 +116,16 @@ def pack_checkpoint(
     name: str,
     release: int,
     created: str,
+    task: Task = "classification",
+    targets: Sequence[TargetSpec] = (),
+    thresholds: Sequence[float] = (),
     parent: Path | None = None,
     seed: int = 0,
     memory: Memory | None = None,
     card: CardText | None = None,
+    making: Making | None = None,
 ) -> Manifest:
-    """Write a checkpoint folder and check it as a device would.
+    """Write the folder of a model that is split, and check it as a device would.
 
     The same arguments give the same bytes. The folder appears under its name only when it is complete and has
     passed its own self-test.
@@ -91,62 +133,100 @@ def pack_checkpoint(
     Args:
         target: The folder to make; must not exist.
         trunks: From `quantize_trunk`, or of another checkpoint.
-        head: The head to ship. Its labels are the checkpoint's.
+        head: The head to ship. Its labels are the checkpoint's: labels, or names of a regression's targets.
         data: Rows in the app's units.
         input_spec: The input contract with its preprocessing.
         name: What the model is called.
         release: Number of the release, >= 1 and above the parent's.
         created: When, as ISO 8601 text; given, so that nothing depends on the clock.
+        task: What the outputs mean.
+        targets: Of a regression, one for each output; a tolerance of NaN is found from the held-out rows.
+        thresholds: Of a multi-label model, one for each label; 0.5 if none are given.
         parent: Folder of the checkpoint this one replaces.
         seed: For the samples drawn.
         memory: How much factory memory ships.
         card: What only a person can say about the model.
+        making: How the model came to be, for the card.
 
     Raises:
-        ConfigError: The target exists, a label repeats, the release number is not above the parent's, or memory
-            does not fit its bound.
+        ConfigError: The target exists, a label repeats, the release number is not above the parent's, memory does
+            not fit its bound, or targets or thresholds do not fit the task.
         DataError: The rows cannot be used.
         IncompatibleError: The head does not fit the trunk's latent.
         ParityError: INT8 and FP32 agree on no held-out row.
         SelfTestError: The packed model does not reproduce its own outputs.
     """
     refuse_existing(target)
-    if repeated := [label for i, label in enumerate(head.labels) if label in head.labels[:i]]:
-        raise ConfigError(f"labels must differ: {repeated[0]!r} appears more than once")
     if head.latent_dim != trunks.latent.dim:
         raise IncompatibleError(f"the head takes {head.latent_dim} values, the trunk puts out {trunks.latent.dim}")
-    data = data.checked(input_spec, head.labels)
-    draft = Manifest(
-        name=name,
-        release=release,
-        parent=_parent_digest(parent, release),
-        created=created,
-        labels=list(head.labels),
-        input=input_spec,
-        latent=trunks.latent,
-        head=HeadSpec([head.weights[f"b{i}"].shape[0] for i in range(head.depth - 1)]),
-        files={},
-        toolchain=_toolchain(),
-    )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise storage_error(error, f"cannot create {target}") from error
-    try:
-        manifest = _write(staging, draft, trunks, head, data, np.random.default_rng(seed), memory or Memory(), card)
-        verify_checkpoint(staging)
-        for variant in VARIANTS:
-            self_test(staging, manifest, OnnxRuntime(staging, variant=variant), variant=variant)
-        staging.chmod(0o755)
-        try:
-            staging.rename(target)
-            fsync_folder(target.parent)
-        except OSError as error:
-            raise storage_error(error, f"cannot create {target}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return manifest
+    draft = _draft(
+        name, release, parent, created, task, head.labels, input_spec, targets, thresholds,
+        latent=trunks.latent, head=HeadSpec([head.weights[f"b{i}"].shape[0] for i in range(head.depth - 1)]),
+    )  # fmt: skip
+    rows = data.checked(input_spec, head.labels, task=task)
+    packer = _Packer(rows, np.random.default_rng(seed), card or CardText(), making or Making())
+    return _publish(target, lambda folder: packer.split(folder, draft, trunks, head, memory or Memory()))
+
+
+def pack_whole(
+    target: Path,
+    *,
+    fp32: bytes,
+    int8: bytes | None,
+    data: Dataset,
+    input_spec: InputSpec,
+    name: str,
+    release: int,
+    created: str,
+    task: Task = "raw",
+    labels: Sequence[str] = (),
+    targets: Sequence[TargetSpec] = (),
+    thresholds: Sequence[float] = (),
+    more_inputs: Sequence[InputSpec] = (),
+    state: Sequence[StateSpec] = (),
+    parent: Path | None = None,
+    seed: int = 0,
+    card: CardText | None = None,
+    making: Making | None = None,
+) -> Manifest:
+    """Write the folder of a model that is served whole (adapt=none), and check it as a device would.
+
+    Args:
+        target: The folder to make; must not exist.
+        fp32: The model as ONNX; with a task other than raw, its first output holds probabilities or values.
+        int8: The same quantized; None ships float alone.
+        data: Rows in the app's units; training rows are not needed.
+        input_spec: Contract of the main input, which the monitors watch. Its name is that of the graph's input.
+        name: What the model is called.
+        release: Number of the release, >= 1 and above the parent's.
+        created: When, as ISO 8601 text.
+        task: What the first output means; raw: nothing that a truth could be compared with.
+        labels: Names of labels or targets; none for raw.
+        targets: Of a regression, in its units (mean 0, std 1); a tolerance of NaN is found from the held-out rows.
+        thresholds: Of a multi-label model; 0.5 if none are given.
+        more_inputs: Contracts of further inputs.
+        state: What a recurrent model carries from call to call.
+        parent: Folder of the checkpoint this one replaces.
+        seed: For the samples drawn.
+        card: What only a person can say about the model.
+        making: How the model came to be, for the card.
+
+    Raises:
+        ConfigError, DataError, SelfTestError: As in `pack_checkpoint`.
+        IncompatibleError: The graph's inputs and outputs are not those of the contracts.
+    """
+    refuse_existing(target)
+    if task == "regression" and not targets:
+        targets = [TargetSpec(0.0, 1.0, float("nan")) for _ in labels]
+    draft = _draft(
+        name, release, parent, created, task, labels, input_spec, targets, thresholds,
+        adapt="none", more_inputs=list(more_inputs), state=list(state),
+    )  # fmt: skip
+    specs: InputSpec | list[InputSpec] = [input_spec, *more_inputs] if more_inputs else input_spec
+    rows = data.checked(specs, labels, task=task, learns=False)
+    packer = _Packer(rows, np.random.default_rng(seed), card or CardText(), making or Making())
+    files = {MODEL_FP32: fp32, **({MODEL_INT8: int8} if int8 is not None else {})}
+    return _publish(target, lambda folder: packer.whole(folder, draft, files))
 
 
 def refuse_existing(target: Path) -> None:
@@ -176,7 +256,7 @@ def repack_checkpoint(
     Fisher information, factory memory, self-test and reference are taken anew from `data`.
 
     Args:
-        parent: The checkpoint whose trunk, input contract and name are kept.
+        parent: The checkpoint whose trunk, input contract, task and name are kept.
         target: The folder to make; must not exist.
         head: The new head, trained on this trunk's latents (`encode`). It may have more labels.
         data: Rows in the app's units.
@@ -188,9 +268,13 @@ def repack_checkpoint(
 
     Raises:
         IntegrityError: The parent is damaged.
+        IncompatibleError: The parent is not split.
         EdgeError: As in `pack_checkpoint`.
     """
     base = verify_checkpoint(parent)
+    if base.adapt == "none":
+        raise IncompatibleError(f"{base.name} is served whole (adapt=none): it has no head to replace")
+    more = len(head.labels) - len(base.labels)
     return pack_checkpoint(
         target,
         trunks=Trunks.of_checkpoint(parent, base),
@@ -200,104 +284,314 @@ def repack_checkpoint(
         name=base.name,
         release=release,
         created=created,
+        task=base.task,
+        targets=base.targets,
+        thresholds=[*base.thresholds, *([0.5] * more if base.task == "multilabel" else [])],
         parent=parent,
         seed=seed,
         memory=memory,
         card=card,
+        making=Making(adapt_reason=f"the trunk is that of release {base.release}"),
     )
 
 
-def _write(
-    folder: Path,
-    draft: Manifest,
-    trunks: Trunks,
-    head: Head,
-    data: Dataset,
-    rng: np.random.Generator,
-    memory: Memory,
-    card: CardText | None,
+def _draft(
+    name: str,
+    release: int,
+    parent: Path | None,
+    created: str,
+    task: Task,
+    labels: Sequence[str],
+    input_spec: InputSpec,
+    targets: Sequence[TargetSpec],
+    thresholds: Sequence[float],
+    **more: Any,
 ) -> Manifest:
-    """Fill the folder, the manifest last."""
-    replace_file(folder / TRUNK_INT8, trunks.int8)
-    replace_file(folder / TRUNK_FP32, trunks.fp32)
-    replace_file(folder / HEAD_ONNX, head_graph(head, trunks.latent))
-    replace_file(folder / HEAD_NPZ, head.to_bytes())
-
-    train_latents = encode(folder, data.train_x, spec=draft.input)
-    chosen = rng.permutation(len(train_latents))[:FISHER_ROWS]
-    fisher = fisher_diagonal(head, dequantize(train_latents[chosen], trunks.latent))
-    replace_file(folder / FISHER_NPZ, npz_bytes(fisher))
-    kept = _memory_rows(data.train_y, len(head.labels), train_latents.shape[1], memory, rng)
-    replace_file(folder / MEMORY_NPZ, npz_bytes({"latents": train_latents[kept], "labels": data.train_y[kept]}))
-
-    int8, fp32 = (encode(folder, data.holdout_x, spec=draft.input, variant=variant) for variant in VARIANTS)
-    probabilities, probabilities_fp32 = predict(folder, int8), predict(folder, fp32)
-    replace_file(folder / SELFTEST_NPZ, _selftest(data.holdout_x, int8, fp32, probabilities, probabilities_fp32, rng))
-    correct = probabilities.argmax(1) == data.holdout_y
-    replace_file(folder / REFERENCE_NPZ, Reference.build(data.holdout_x, probabilities, correct).to_bytes())
-
-    facts = CardFacts(
-        train_rows=len(data.train_y),
-        memory_rows=len(kept),
-        int8=Accuracy.of(correct),
-        fp32=Accuracy.of(probabilities_fp32.argmax(1) == data.holdout_y),
-        agreement=float((probabilities.argmax(1) == probabilities_fp32.argmax(1)).mean()),
-        by_label={label: Accuracy.of(correct[data.holdout_y == i]) for i, label in enumerate(head.labels)},
+    """The manifest without files and metrics."""
+    if repeated := [label for i, label in enumerate(labels) if label in labels[:i]]:
+        raise ConfigError(f"labels must differ: {repeated[0]!r} appears more than once")
+    if (task == "raw") != (not labels):
+        raise ConfigError(f"task={task} with {len(labels)} labels: raw outputs have no labels, all others need them")
+    if task == "multilabel" and not thresholds:
+        thresholds = [0.5] * len(labels)
+    for what, given, wanted in (("targets", targets, "regression"), ("thresholds", thresholds, "multilabel")):
+        if len(given) != (len(labels) if task == wanted else 0):
+            raise ConfigError(f"task={task} with {len(labels)} outputs does not go with {len(given)} {what}")
+    if bad := [at for at in thresholds if not 0 < at < 1]:
+        raise ConfigError(f"a threshold must lie between 0 and 1, got {bad[0]}")
+    return Manifest(
+        name=name,
+        release=release,
+        parent=_parent_digest(parent, release),
+        created=created,
+        task=task,
+        labels=list(labels),
+        input=input_spec,
+        targets=list(targets),
+        thresholds=list(thresholds),
+        files={},
+        toolchain=_toolchain(),
+        **more,
     )
-    replace_file(folder / CARD, render_card(draft, facts, card or CardText()).encode())
-    metrics = {
-        "int8_accuracy": facts.int8.value,
-        "int8_accuracy_low": facts.int8.low,
-        "int8_accuracy_high": facts.int8.high,
-        "fp32_accuracy": facts.fp32.value,
-        "agreement": facts.agreement,
-        "holdout_rows": float(facts.int8.rows),
-    }
-    manifest = msgspec.structs.replace(draft, files=describe_folder(folder), metrics=metrics)
-    replace_file(folder / MANIFEST_NAME, manifest_bytes(manifest))
+
+
+def _publish(target: Path, fill: Callable[[Path], Manifest]) -> Manifest:
+    """Fill a folder beside the target, check it as a device would, and give it its name."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise storage_error(error, f"cannot create {target}") from error
+    try:
+        manifest = fill(staging)
+        verify_checkpoint(staging)
+        for variant in manifest.model_files:
+            self_test(staging, manifest, variant=variant)
+        staging.chmod(0o755)
+        try:
+            staging.rename(target)
+            fsync_folder(target.parent)
+        except OSError as error:
+            raise storage_error(error, f"cannot create {target}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     return manifest
 
 
-def _memory_rows(y: IndexArray, classes: int, dim: int, memory: Memory, rng: np.random.Generator) -> IndexArray:
-    """Which training rows ship as factory memory: the same number of each class, drawn at random."""
-    rows = [np.flatnonzero(y == label) for label in range(classes)]
-    kept = np.concatenate([rng.permutation(of_label)[: memory.per_class] for of_label in rows])
-    size = len(kept) * (dim + y.itemsize)
+@dataclass(frozen=True)
+class _Packer:
+    """Fills a folder from checked rows, the manifest last."""
+
+    data: Dataset
+    rng: np.random.Generator
+    card: CardText
+    making: Making
+
+    def split(self, folder: Path, draft: Manifest, trunks: Trunks, head: Head, memory: Memory) -> Manifest:
+        data, rng = self.data, self.rng
+        replace_file(folder / TRUNK_INT8, trunks.int8)
+        replace_file(folder / TRUNK_FP32, trunks.fp32)
+        replace_file(folder / HEAD_ONNX, head_graph(head, trunks.latent, task=draft.task, targets=draft.targets))
+        replace_file(folder / HEAD_NPZ, head.to_bytes())
+
+        train_latents = encode(folder, data.train_x, spec=draft.input)
+        chosen = rng.permutation(len(train_latents))[:FISHER_ROWS]
+        fisher = fisher_diagonal(head, dequantize(train_latents[chosen], trunks.latent), task=draft.task)
+        replace_file(folder / FISHER_NPZ, npz_bytes(fisher))
+        kept = memory_rows(data.train_y, train_latents.shape[1], draft.task, memory, rng)
+        replace_file(folder / MEMORY_NPZ, npz_bytes({"latents": train_latents[kept], "labels": data.train_y[kept]}))
+
+        latents = {v: encode(folder, data.holdout_x, spec=draft.input, variant=v) for v in VARIANTS}
+        scores = {variant: predict(folder, latents[variant]) for variant in VARIANTS}
+        draft = _with_tolerances(draft, scores["int8"], data.holdout_y)
+        rows = selftest_rows(data.holdout_x, scores, draft.task, rng)
+        stored = {f"out.{variant}": latents[variant][rows] for variant in VARIANTS}
+        replace_file(
+            folder / SELFTEST_NPZ, npz_bytes({"x": data.holdout_x[rows], "scores": scores["int8"][rows], **stored})
+        )
+        features = {variant: dequantize(latents[variant], trunks.latent) for variant in VARIANTS}
+        apart = [{"latent": features[v], "logits": head.logits(features[v])} for v in VARIANTS]
+        return self._finish(folder, draft, scores, apart, memory=len(kept), selftest=len(rows))
+
+    def whole(self, folder: Path, draft: Manifest, files: Mapping[str, bytes]) -> Manifest:
+        for name, content in files.items():
+            replace_file(folder / name, content)
+        x = self.data.holdout_x
+        variants: list[Variant] = ["int8", "fp32"] if MODEL_INT8 in files else ["fp32"]
+        scores: dict[Variant, FloatArray] = {}
+        firsts: dict[Variant, list[AnyArray]] = {}
+        for variant in variants:
+            model = WholeModel(folder / (MODEL_INT8 if variant == "int8" else MODEL_FP32))
+            check_graph(model, draft)
+            scores[variant], firsts[variant] = run_whole(GraphModel(model, draft), draft, x)
+        if draft.task != "raw" and scores[variants[0]].shape[1:] != (len(draft.labels),):
+            raise IncompatibleError(
+                f"the first output has shape {scores[variants[0]].shape}, there are {len(draft.labels)} labels"
+            )
+        draft = _with_tolerances(draft, scores[variants[0]], self.data.holdout_y)
+        rows = selftest_rows(x, scores, draft.task, self.rng)
+        # a detector finds more in one image than in another: only outputs of one shape can be stacked
+        alike = [i for i in rows if all(found[i].shape == found[rows[0]].shape for found in firsts.values())]
+        stored = {f"out.{variant}": np.stack([found[i] for i in alike]) for variant, found in firsts.items()}
+        if draft.more_inputs:
+            stored |= {f"x.{s.name}": np.stack([x[i][s.name] for i in alike]) for s in draft.more_inputs}
+        main = main_input(x, draft)
+        stored |= {"x": main[alike], "scores": scores[variants[0]][alike]}
+        replace_file(folder / SELFTEST_NPZ, npz_bytes(stored))
+        apart = [{"output": np.concatenate([np.ravel(found) for found in firsts[v]])} for v in variants]
+        return self._finish(folder, draft, scores, apart, memory=0, selftest=len(alike))
+
+    def _finish(
+        self,
+        folder: Path,
+        draft: Manifest,
+        scores: Mapping[Variant, FloatArray],
+        apart: list[dict[str, AnyArray]],
+        *,
+        memory: int,
+        selftest: int,
+    ) -> Manifest:
+        """Reference, card and manifest."""
+        data, task = self.data, draft.task
+        served: Variant = "int8" if "int8" in scores else "fp32"
+        judged = {v: judge(Terms.of(draft), values, data.holdout_y, data.slices) for v, values in scores.items()} \
+            if task != "raw" else {}  # fmt: skip
+        correct = rows_right(scores[served], data.holdout_y, draft) if judged else np.zeros(0, dtype=bool)
+        seen = Thumbnail(draft.input.shape)(main_input(data.holdout_x, draft))
+        reference = Reference.build(seen, scores[served], correct, task=task)
+        replace_file(folder / REFERENCE_NPZ, reference.to_bytes())
+        both = len(scores) > 1
+        agreement = float(Terms.of(draft).same(scores["int8"], scores["fp32"]).mean()) if both and judged else None
+        contrasts = contrast_outputs([apart[0]], [apart[1]])[0] if both else {}
+        facts = CardFacts(
+            train_rows=0 if data.train_x is None else len(data.train_x),
+            memory_rows=memory,
+            int8=judged["int8"][0] if both and judged else None,
+            fp32=judged["fp32"][0] if judged else None,
+            agreement=agreement,
+            by_label=judged[served][1] if judged else {},
+            by_slice=judged[served][2] if judged else {},
+            label_rows=_label_rows(data.train_y, draft) if data.train_x is not None else {},
+            holdout_rows=len(data.holdout_x),
+            sqnr_db={name: contrast.sqnr_db for name, contrast in contrasts.items()},
+            calibration=self.making.calibration,
+            calibration_rows=self.making.calibration_rows,
+            recipe=self.making.recipe or self.making.float_only,
+            adapt_reason=self.making.adapt_reason,
+            selftest_rows=selftest,
+            leaked_rows=max(data.leaks().values(), default=0),
+        )
+        replace_file(folder / CARD, render_card(draft, facts, self.card).encode())
+        metrics = {"holdout_rows": float(len(data.holdout_x)), **_metrics({v: j[0] for v, j in judged.items()})}
+        if agreement is not None:
+            metrics["agreement"] = agreement
+        files = describe_folder(folder, sorted(path.name for path in folder.iterdir()))
+        manifest = msgspec.structs.replace(draft, files=files, metrics=metrics)
+        replace_file(folder / MANIFEST_NAME, manifest_bytes(manifest))
+        return manifest
+
+
+def _metrics(scores: Mapping[Variant, Score]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for variant, score in scores.items():
+        if (accuracy := score.accuracy) is not None:
+            metrics[f"{variant}_accuracy"] = accuracy.value
+            metrics[f"{variant}_accuracy_low"] = accuracy.low
+            metrics[f"{variant}_accuracy_high"] = accuracy.high
+    return metrics
+
+
+def _with_tolerances(draft: Manifest, scores: FloatArray, truth: AnyArray) -> Manifest:
+    """Tolerances that nobody stated: what nine tenths of the held-out rows stay within."""
+    if not any(np.isnan(target.tolerance) for target in draft.targets):
+        return draft
+    errors = np.abs(scores.astype(np.float64) - truth)
+    found = [
+        msgspec.structs.replace(target, tolerance=float(np.quantile(errors[:, i], _TOLERANCE)))
+        if np.isnan(target.tolerance)
+        else target
+        for i, target in enumerate(draft.targets)
+    ]
+    return msgspec.structs.replace(draft, targets=found)
+
+
+def _label_rows(y: AnyArray, draft: Manifest) -> dict[str, int]:
+    if draft.task == "regression" or y is None:
+        return {}
+    counts = np.bincount(y, minlength=len(draft.labels)) if draft.task == "classification" else y.sum(axis=0)
+    return {label: int(count) for label, count in zip(draft.labels, counts, strict=True)}
+
+
+def memory_rows(y: AnyArray, dim: int, task: Task, memory: Memory, rng: np.random.Generator) -> IndexArray:
+    """Which training rows ship as factory memory, drawn at random; int64, sorted.
+
+    Classification: the same number of each label. Multi-label: so many that have each label, and so many that have
+    none. Regression: so many of each tenth of the first target.
+
+    Args:
+        y: As `Dataset.checked` returns it.
+        dim: Width of the latent.
+        task: What y means.
+        memory: How many, and how large at most.
+        rng: Draws them.
+
+    Raises:
+        ConfigError: They do not fit the bound.
+    """
+    if task == "classification":
+        groups = [np.flatnonzero(y == label) for label in range(int(y.max()) + 1)]
+    elif task == "multilabel":
+        groups = [np.flatnonzero(y[:, label]) for label in range(y.shape[1])] + [np.flatnonzero(~y.any(axis=1))]
+    else:
+        groups = np.array_split(np.argsort(y[:, 0], kind="stable"), _REGRESSION_CELLS)
+    kept = np.unique(np.concatenate([rng.permutation(rows)[: memory.per_class] for rows in groups]))
+    size = len(kept) * (dim + y[:1].nbytes)
     if size > memory.max_bytes:
         raise ConfigError(
             f"factory memory of {memory.per_class} rows a class takes {size} bytes, max_bytes is "
             f"{memory.max_bytes}; raise it, or lower per_class (not below {MIN_PER_CLASS})"
         )
-    return np.sort(kept)
+    return kept.astype(np.int64)
 
 
-def _selftest(
-    x: FloatArray,
-    int8: LatentArray,
-    fp32: LatentArray,
-    probabilities: FloatArray,
-    probabilities_fp32: FloatArray,
-    rng: np.random.Generator,
-) -> bytes:
-    """Rows on which a healthy device must reproduce the label with either trunk.
+def selftest_rows(x: Any, scores: Mapping[Variant, FloatArray], task: Task, rng: np.random.Generator) -> IndexArray:
+    """Rows on which a healthy device must reproduce the answer with either variant; sorted.
 
-    Rows where the variants disagree, or where two labels are nearly tied, would fail on a healthy device.
+    Of a classifier, rows where the variants disagree, or where two labels are nearly tied, would fail on a healthy
+    device.
+
+    Raises:
+        ParityError: The variants agree on no row.
     """
-    agreeing = np.flatnonzero(probabilities.argmax(1) == probabilities_fp32.argmax(1))
-    if not len(agreeing):
-        raise ParityError("INT8 and FP32 agree on no held-out row; calibrate on rows like those the model will see")
-    top = np.sort(probabilities[agreeing], axis=1)
-    margin = top[:, -1] - (top[:, -2] if top.shape[1] > 1 else 0)
-    clear = agreeing[np.argsort(-margin, kind="stable")][: max(SELFTEST_ROWS, len(agreeing) // 2)]
-    rows = np.sort(rng.permutation(clear)[:SELFTEST_ROWS])
-    return npz_bytes(
-        {
-            "x": x[rows],
-            "latents_int8": int8[rows],
-            "latents_fp32": fp32[rows],
-            "probabilities": probabilities[rows],
-        }
-    )
+    size = sum(part.nbytes for part in (x[0].values() if isinstance(x[0], Mapping) else [x[0]]))
+    count = max(2, min(SELFTEST_ROWS, SELFTEST_BYTES // max(1, size)))
+    rows = np.arange(len(x))
+    if task == "classification":
+        first = next(iter(scores.values()))
+        same = np.all([values.argmax(1) == first.argmax(1) for values in scores.values()], axis=0)
+        agreeing = np.flatnonzero(same)
+        if not len(agreeing):
+            raise ParityError("INT8 and FP32 agree on no held-out row; calibrate on rows like those the model will see")
+        top = np.sort(first[agreeing], axis=1)
+        margin = top[:, -1] - (top[:, -2] if top.shape[1] > 1 else 0)
+        rows = agreeing[np.argsort(-margin, kind="stable")][: max(count, len(agreeing) // 2)]
+    return np.sort(rng.permutation(rows)[:count])
+
+
+def check_graph(model: WholeModel, manifest: Manifest) -> None:
+    """Whether a graph takes and gives what the contracts say.
+
+    Raises:
+        IncompatibleError: It does not; the message lists both.
+    """
+    wanted = [manifest.input.name, *(s.name for s in manifest.more_inputs), *(s.input for s in manifest.state)]
+    if sorted(wanted) != sorted(model.inputs):
+        raise IncompatibleError(
+            f"the graph takes {', '.join(model.inputs)}; declared are {', '.join(wanted)}: name each as an input, as a "
+            "further input or as a state, or fix it while packing"
+        )
+    if missing := [s.output for s in manifest.state if s.output not in model.outputs]:
+        raise IncompatibleError(f"the graph puts out {', '.join(model.outputs)}, but no state {', '.join(missing)}")
+    if not set(model.outputs) - {s.output for s in manifest.state}:
+        raise IncompatibleError("the graph puts out nothing but its state")
+
+
+def main_input(x: Any, manifest: Manifest) -> AnyArray:
+    """The rows of the main input, stacked."""
+    return np.stack([row[manifest.input.name] for row in x]) if manifest.more_inputs else x
+
+
+def run_whole(model: GraphModel, manifest: Manifest, x: Any) -> tuple[FloatArray, list[AnyArray]]:
+    """Scores [N, K], and the first output of each row; a recurrent model starts anew with each."""
+    start = checked_state(manifest.state, None)
+    scores, firsts = [], []
+    for row in x:
+        main = row[manifest.input.name] if manifest.more_inputs else row
+        more = {s.name: s.apply(row[s.name][None]) for s in manifest.more_inputs}
+        ran = model.run(manifest.input.apply(main[None]), {**more, **start})
+        scores.append(ran.scores)
+        firsts.append(next(iter(ran.outputs[0].values())) if ran.outputs else ran.scores[0])
+    return np.concatenate(scores), firsts
 
 
 def _toolchain() -> dict[str, str]:

@@ -3,34 +3,60 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 
-from edge_quantize.build import BuildResult, build_checkpoint
-from edge_quantize.calibrate import Calibration
+from edge_quantize.build import BuildResult, Search, build_checkpoint
 from edge_quantize.card import CardText
-from edge_quantize.data import Dataset
-from edge_quantize.export import load_model
+from edge_quantize.data import DataFormat, Dataset
+from edge_quantize.export import Exporter, load_model
 from edge_quantize.pack import Memory
+from edge_quantize.quantize import QuantRecipe
+from edge_quantize.search import Progress
 from edge_sdk.errors import ConfigError
+from edge_sdk.manifest import StateSpec, TargetSpec
 from edge_sdk.schema import InputSpec
+from edge_sdk.types import Task
 
 
 class ModelRecipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the network comes from."""
+    """Where the network comes from: code that makes it, or an ONNX file."""
 
-    call: str
+    call: str | None = None
     """"module:callable", a file beside the recipe or an installed module."""
     state: str | None = None
     """State dict to load into it."""
+    onnx: str | None = None
+    """An ONNX file instead."""
+    exporter: Exporter = "dynamo"
+    """Of torch; "classic" for what the present one refuses."""
+
+    def __post_init__(self) -> None:
+        """Check that there is one source.
+
+        Raises:
+            ValueError: There are two, or none.
+        """
+        if (self.call is None) == (self.onnx is None):
+            raise ValueError("model needs either `call` or `onnx`")
+        if self.state is not None and self.call is None:
+            raise ValueError("model.state goes with `call`; an ONNX file holds its weights")
 
 
 class DataRecipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """.npz files with the arrays `x` and `y`; calibration needs `x` alone."""
+    """Files of rows: .npz with `x` and `y`, .npy pairs, .csv or .parquet; calibration needs x alone."""
 
-    train: str
     holdout: str
+    train: str | None = None
+    """Not needed with adapt = "none"."""
     calibration: str | None = None
+    validation: str | None = None
+    """What a search chooses by."""
+    target: list[str] = []
+    """Columns of a table with the truth."""
+    slices: list[str] = []
+    """Columns of the held-out table whose values part its rows for the figures."""
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,17 +66,28 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     release: int
     output: str
     """The checkpoint folder to make."""
-    labels: list[str]
+    labels: list[str] = []
+    """One for each output: labels, or names of a regression's targets."""
+    task: Task = "classification"
+    adapt: Literal["auto", "head", "none"] = "auto"
     model: ModelRecipe
     data: DataRecipe
     input: InputSpec
+    more_inputs: list[InputSpec] = []
+    state: list[StateSpec] = []
+    fixed: dict[str, float | int | list[float]] = {}
+    """Inputs that never change, with their value."""
+    targets: list[TargetSpec] = []
+    thresholds: list[float] = []
     created: str | None = None
     """ISO 8601; None takes the time of the run, which then differs in every run."""
     parent: str | None = None
     """Checkpoint folder that this release replaces."""
     cut: str | None = None
     seed: int = 0
-    calibration: Calibration = Calibration()
+    quantization: QuantRecipe = QuantRecipe()
+    search: Search = Search()
+    """For `edge-quantize auto`, which looks for a recipe instead."""
     memory: Memory = Memory()
     card: CardText = CardText()
 
@@ -69,22 +106,37 @@ def load_recipe(path: Path) -> Recipe:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def run_recipe(path: Path, *, created: str) -> BuildResult:
+def run_recipe(path: Path, *, created: str, searching: bool = False, progress: Progress | None = None) -> BuildResult:
     """Build what a recipe describes.
 
     Args:
         path: The recipe.
         created: Used if the recipe does not state it.
+        searching: Look for the quantization, as `search` says, instead of taking the one stated.
+        progress: Told the steps of a search.
 
     Raises:
         EdgeError: As in `load_recipe` and `build_checkpoint`.
     """
     recipe = load_recipe(path)
     folder = path.resolve().parent
+    source, data = recipe.model, recipe.data
+    if source.onnx is not None:
+        model: Any = folder / source.onnx
+    else:
+        assert source.call is not None  # one of the two is there
+        model = load_model(source.call, folder=folder, state=_inside(folder, source.state))
     return build_checkpoint(
-        load_model(recipe.model.call, folder=folder, state=_inside(folder, recipe.model.state)),
+        model,
         Dataset.load(
-            folder / recipe.data.train, folder / recipe.data.holdout, _inside(folder, recipe.data.calibration)
+            _inside(folder, data.train),
+            folder / data.holdout,
+            _inside(folder, data.calibration),
+            validation=_inside(folder, data.validation),
+            spec=recipe.input,
+            labels=recipe.labels,
+            task=recipe.task,
+            form=DataFormat(target=data.target, slices=data.slices),
         ),
         labels=recipe.labels,
         name=recipe.name,
@@ -92,12 +144,21 @@ def run_recipe(path: Path, *, created: str) -> BuildResult:
         target=folder / recipe.output,
         created=recipe.created or created,
         input_spec=recipe.input,
+        task=recipe.task,
+        adapt=recipe.adapt,
+        targets=recipe.targets,
+        thresholds=recipe.thresholds,
+        more_inputs=recipe.more_inputs,
+        state=recipe.state,
+        fixed=recipe.fixed,
         parent=_inside(folder, recipe.parent),
         cut=recipe.cut,
+        exporter=source.exporter,
         seed=recipe.seed,
-        calibration=recipe.calibration,
+        quantization=recipe.search if searching else recipe.quantization,
         memory=recipe.memory,
         card=recipe.card,
+        progress=progress,
     )
 
 

@@ -142,7 +142,7 @@ def test_network_without_a_dense_head_exits_with_a_failed_check(workshop):
         ('name = "digits"', 'nmae = "digits"', "nmae"),
         ('call = "net:make"', 'cal = "net:make"', r"cal.*\$\.model"),
         ("release = 1", 'release = "one"', r"\$\.release"),
-        ("[card]", '[calibration]\nmethod = "guess"\n\n[card]', r"\$\.calibration\.method"),
+        ("[card]", '[quantization.calibration]\nmethod = "guess"\n\n[card]', r"\$\.quantization\.calibration\.method"),
         ("[card]", "[memory]\nper_class = 3\n\n[card]", r"per_class must be at least 40, got 3.*\$\.memory"),
         ("[card]", "[card", "recipe.toml"),
     ],

@@ -237,7 +237,7 @@ def test_verify_accepts_a_good_checkpoint_and_refuses_an_altered_one(checkpoint,
     result = edge("verify", checkpoint)
     assert result.exit_code == 0, result.output
     assert "digits release 1" in result.output
-    assert "self-test ok, int8" in result.output
+    assert "self-test ok, " in result.output
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
     (copy / "head.npz").write_bytes(b"")
     result = edge("verify", copy)

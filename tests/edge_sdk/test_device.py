@@ -183,7 +183,7 @@ def test_an_engine_that_fails_is_counted_and_the_id_is_free_again(make_device, d
         raise ModelError("the engine failed")
 
     with monkeypatch.context() as broken:
-        broken.setattr(device._served.trunk, "latents", fail)
+        broken.setattr(device._served.model.trunk, "latents", fail)
         with pytest.raises(ModelError):
             device.predict(digits.life.x[0], id="mine")
     assert device.predict(digits.life.x[0], id="mine").id == "mine"
@@ -501,7 +501,7 @@ def test_every_prediction_belongs_to_one_version_while_heads_are_swapped(make_de
     device = make_device(mode="monitor")
     x = digits.life.x[0]
     served = device._served
-    features = dequantize(served.trunk.latents(x[None]), served.manifest.latent)
+    features = dequantize(served.model.trunk.latents(x[None]), served.manifest.latent)
     heads = {0: current_head(device)}
     done, permits = threading.Event(), threading.Semaphore(0)
     errors, found = [], [[] for _ in range(4)]

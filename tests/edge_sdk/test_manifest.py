@@ -50,7 +50,7 @@ def edited(**changes):
 def checkpoint(tmp_path):
     for name in REQUIRED:
         (tmp_path / name).write_bytes(f"content of {name}".encode())
-    (tmp_path / MANIFEST_NAME).write_bytes(manifest_bytes(make_manifest(describe_folder(tmp_path))))
+    (tmp_path / MANIFEST_NAME).write_bytes(manifest_bytes(make_manifest(describe_folder(tmp_path, REQUIRED))))
     return tmp_path
 
 
@@ -167,7 +167,7 @@ names = st.text(st.characters(codec="utf-8"), max_size=20)
 @given(
     name=names,
     release=st.integers(0, 2**53),
-    labels=st.lists(names, max_size=5),
+    labels=st.lists(names, min_size=1, max_size=5, unique=True),
     scale=st.floats(1e-6, 1e6),
     metrics=st.dictionaries(names, st.floats(allow_nan=False, allow_infinity=False), max_size=4),
 )

@@ -9,15 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_sdk.errors import DuplicateIdError
+from edge_sdk.manifest import Manifest
 from edge_sdk.pending import Label, LoggedPrediction, Pending, Taught
+from edge_sdk.schema import InputSpec
 from edge_sdk.slots import Version
 
 VERSION = Version("a", 1, "digest")
 NOTHING = np.zeros(0, dtype=np.float32)
+MANIFEST = Manifest(name="m", release=1, created="", labels=["1"], input=InputSpec(shape=[1]), files={})
 
 
 def prediction(name):
-    return LoggedPrediction(name, 1.0, NOTHING, NOTHING.astype(np.uint8), NOTHING, "1", VERSION, "trunk", 0.1)
+    return LoggedPrediction(name, 1.0, NOTHING, NOTHING.astype(np.uint8), NOTHING, "1", ("1",), VERSION, MANIFEST, 0.1)
 
 
 def taught(label):
@@ -48,7 +51,7 @@ def test_ids_of_an_earlier_life_are_in_use():
 def test_a_drain_gives_everything_once_in_order():
     pending = Pending(10, "p-")
     for name in "ab":
-        pending.log(prediction(name))
+        pending.log([prediction(name)])
     pending.label(Label("a", "1", 2.0))
     pending.teach([taught("2"), taught("3")])
     pending.reject()
@@ -74,7 +77,7 @@ def test_counts_alone_are_worth_a_drain():
 def test_a_prediction_that_had_to_go_frees_its_id():
     pending = Pending(1, "p-")
     for name in ("first", "second"):
-        pending.log(prediction(pending.new_id(name)))
+        pending.log([prediction(pending.new_id(name))])
     assert pending.new_id("first") == "first"
     with pytest.raises(DuplicateIdError):
         pending.new_id("second")
@@ -97,7 +100,7 @@ def test_memory_is_bounded_and_what_went_is_counted(bound, actions):
         if action == "drain":
             drain()
         elif action == "log":
-            pending.log(prediction(pending.new_id(None)))
+            pending.log([prediction(pending.new_id(None))])
             given_in["log"] += 1
         elif action == "label":
             pending.label(Label("a", "1", 1.0))
@@ -113,7 +116,7 @@ def test_memory_is_bounded_and_what_went_is_counted(bound, actions):
 def test_the_oldest_go_first():
     pending = Pending(2, "p-")
     for name in "abc":
-        pending.log(prediction(name))
+        pending.log([prediction(name)])
         pending.label(Label(name, "1", 1.0))
     batch = pending.drain()
     assert [row.id for row in batch.predictions] == [label.id for label in batch.labels] == ["b", "c"]
@@ -128,7 +131,7 @@ def test_threads_lose_nothing_and_share_no_id():
         for _ in range(500):
             name = pending.new_id(None)
             names.append(name)
-            pending.log(prediction(name))
+            pending.log([prediction(name)])
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

@@ -8,12 +8,14 @@ from edge_sdk.drift.reference import (
     BINS,
     MIN_ROWS,
     Reference,
-    input_channels,
+    rank_channels,
     output_channels,
     output_names,
 )
 from edge_sdk.errors import IntegrityError
 from edge_sdk.files import load_npz, npz_bytes
+
+NO_EDGES = np.zeros((0, 63), np.float32)
 
 
 @pytest.fixture
@@ -81,7 +83,7 @@ def test_noise_and_darkness_move_features(rng):
 def test_ranks_of_the_reference_itself_are_uniform(rows):
     features = input_features(rows)
     edges = np.quantile(features, np.arange(1, BINS) / BINS, axis=0).T.astype(np.float32)
-    channels = input_channels(features, edges)
+    channels = rank_channels(features, edges)
     assert channels.min() > 0
     assert channels.max() < 1
     np.testing.assert_allclose(channels.mean(axis=0), 0.5, atol=0.01)
@@ -92,19 +94,21 @@ def test_mid_ranks_of_repeated_values_are_the_middle_of_their_run():
     edges = np.array([[0.0, 0.0, 0.0, 1.0, 2.0, 2.0, 2.0]], np.float32)  # 8 bins
     values = np.array([[-1.0], [0.0], [0.5], [1.0], [2.0], [3.0]], np.float32)
     expected = np.array([[0.5], [2.0], [3.5], [4.0], [6.0], [7.5]]) / 8
-    np.testing.assert_allclose(input_channels(values, edges), expected)
+    np.testing.assert_allclose(rank_channels(values, edges), expected)
 
 
 def test_ranks_grow_with_the_value(rng, reference):
     column = np.sort(rng.normal(size=200)).astype(np.float32)
     features = np.repeat(column[:, None], reference.edges.shape[0], axis=1)
-    assert (np.diff(input_channels(features, reference.edges), axis=0) >= 0).all()
+    assert (np.diff(rank_channels(features, reference.edges), axis=0) >= 0).all()
 
 
 def test_output_channels_are_confidence_entropy_and_each_probability():
     p = np.array([[1.0, 0.0], [0.5, 0.5]], np.float32)
-    np.testing.assert_allclose(output_channels(p), [[1, 0, 1, 0], [0.5, 1, 0.5, 0.5]], atol=1e-9)
-    assert output_names(("cat", "dog")) == [
+    np.testing.assert_allclose(
+        output_channels(p, NO_EDGES, "classification"), [[1, 0, 1, 0], [0.5, 1, 0.5, 0.5]], atol=1e-9
+    )
+    assert output_names(("cat", "dog"), "classification") == [
         "confidence",
         "entropy",
         "probability of 'cat'",
@@ -113,7 +117,7 @@ def test_output_channels_are_confidence_entropy_and_each_probability():
 
 
 def test_channels_stay_between_zero_and_one(probabilities, rng):
-    channels = output_channels(probabilities)
+    channels = output_channels(probabilities, NO_EDGES, "classification")
     assert channels.min() >= 0
     assert channels.max() <= 1
     assert channels.shape == (400, 5)

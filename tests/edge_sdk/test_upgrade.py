@@ -148,7 +148,7 @@ def lying(altered):
 
     def lie(arrays):
         for variant in ("int8", "fp32"):
-            arrays[f"latents_{variant}"] = 255 - arrays[f"latents_{variant}"]
+            arrays[f"out.{variant}"] = 255 - arrays[f"out.{variant}"]
 
     return altered("selftest.npz", lie)
 

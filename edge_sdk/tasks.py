@@ -1,0 +1,127 @@
+"""What differs between the tasks: how an output reads, what a truth looks like, and when the two agree.
+
+Both are compared in a stored form, a string that says the same for equal answers: the label; the present labels as a
+JSON list in the model's order; the values as a JSON list.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from edge_sdk.errors import LabelError, UnknownLabelError
+from edge_sdk.manifest import Manifest
+from edge_sdk.types import FloatArray, Task, Truth
+
+
+def present_labels(probabilities: FloatArray, labels: Sequence[str], thresholds: Sequence[float]) -> tuple[str, ...]:
+    """The labels of a multi-label model whose probability reached their threshold, in the model's order."""
+    return tuple(label for label, p, at in zip(labels, probabilities, thresholds, strict=True) if p >= at)
+
+
+def stored_labels(labels: Sequence[str]) -> str:
+    """The stored form of a set of labels, in the given order."""
+    return json.dumps(list(labels), ensure_ascii=False)
+
+
+def stored_values(values: FloatArray | Sequence[float]) -> str:
+    """The stored form of a regression's values."""
+    return json.dumps([float(value) for value in values])
+
+
+def stored_answer(scores: FloatArray, label: str, present: Sequence[str], task: Task) -> str:
+    """The stored form of what a model said about one sample; of a raw model there is none."""
+    match task:
+        case "classification":
+            return label
+        case "multilabel":
+            return stored_labels(present)
+        case "regression":
+            return stored_values(scores)
+        case "raw":
+            return ""
+
+
+def store_truth(truth: Truth, manifest: Manifest) -> str:
+    """The stored form of what really was.
+
+    Args:
+        truth: A label (classification), the labels that applied (multi-label; none may), or a number for each target.
+        manifest: Of the model that predicted.
+
+    Raises:
+        UnknownLabelError: A label of a multi-label model is not one of its labels; a label is not a non-empty string.
+        LabelError: It is of another task, or not finite.
+    """
+    match manifest.task:
+        case "classification":
+            return _label(truth)
+        case "multilabel":
+            return stored_labels(_labels(truth, manifest.labels))
+        case "regression":
+            return stored_values(_values(truth, manifest.labels))
+        case "raw":
+            raise LabelError(f"{manifest.name} has task=raw: there is no truth that its outputs could be compared with")
+
+
+def is_right(predicted: str, truth: str, manifest: Manifest) -> bool:
+    """Whether a prediction counts as right, both in stored form.
+
+    Classification: the label is the true one. Multi-label: exactly the true labels are present. Regression: every
+    value lies within its target's tolerance.
+    """
+    if manifest.task != "regression":
+        return predicted == truth
+    pairs = zip(json.loads(predicted), json.loads(truth), manifest.targets, strict=True)
+    return all(abs(value - true) <= target.tolerance for value, true, target in pairs)
+
+
+def rows_right(scores: FloatArray, truths: Any, manifest: Manifest) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """`is_right` for many rows at once; bool [N].
+
+    Args:
+        scores: float32 [N, C]: probabilities or values.
+        truths: int64 [N] positions (classification), 0/1 [N, C] (multi-label), or values [N, T] (regression).
+        manifest: Labels, thresholds and targets.
+    """
+    truths = np.asarray(truths)
+    match manifest.task:
+        case "multilabel":
+            present = scores >= np.array(manifest.thresholds, dtype=np.float32)
+            right = (present == truths.astype(bool)).all(axis=1)
+        case "regression":
+            tolerance = np.array([target.tolerance for target in manifest.targets])
+            right = (np.abs(scores.astype(np.float64) - truths) <= tolerance).all(axis=1)
+        case _:
+            right = scores.argmax(axis=1) == truths
+    result: np.ndarray[Any, np.dtype[np.bool_]] = right
+    return result
+
+
+def _label(truth: Truth) -> str:
+    if not isinstance(truth, str) or not truth:
+        raise UnknownLabelError(f"a label is a non-empty string, got {truth!r}")
+    return truth
+
+
+def _labels(truth: Truth, labels: Sequence[str]) -> list[str]:
+    if isinstance(truth, str | float | int) or not all(isinstance(label, str) for label in truth):
+        raise LabelError(f"a multi-label truth is the list of labels that applied, got {truth!r}")
+    given = {str(label) for label in truth}
+    if unknown := sorted(given - set(labels)):
+        raise UnknownLabelError(f"unknown label {unknown[0]!r}; known: {', '.join(labels)}")
+    return [label for label in labels if label in given]
+
+
+def _values(truth: Truth, names: Sequence[str]) -> list[float]:
+    try:
+        values = [float(value) for value in np.atleast_1d(np.asarray(truth, dtype=np.float64))]
+    except (TypeError, ValueError) as error:
+        raise LabelError(f"a truth is one number for each of {', '.join(names)}, got {truth!r}") from error
+    if len(values) != len(names) or not all(map(math.isfinite, values)):
+        raise LabelError(f"a truth is one finite number for each of {', '.join(names)}, got {truth!r}")
+    return values
