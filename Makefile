@@ -10,7 +10,7 @@ INPUTS := pyproject.toml constraints.txt
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test check format tools clean
+.PHONY: demo test check format tools bench-predict clean
 
 demo: $(VENV)/.demo
 	PYTHONPATH=examples $(BIN)/python -m demo.run
@@ -47,8 +47,13 @@ $(VENV)/.demo: $(INPUTS)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) --group dev
+	$(PIP) --editable '.[demo,serve,export,parquet,images]' --group dev --group models
+	$(PIP) --no-deps aeon    # a test reads its data files; what else it needs takes 270 MB
 	@touch $@
+
+# Speed, memory and latency of serving, written to benchmarks/predict.*; wants a machine with nothing else to do.
+bench-predict: $(VENV)/.dev
+	PYTHONPATH=examples:benchmarks $(BIN)/python benchmarks/predict.py
 
 clean:
 	rm -rf $(VENV) demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

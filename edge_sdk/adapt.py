@@ -77,7 +77,7 @@ class FactoryMemory:
         arrays = load_npz(folder / MEMORY_NPZ)
         latents, labels = arrays["latents"], arrays["labels"]
         judging = np.zeros(len(labels), dtype=bool)
-        for label in np.unique(labels):
+        for label in set(labels.tolist()):
             judging[np.flatnonzero(labels == label)[_JUDGE_EVERY - 1 :: _JUDGE_EVERY]] = True
         names = np.array(manifest.labels, dtype=object)
         self.replay_latents, self.replay_labels = latents[~judging], [str(v) for v in names[labels[~judging]]]
@@ -152,10 +152,10 @@ class Adaptation:
     def _load_buffer(self) -> None:
         """The replay buffer as it is on disk; what a smaller budget leaves no room for is forgotten."""
         replay, dim = self._config.replay, self._manifest.latent.dim
-        rng = np.random.default_rng([self._config.seed, self.state.attempts, self._version.release])
+        seed = [self._config.seed, self.state.attempts, self._version.release]
         capacity = capacity_for(replay.max_bytes, dim)
         self.judge_capacity = max(1, capacity // 2)
-        self.buffer: ReplayBuffer = BUFFERS[replay.kind](capacity, dim, rng=rng)
+        self.buffer: ReplayBuffer = BUFFERS[replay.kind](capacity, dim, rng=lambda: np.random.default_rng(seed))
         self._buffer_labels: list[str] = []
         excess = []
         for sample in self._store.samples("replay", self._trunk):

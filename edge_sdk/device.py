@@ -7,6 +7,7 @@ of things; `with device:` runs a thread that only calls `step`.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakValueDictionary
 
 import msgspec
 import numpy as np
@@ -35,12 +37,14 @@ from edge_sdk.files import lock_folder
 from edge_sdk.join import Joined, Joiner
 from edge_sdk.learn.executor import LearnExecutor, new_executor
 from edge_sdk.manifest import verify_checkpoint
+from edge_sdk.memory import trim_memory
 from edge_sdk.messages import check_name
 from edge_sdk.model import Arrays, Trunks
 from edge_sdk.monitoring import Monitoring
 from edge_sdk.pending import Label, LoggedPrediction, Pending, Taught
 from edge_sdk.reporter import Identity, Reporter
 from edge_sdk.resources import PsutilReader, ResourceReader
+from edge_sdk.selftest import read_choice
 from edge_sdk.serving import Served, load_served
 from edge_sdk.slots import Slots, Version
 from edge_sdk.status import STATUS_KEY, Status, StepReport
@@ -102,7 +106,7 @@ class EdgeDevice:
         self._clock = clock or SystemClock()
         self._resources = resources or PsutilReader()
         self._executor = executor or new_executor(self.config.learn.executor)
-        self._trunks: Trunks = {} if trunks is None else trunks
+        self._trunks: Trunks = WeakValueDictionary() if trunks is None else trunks  # what no version serves is freed
         self._step_lock = threading.RLock()
         self._flushed = threading.Condition()
         self._flushes = 0
@@ -121,17 +125,17 @@ class EdgeDevice:
             opened.callback(self._store.close)
             self._slots = Slots(self._home / "slots")
             self._slots.collect_garbage()
-            self._open(transport or NoTransport(), rng or np.random.default_rng())
+            self._open(transport or NoTransport(), rng)
             self._start(None if checkpoint is None else Path(checkpoint))
             self._files = opened.pop_all()
             """The database and the folder's lock, open until `stop`."""
 
     # ---- opening
 
-    def _open(self, transport: Transport, rng: np.random.Generator) -> None:
+    def _open(self, transport: Transport, rng: np.random.Generator | None) -> None:
         """Continue where the database says the device was."""
         with self._store.transaction():
-            store_id = self._store.get("store_id") or rng.bytes(8).hex().encode()
+            store_id = self._store.get("store_id") or (rng.bytes(8) if rng else os.urandom(8)).hex().encode()
             self.boot = int(self._store.get("boot") or b"0") + 1
             self._store.put("store_id", store_id)
             self._store.put("boot", str(self.boot).encode())
@@ -193,7 +197,7 @@ class EdgeDevice:
         if current is None:
             return
         try:
-            verify_checkpoint(self._slots.folder(current))  # flash memory ages
+            self._verify(current)  # flash memory ages
             self._swap(now)
         except (EdgeError, OSError) as error:
             logger.error("%s: the version in use cannot be loaded: %s", self.name, error)  # noqa: TRY400 - no traceback
@@ -201,10 +205,15 @@ class EdgeDevice:
             for go_back in (self._slots.rollback, self._slots.rollback_release):
                 with suppress(EdgeError, OSError):
                     version = go_back()
-                    verify_checkpoint(self._slots.folder(version))
+                    self._verify(version)
                     self._left(current, version, f"cannot be loaded: {error}", now)
                     return
             raise
+
+    def _verify(self, version: Version) -> None:
+        folder = self._slots.folder(version)
+        choice = read_choice(folder, self._slots.manifest(version))
+        verify_checkpoint(folder, serves=None if choice is None else choice.variant)
 
     # ---- serving
 
@@ -273,49 +282,44 @@ class EdgeDevice:
         self, served: Served, checked: AnyArray, more: Arrays, names: list[str], started: float
     ) -> list[Prediction]:
         """Run the model, and keep what was said until the next step."""
+        seen = served.thumbnail(checked)  # before the model runs and takes the caches for itself
         try:
             ran = served.run(checked, more)
         except ModelError:
             self._pending.release(names)
             self._pending.fail()
             raise
-        scores, manifest, version = ran.scores, served.manifest, served.version
+        scores, manifest, version, labels = ran.scores, served.manifest, served.version, served.labels
         scores.setflags(write=False)
-        seen = served.thumbnail(checked)
         answers = served.read(scores)
+        task, outputs, state = manifest.task, ran.outputs, ran.state
         now, elapsed = self._clock.now(), (time.perf_counter() - started) * 1e3 / len(names)
-        self._pending.log(
-            [
-                LoggedPrediction(name, now, seen[i], ran.latents[i], scores[i], *answers[i], version, manifest, elapsed)
-                for i, name in enumerate(names)
-            ]
-        )
-        release, head, labels = version.release, version.head, served.labels
-        if manifest.task == "classification":
-            return [
-                Prediction(
-                    name, answers[i][0], scores[i], labels, release, head, elapsed, answers[i][1], state=ran.state
-                )
-                for i, name in enumerate(names)
-            ]
-        values = scores if manifest.task == "regression" else None
-        outputs = ran.outputs
-        return [
-            Prediction(
-                name,
-                answers[i][0],
-                scores[i] if manifest.task == "multilabel" else NO_VALUES,
-                labels,
-                release,
-                head,
-                elapsed,
-                answers[i][1],
-                NO_VALUES if values is None else values[i],
-                outputs[i] if outputs else NOTHING,
-                ran.state,
+        logged, predictions = [], []
+        for i, name in enumerate(names):
+            row, (label, present) = scores[i], answers[i]
+            logged.append(
+                LoggedPrediction(name, now, seen[i], ran.latents[i], row, label, present, version, manifest, elapsed)
             )
-            for i, name in enumerate(names)
-        ]
+            probabilities = row if task in ("classification", "multilabel") else NO_VALUES
+            values = row if task == "regression" else NO_VALUES
+            found = outputs[i] if outputs else NOTHING
+            predictions.append(
+                Prediction(
+                    name,
+                    label,
+                    probabilities,
+                    labels,
+                    version.release,
+                    version.head,
+                    elapsed,
+                    present,
+                    values,
+                    found,
+                    state,
+                )  # fmt: skip
+            )
+        self._pending.log(logged)
+        return predictions
 
     def observe(self, id: str, truth: Truth, *, durable: bool = False, timeout_s: float = 10.0) -> None:  # noqa: A002
         """Give the truth about a prediction, at any time after it. Thread-safe.
@@ -529,8 +533,10 @@ class EdgeDevice:
         if current is None:
             return
         if self._served is None or self._served.version != current:
+            self._trunks.update(self._upgrade.tested)
             self._served = load_served(self._slots, current, self._upgrade.variant(current).variant, self._trunks)
             logger.info("%s serves release %d, head %d", self.name, current.release, current.head)
+            self._upgrade.tested.clear()
         if self._taken_up != current:
             self._take_up(self._served, now)
 
@@ -551,6 +557,7 @@ class EdgeDevice:
         self._slots.collect_garbage()
         self._taken_up = current
         self._reporter.tell_state()
+        trim_memory()  # what loading took and gave up
 
     def _new_adaptation(self) -> Adaptation:
         return Adaptation(
@@ -566,6 +573,7 @@ class EdgeDevice:
 
     def _report(self, now: float) -> None:
         self._reporter.report(now, carry=True, **self._facts())
+        trim_memory()
 
     def _facts(self) -> dict[str, Any]:
         """What a report says beside what the reporter counts."""

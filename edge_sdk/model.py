@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from edge_sdk.drift.features import summarize_output
-from edge_sdk.errors import InputError, ShapeError
+from edge_sdk.errors import DtypeError, InputError, ModelError, RangeError, ShapeError
 from edge_sdk.head import Head
 from edge_sdk.manifest import HEAD_ONNX, Manifest, StateSpec
 from edge_sdk.runtime import HeadSession, ModelRuntime, OnnxRuntime, WholeModel
@@ -62,9 +62,15 @@ class GraphModel:
         self._shown = [name for name in model.outputs if name not in carried]
 
     def run(self, x: AnyArray, more: Arrays = NOTHING) -> Ran:
-        """As in the protocol. Samples are stacked where the graph takes a batch, and run one by one elsewhere."""
+        """As in the protocol. Samples are stacked where the graph takes a batch, and run one by one elsewhere.
+
+        Raises:
+            RuntimeUnavailableError: The engine failed.
+            ModelError: An output is no array.
+        """
         name = self._manifest.input.name
-        if self.model.batched or len(x) == 1:
+        # of further inputs nothing says that they have a row for each sample
+        if (self.model.batched and not more) or len(x) == 1:
             return self._read(self.model.run({name: x, **more}), len(x))
         rows = [
             self._read(self.model.run({name: x[i : i + 1], **{k: v[i : i + 1] for k, v in more.items()}}), 1)
@@ -77,20 +83,24 @@ class GraphModel:
         )
 
     def _read(self, found: Arrays, rows: int) -> Ran:
+        for name, output in found.items():
+            if not isinstance(output, np.ndarray):  # ONNX also knows sequences and maps
+                raise ModelError(f"output {name!r} is a {type(output).__name__}, no array; export the graph without it")
+            output.setflags(write=False)
         first = found[self._shown[0]]
         state = {spec.input: found[spec.output] for spec in self._manifest.state}
         nothing = np.zeros((rows, 0), dtype=np.uint8)
         if self._manifest.task != "raw":
             return Ran(nothing, first.astype(np.float32, copy=False), (), state)
-        outputs = [{name: self._row(found[name], i) for name in self._shown} for i in range(rows)]
+        outputs = [{name: self._row(name, found[name], i) for name in self._shown} for i in range(rows)]
         summary = np.stack([summarize_output(row[self._shown[0]]) for row in outputs])
         return Ran(nothing, summary, outputs, state)
 
-    def _row(self, output: AnyArray, i: int) -> AnyArray:
-        if self.model.batched:
+    def _row(self, name: str, output: AnyArray, i: int) -> AnyArray:
+        if self.model.batched or (name in self.model.with_rows and len(output) == 1):
             row: AnyArray = output[i]
             return row
-        return output[0] if output.ndim and output.shape[0] == 1 else output  # what it found in one sample
+        return output  # what it found in one sample: also of one thing it is a list
 
 
 def checked_state(specs: Sequence[StateSpec], state: Arrays | None) -> Arrays:
@@ -99,20 +109,45 @@ def checked_state(specs: Sequence[StateSpec], state: Arrays | None) -> Arrays:
     Raises:
         InputError: It is not a state of this model.
     """
+    if state is not None and not isinstance(state, Mapping):
+        raise InputError(f"a state is a mapping, as in a prediction's `state`; got {type(state).__name__}")
     if not specs and state:
         raise InputError("this model carries no state")
     if not state:
         return {spec.input: np.zeros(spec.shape, dtype=spec.dtype) for spec in specs}
     if set(state) != {spec.input for spec in specs}:
-        raise InputError(f"a state has {', '.join(spec.input for spec in specs)}; got {', '.join(sorted(state))}")
-    found = {}
-    for spec in specs:
-        given = np.asarray(state[spec.input])
-        if given.shape != tuple(spec.shape) or not np.can_cast(given.dtype, spec.dtype, casting="same_kind"):
-            wanted = f"{spec.dtype} {spec.shape}"
-            raise ShapeError(f"state {spec.input!r}: expected {wanted}, got {given.dtype} {list(given.shape)}")
-        found[spec.input] = given.astype(spec.dtype, copy=False)
+        got = ", ".join(sorted(map(str, state)))
+        raise InputError(f"a state has {', '.join(spec.input for spec in specs)}; got {got}")
+    return {spec.input: _checked_state(spec, state[spec.input]) for spec in specs}
+
+
+def _checked_state(spec: StateSpec, state: AnyArray) -> AnyArray:
+    """One array of a state; lists, as a message in JSON has them, are taken too.
+
+    Raises:
+        InputError: It is not of this form.
+    """
+    what, wanted = f"state {spec.input!r}", np.dtype(spec.dtype)
+    try:
+        given = np.asarray(state)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{what} is not an array: {error}") from error
+    if given.shape != tuple(spec.shape):
+        raise ShapeError(f"{what}: expected {spec.dtype} {spec.shape}, got {given.dtype} {list(given.shape)}")
+    if given.dtype == wanted:
+        return given
+    if given.dtype.kind not in ("fiu" if wanted.kind == "f" else "iu"):
+        raise DtypeError(f"{what}: expected {spec.dtype}, got {given.dtype}")
+    with np.errstate(over="ignore"):
+        found = given.astype(wanted)
+    if wanted.kind != "f" and not np.array_equal(found, given):
+        raise RangeError(f"{what}: values from {given.min()} to {given.max()} do not fit {spec.dtype}")
     return found
+
+
+def trunk_key(manifest: Manifest, variant: Variant) -> str:
+    """Where a loaded trunk, or whole model, is found in `Trunks`."""
+    return f"{manifest.trunk_id}:{variant}"
 
 
 def load_model(folder: Path, manifest: Manifest, variant: Variant, head: Head | None, trunks: Trunks) -> ServedModel:
@@ -128,15 +163,13 @@ def load_model(folder: Path, manifest: Manifest, variant: Variant, head: Head | 
     Raises:
         RuntimeUnavailableError: The engine refuses the model.
     """
-    key = f"{manifest.trunk_id}:{variant}"
+    key = trunk_key(manifest, variant)
     if head is None:
-        if key not in trunks:
-            trunks[key] = WholeModel(folder / manifest.model_files[variant])
-        model = trunks[key]
-        assert isinstance(model, WholeModel)  # its id is that of its files
+        model = trunks.get(key) or WholeModel(folder / manifest.model_files[variant])
+        assert isinstance(model, WholeModel)  # its key is that of its files
+        trunks[key] = model
         return GraphModel(model, manifest)
-    if key not in trunks:
-        trunks[key] = OnnxRuntime(folder, variant=variant)
-    trunk = trunks[key]
+    trunk = trunks.get(key) or OnnxRuntime(folder, variant=variant)
     assert not isinstance(trunk, WholeModel)
+    trunks[key] = trunk
     return SplitModel(trunk, HeadSession(folder / HEAD_ONNX, head))

@@ -124,6 +124,8 @@ class WholeModel:
         batch = inputs[0].shape[0] if inputs[0].shape else None
         self.batched = isinstance(batch, str) and all(value.shape and value.shape[0] == batch for value in outputs)
         """Whether every output has a row for each sample; otherwise samples are run one by one."""
+        self.with_rows = {value.name for value in outputs if value.shape and value.shape[0] in (batch, 1)}
+        """Outputs whose first dimension is the batch; of others it may be what was found in one sample."""
 
     def run(self, feeds: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         """Every output by name.

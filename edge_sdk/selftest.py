@@ -15,7 +15,7 @@ from edge_sdk.errors import InputError, ModelError, SelfTestError
 from edge_sdk.files import load_npz, replace_file
 from edge_sdk.head import Head
 from edge_sdk.manifest import HEAD_NPZ, SELFTEST_NPZ, Manifest
-from edge_sdk.model import Arrays, Ran, ServedModel, checked_state, load_model
+from edge_sdk.model import Arrays, Ran, ServedModel, Trunks, checked_state, load_model, trunk_key
 from edge_sdk.types import AnyArray, LatentArray, Variant
 
 CHOICE_NAME = "variant.json"
@@ -39,13 +39,14 @@ class Choice(msgspec.Struct, frozen=True):
     fp32_ms: float | None = None
 
 
-def self_test(folder: Path, manifest: Manifest, *, variant: Variant) -> ServedModel:
+def self_test(folder: Path, manifest: Manifest, *, variant: Variant, trunks: Trunks | None = None) -> ServedModel:
     """Replay the stored inputs with one variant and the shipped head, and compare with the stored outputs.
 
     Args:
         folder: A checkpoint folder that has been verified.
         manifest: Its manifest.
         variant: Each has stored outputs of its own.
+        trunks: What is loaded already, and where the trunk goes that is loaded here.
 
     Returns:
         The model that was tested, loaded.
@@ -60,7 +61,7 @@ def self_test(folder: Path, manifest: Manifest, *, variant: Variant) -> ServedMo
     if expected is None:
         raise SelfTestError(f"{SELFTEST_NPZ} lacks the outputs of {variant}")
     head = None if manifest.adapt == "none" else Head.load(folder / HEAD_NPZ)
-    model = load_model(folder, manifest, variant, head, {})
+    model = load_model(folder, manifest, variant, head, {} if trunks is None else trunks)
     try:
         ran = _replay(model, manifest, stored, len(stored["x"]))
     except InputError as error:
@@ -81,30 +82,44 @@ def self_test(folder: Path, manifest: Manifest, *, variant: Variant) -> ServedMo
     return model
 
 
-def choose_variant(folder: Path, manifest: Manifest, wanted: Literal["auto", "int8", "fp32"]) -> Choice:
+def choose_variant(
+    folder: Path, manifest: Manifest, wanted: Literal["auto", "int8", "fp32"], trunks: Trunks | None = None
+) -> Choice:
     """The variant to serve: INT8 where it reproduces its stored outputs on this CPU and is faster, else FP32.
+
+    Args:
+        folder: A checkpoint folder that has been verified.
+        manifest: Its manifest.
+        wanted: One of the variants, or "auto".
+        trunks: Where the trunk that was chosen goes, loaded as it is.
 
     Raises:
         SelfTestError: None, or not the one asked for, reproduces its stored outputs here.
     """
     candidates = [name for name in manifest.model_files if wanted in ("auto", name)]
     fit: dict[Variant, ServedModel] = {}
+    loaded: Trunks = {}
     problems: list[str] = []
     for variant in candidates:
         try:
-            fit[variant] = self_test(folder, manifest, variant=variant)
+            fit[variant] = self_test(folder, manifest, variant=variant, trunks=loaded)
         except (SelfTestError, ModelError) as error:
             problems.append(f"{variant}: {error}")
     if not fit:
         raise SelfTestError(f"release {manifest.release} fails its self-test here: "
                             f"{'; '.join(problems) or f'it has no {wanted}'}")  # fmt: skip
     if wanted != "auto":
-        return Choice(candidates[0], "as configured")
-    if len(fit) == 1:
-        return Choice(next(iter(fit)), "; ".join(problems) or "the only variant there is")
-    stored = _stored(folder)
-    times = time_in_turns({name: partial(_replay, model, manifest, stored, 1) for name, model in fit.items()})
-    return prefer(times["int8"], times["fp32"])
+        choice = Choice(candidates[0], "as configured")
+    elif len(fit) == 1:
+        choice = Choice(next(iter(fit)), "; ".join(problems) or "the only variant there is")
+    else:
+        stored = _stored(folder)
+        times = time_in_turns({name: partial(_replay, model, manifest, stored, 1) for name, model in fit.items()})
+        choice = prefer(times["int8"], times["fp32"])
+    if trunks is not None:
+        key = trunk_key(manifest, choice.variant)
+        trunks[key] = loaded[key]
+    return choice
 
 
 def write_choice(folder: Path, choice: Choice) -> None:
@@ -120,7 +135,7 @@ def read_choice(folder: Path, manifest: Manifest) -> Choice | None:
     """The choice kept beside a release's files; None if it was lost in a crash."""
     try:
         choice = msgspec.json.decode((folder / CHOICE_NAME).read_bytes(), type=Choice)
-    except (OSError, msgspec.MsgspecError):
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
     return choice if choice.variant in manifest.model_files else None
 
@@ -158,20 +173,24 @@ def time_in_turns(
 
 def _stored(folder: Path) -> dict[str, AnyArray]:
     stored = load_npz(folder / SELFTEST_NPZ)
-    if not {"x", "scores"} <= stored.keys() or not len(stored["x"]):
+    if not {"x", "scores"} <= stored.keys() or not stored["x"].size:
         raise SelfTestError(f"{SELFTEST_NPZ} lacks x or scores")
+    if counts := {name: array.shape[:1] for name, array in stored.items() if array.shape[:1] != stored["x"].shape[:1]}:
+        raise SelfTestError(f"{SELFTEST_NPZ}: not as many rows as x has {stored['x'].shape[:1]}: {counts}")
     return stored
 
 
 def _replay(model: ServedModel, manifest: Manifest, stored: Arrays, rows: int) -> Ran:
     spec = manifest.input
+    if missing := [s.name for s in manifest.more_inputs if f"x.{s.name}" not in stored]:
+        raise SelfTestError(f"{SELFTEST_NPZ} lacks the input {', '.join(missing)}")
     x = spec.apply(spec.check_batch(stored["x"][:rows]))
     more = {s.name: s.apply(s.check_batch(stored[f"x.{s.name}"][:rows])) for s in manifest.more_inputs}
-    if not manifest.state:
-        return model.run(x, more)
     start = checked_state(manifest.state, None)
+    # row by row: a session keeps for good the memory that its largest call took, and this one may go on to serve
     ran = [model.run(x[i : i + 1], {**{k: v[i : i + 1] for k, v in more.items()}, **start}) for i in range(len(x))]
-    return Ran(ran[0].latents, np.concatenate([r.scores for r in ran]), [row for r in ran for row in r.outputs])
+    latents, scores = (np.concatenate([r[i] for r in ran]) for i in (0, 1))
+    return Ran(latents, scores, [row for r in ran for row in r.outputs])
 
 
 def _compare_latents(latents: LatentArray, expected: AnyArray, variant: Variant) -> None:
@@ -188,8 +207,14 @@ def _compare_outputs(outputs: Iterable[AnyArray], expected: Sequence[AnyArray], 
     for got, wanted in zip(outputs, expected, strict=True):
         if got.shape != wanted.shape:
             raise SelfTestError(f"{variant} puts out shape {got.shape}, stored is {wanted.shape}")
-        signal, noise = np.square(wanted, dtype=np.float64).sum(), np.square(got - wanted, dtype=np.float64).sum()
-        if noise > signal * 10 ** (-_LEAST_SQNR_DB[variant] / 10):
+        if got.dtype.kind not in "fiub":  # text
+            signal, noise = float(got.size), float((got != wanted).sum())
+        else:
+            exact = wanted.astype(np.float64)  # whole numbers would wrap, truth values cannot be subtracted
+            with np.errstate(over="ignore", invalid="ignore"):
+                signal, noise = float(np.square(exact).sum()), float(np.square(got - exact).sum())
+        # neither NaN nor infinity is near anything
+        if not (noise < np.inf and noise <= signal * 10 ** (-_LEAST_SQNR_DB[variant] / 10)):
             raise SelfTestError(
                 f"{variant} does not come within {_LEAST_SQNR_DB[variant]:g} dB of its stored output here"
             )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
@@ -85,17 +86,19 @@ def rows_right(scores: FloatArray, truths: Any, manifest: Manifest) -> np.ndarra
 
     Args:
         scores: float32 [N, C]: probabilities or values.
-        truths: int64 [N] positions (classification), 0/1 [N, C] (multi-label), or values [N, T] (regression).
+        truths: int64 [N] positions (classification), 0/1 [N, C] (multi-label), or values [N, T] (regression; [N] if
+            there is one target).
         manifest: Labels, thresholds and targets.
     """
     truths = np.asarray(truths)
     match manifest.task:
         case "multilabel":
             present = scores >= np.array(manifest.thresholds, dtype=np.float32)
-            right = (present == truths.astype(bool)).all(axis=1)
+            right = (present == truths.reshape(scores.shape).astype(bool)).all(axis=1)
         case "regression":
             tolerance = np.array([target.tolerance for target in manifest.targets])
-            right = (np.abs(scores.astype(np.float64) - truths) <= tolerance).all(axis=1)
+            # [N] truths of one target would otherwise be compared with every row
+            right = (np.abs(scores.astype(np.float64) - truths.reshape(scores.shape)) <= tolerance).all(axis=1)
         case _:
             right = scores.argmax(axis=1) == truths
     result: np.ndarray[Any, np.dtype[np.bool_]] = right
@@ -105,22 +108,37 @@ def rows_right(scores: FloatArray, truths: Any, manifest: Manifest) -> np.ndarra
 def _label(truth: Truth) -> str:
     if not isinstance(truth, str) or not truth:
         raise UnknownLabelError(f"a label is a non-empty string, got {truth!r}")
-    return truth
+    try:
+        truth.encode()
+    except UnicodeEncodeError as error:  # the store could not keep it
+        raise UnknownLabelError(f"a label is UTF-8, got {truth!r}") from error
+    return str(truth)
 
 
 def _labels(truth: Truth, labels: Sequence[str]) -> list[str]:
-    if isinstance(truth, str | float | int) or not all(isinstance(label, str) for label in truth):
-        raise LabelError(f"a multi-label truth is the list of labels that applied, got {truth!r}")
-    given = {str(label) for label in truth}
+    given = set()
+    for label in _listed(truth):
+        if not isinstance(label, str):
+            raise LabelError(f"a multi-label truth is the list of labels that applied, got {truth!r}")
+        given.add(str(label))
     if unknown := sorted(given - set(labels)):
         raise UnknownLabelError(f"unknown label {unknown[0]!r}; known: {', '.join(labels)}")
     return [label for label in labels if label in given]
 
 
+def _listed(truth: Any) -> Iterable[Any]:
+    """The members of a list, a set or an array; of anything else it is the only one, and no label."""
+    if isinstance(truth, Sequence | AbstractSet) and not isinstance(truth, str):
+        return truth
+    return truth if isinstance(truth, np.ndarray) and truth.ndim else (None,)
+
+
 def _values(truth: Truth, names: Sequence[str]) -> list[float]:
     try:
-        values = [float(value) for value in np.atleast_1d(np.asarray(truth, dtype=np.float64))]
-    except (TypeError, ValueError) as error:
+        given = np.atleast_1d(np.asarray(truth))
+        numeric = given.dtype.kind in "fiuO" and given.ndim == 1
+        values = [float(value) for value in given] if numeric else []
+    except (TypeError, ValueError, OverflowError) as error:
         raise LabelError(f"a truth is one number for each of {', '.join(names)}, got {truth!r}") from error
     if len(values) != len(names) or not all(map(math.isfinite, values)):
         raise LabelError(f"a truth is one finite number for each of {', '.join(names)}, got {truth!r}")

@@ -28,6 +28,7 @@ from edge_sdk.manifest import (
     digest_of,
     verify_checkpoint,
 )
+from edge_sdk.model import Trunks
 from edge_sdk.rebase import Rebase, choose_head
 from edge_sdk.selftest import Choice, choose_variant, read_choice, write_choice
 from edge_sdk.slots import Slot, Slots, Version
@@ -72,6 +73,8 @@ class Upgrade:
         self.state = msgspec.json.decode(data, type=UpgradeState) if data else UpgradeState()
         self._complaints: set[str] = set()
         self._choices: dict[str, Choice] = {}
+        self.tested: Trunks = {}
+        """The trunk of a release that was just installed: loaded for its self-test, and not to be loaded again."""
         self.why = ""
         """Why the release was last left, until that is recorded."""
 
@@ -235,7 +238,7 @@ class Upgrade:
     def _install(self, data: bytes, sources: Mapping[str, Path], adaptation: Adaptation | None, *, link: bool) -> None:
         slot, manifest = self._slots.stage(data, sources, link=link)
         digest = digest_of(data)
-        choice = choose_variant(self._slots.root / slot, manifest, self._config.variant)
+        choice = choose_variant(self._slots.root / slot, manifest, self._config.variant, self.tested)
         write_choice(self._slots.root / slot, choice)
         self._choices[digest] = choice
         rehearse(self._slots.root / slot, manifest)

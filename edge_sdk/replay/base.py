@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
 
 import numpy as np
 
@@ -36,19 +38,26 @@ class ReplayBuffer(ABC):
     Args:
         capacity: Most rows.
         latent_dim: Width of a latent.
-        rng: Source of chance.
+        rng: Source of chance, or what makes it once it is needed: numpy.random takes 7 MB, and a device that has not
+            learned yet does without.
     """
 
-    def __init__(self, capacity: int, latent_dim: int, *, rng: np.random.Generator) -> None:
+    def __init__(
+        self, capacity: int, latent_dim: int, *, rng: np.random.Generator | Callable[[], np.random.Generator]
+    ) -> None:
         if capacity < 1:
             raise ValueError(f"a buffer needs room for at least one row, got {capacity}")
         self.capacity = capacity
-        self._rng = rng
+        self._chance = rng
         self._latents = np.zeros((capacity, latent_dim), dtype=np.uint8)
         self._labels = np.full(capacity, -1, dtype=np.int64)
         self._size = 0
         self.seen: dict[int, int] = {}
         """Rows offered so far, for each label."""
+
+    @cached_property
+    def _rng(self) -> np.random.Generator:
+        return self._chance() if callable(self._chance) else self._chance
 
     def __len__(self) -> int:
         return self._size

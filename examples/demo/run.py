@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import msgspec
@@ -22,6 +23,7 @@ from rich.table import Table
 from demo import factory
 from demo import fleet as demo_fleet
 from demo.report import write_html
+from edge_quantize import CalibrationWarning
 from edge_sdk import Fleet, FleetReport, ManualClock, MqttTransport
 from edge_sdk.simulate import SimulatedDevice, TickResult
 from edge_server import Coordinator, RolloutRules, Settings
@@ -82,11 +84,15 @@ class Story:
         console.rule("1 quantize")
         net, result = factory.release_1(digits, self._folder / "release-1", self._seed)
         factory.release_2(digits, self._folder / "release-1", self._folder / "release-2", self._seed)
-        bad = factory.release_3(net, digits, self._folder / "release-2", self._folder / "release-3")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", CalibrationWarning)
+            bad = factory.release_3(net, digits, self._folder / "release-2", self._folder / "release-3")
         self.comparison = result.comparison.table()
         console.print(self.comparison, highlight=False)
         wrong = bad.comparison.int8.accuracy.value
         console.print(f"release 3 is calibrated on the wrong images on purpose: {wrong:.1%} of its answers are right")
+        for warning in caught:
+            console.print(f"what the toolchain said about it: {warning.message}", highlight=False)
 
         console.rule("2 coordinator")
         clock = ManualClock()

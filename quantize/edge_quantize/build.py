@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from edge_quantize.calibrate import calibration_rows
+from edge_quantize.calibrate import Feeds, calibration_rows
 from edge_quantize.card import CardText
 from edge_quantize.compare import Comparison, compare_variants
 from edge_quantize.data import Dataset
-from edge_quantize.errors import ExportError
+from edge_quantize.errors import DataError, ExportError, LeakageWarning
 from edge_quantize.export import Exporter, check_parity, export_onnx
 from edge_quantize.graph import OPSET, Split, canonical_bytes, load_onnx, split
-from edge_quantize.levels import Assessment, assess
+from edge_quantize.levels import Assessment, TensorFacts, assess
+from edge_quantize.metrics import sqnr_db
 from edge_quantize.pack import Making, Memory, pack_checkpoint, pack_whole, refuse_existing
 from edge_quantize.quantize import QuantRecipe, Trunks, quantize_trunk, quantize_whole
+from edge_quantize.rewrite import session_of
 from edge_quantize.search import Budget, Progress, SearchResult, hold_back, search
-from edge_sdk.errors import ConfigError
+from edge_sdk.errors import ConfigError, RuntimeUnavailableError
 from edge_sdk.head import Head, sigmoid
 from edge_sdk.manifest import Manifest, StateSpec, TargetSpec
-from edge_sdk.schema import InputSpec
+from edge_sdk.schema import ANY, InputSpec
 from edge_sdk.tasks import rows_right
 from edge_sdk.types import AnyArray, FloatArray, Task
 
@@ -36,7 +41,13 @@ if TYPE_CHECKING:
 _PARITY_ROWS = 64
 _SEARCH_ROWS = 2000
 _HELD_OUT_ROWS = 512
+_DEPARTURE_ROWS = 200
+_LEAST_SAME = 0.9
+_LEAST_SQNR_DB = 15.0
+"""Of whole models: with less agreement, or signal above noise, INT8 does not ship."""
 _SUMS_TO_ONE = 1e-3
+_STRETCHES = 8
+"""Rows of a recurrent network are taken in so many stretches, for their order tells."""
 _ACTIVATION = {"classification": "Softmax", "multilabel": "Sigmoid"}
 
 
@@ -109,11 +120,13 @@ def build_checkpoint(
         task: What the outputs mean.
         adapt: "head": the device learns on a head behind the cut; "none": the graph is served as it is; "auto": head
             where it is possible, as `levels.assess` says.
-        targets: Of a regression whose network puts out standardised numbers. Without them the network puts out the
-            targets' own units, and the head is rescaled, so that what it learns is standardised.
+        targets: Of a regression whose network puts out standardised numbers, which are taken back to the targets'
+            units. Without them the network puts out those itself, and a head is rescaled, so that what it learns is
+            standardised.
         thresholds: Of a multi-label network; 0.5 if none are given.
         more_inputs: Further inputs (adapt=none).
-        state: What a recurrent network carries from call to call (adapt=none).
+        state: What a recurrent network carries from call to call (adapt=none). All rows are then recordings in their
+            order, through which the state is carried.
         fixed: Inputs that never change, by name, with their value: they become constants of the graph (adapt=none).
         parent: Folder of the checkpoint this one replaces.
         cut: Where to split, by tensor name; None chooses.
@@ -140,11 +153,13 @@ def build_checkpoint(
     whole = bool(more_inputs or state or fixed) or task == "raw"
     if whole and adapt == "head":
         raise ConfigError("adapt=head takes one input and no state, and a task other than raw")
+    if task == "raw" and isinstance(quantization, Search):
+        raise ConfigError("a search needs answers that can be right or wrong; task=raw has none: state a recipe")
     specs: InputSpec | list[InputSpec] = [input_spec, *more_inputs] if more_inputs else input_spec
     maker = _Maker(
-        data=data.checked(specs, labels, task=task, learns=not whole and adapt != "none" and data.train_x is not None),
-        spec=input_spec, more_inputs=more_inputs, state=state, labels=labels, task=task, seed=seed,
-        quantization=quantization or QuantRecipe(), progress=progress, thresholds=thresholds,
+        data=data.checked(specs, labels, task=task, learns=False), spec=input_spec, more_inputs=more_inputs,
+        state=state, labels=labels, task=task, seed=seed, quantization=quantization or QuantRecipe(),
+        progress=progress, thresholds=thresholds,
     )  # fmt: skip
     graph = maker.graph(model, exporter)
     if fixed:
@@ -152,18 +167,21 @@ def build_checkpoint(
     assessment = assess(graph)
     if adapt == "head" and assessment.level == "none":
         raise ExportError(f"adapt=head is not possible: {assessment.reason}; adapt=none serves the network as it is")
+    maker.check_inputs(assessment.inputs)
     facts: dict[str, Any] = {
         "name": name, "release": release, "created": created, "task": task, "thresholds": thresholds,
         "parent": parent, "seed": seed, "card": card,
     }  # fmt: skip
     if whole or adapt == "none" or assessment.level == "none":
-        reason = "as asked" if assessment.level == "head" else assessment.reason
-        fp32, int8, making = maker.whole(graph, Making(adapt_reason=reason), assessment.not_quantizable)
-        manifest = pack_whole(
-            target, fp32=fp32, int8=int8, data=maker.data, input_spec=maker.named(graph), labels=labels,
-            targets=targets, more_inputs=more_inputs, state=state, making=making, **facts,
-        )  # fmt: skip
+        making = Making(adapt_reason=_why_none(assessment, task=task))
+        fp32, int8, making = maker.whole(graph, targets, making, assessment.not_quantizable)
+        with _told_already():
+            manifest = pack_whole(
+                target, fp32=fp32, int8=int8, data=maker.data, input_spec=maker.spec, labels=labels, targets=targets,
+                more_inputs=more_inputs, state=state, making=making, **facts,
+            )  # fmt: skip
     else:
+        maker.check_learns()
         parts = split(graph, cut=cut)
         if parts.outputs != len(labels):
             raise ConfigError(f"the network has {parts.outputs} outputs, there are {len(labels)} labels")
@@ -175,15 +193,28 @@ def build_checkpoint(
         if task == "regression" and not targets:
             head, targets = standardised(head, maker.data.train_y)
         trunks, making = maker.trunks(parts, head, targets, Making(adapt_reason=assessment.reason))
-        manifest = pack_checkpoint(
-            target, trunks=trunks, head=head, data=maker.data, input_spec=input_spec, targets=targets,
-            memory=memory, making=making, **facts,
-        )  # fmt: skip
-    held_out = maker.data
-    comparison = compare_variants(
-        target, held_out.holdout_x, held_out.holdout_y, slices=held_out.slices, memory=measure_memory
-    )
+        with _told_already():
+            manifest = pack_checkpoint(
+                target, trunks=trunks, head=head, data=maker.data, input_spec=input_spec, targets=targets,
+                memory=memory, making=making, **facts,
+            )  # fmt: skip
+    rows = maker.data
+    comparison = compare_variants(target, rows.holdout_x, rows.holdout_y, slices=rows.slices, memory=measure_memory)
     return BuildResult(manifest, comparison, assessment, maker.found)
+
+
+@contextmanager
+def _told_already() -> Iterator[None]:
+    """The same rows are checked again, and need not be complained of again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LeakageWarning)
+        yield
+
+
+def _why_none(assessment: Assessment, *, task: Task) -> str:
+    if assessment.level == "none":
+        return assessment.reason
+    return "raw outputs have no truth to learn from" if task == "raw" else "as asked"
 
 
 @dataclass
@@ -211,17 +242,53 @@ class _Maker:
         if not (self.more_inputs or self.state):
             example = self.spec.apply(self.data.holdout_x[:_PARITY_ROWS])
             return export_onnx(model, example, input_name=self.spec.name, exporter=exporter)
-        row = self._feeds(self.data.holdout_x[:1])
+        row = self._example(self.data.holdout_x[:1])
         return export_onnx(
             model, list(row.values()), input_names=list(row), output_names=["output", *(s.output for s in self.state)],
             batch_axes=dict.fromkeys(row), exporter=exporter,
         )  # fmt: skip
 
-    def named(self, graph: ModelProto) -> InputSpec:
-        """The main input's contract under the name that the graph gives it."""
+    def check_inputs(self, inputs: Sequence[TensorFacts]) -> None:
+        """Whether the graph takes what the contracts make; the only input gets the name that the graph gives it.
+
+        Raises:
+            ConfigError: It does not.
+        """
         others = {*(s.name for s in self.more_inputs), *(s.input for s in self.state)}
-        main = [value.name for value in graph.graph.input if value.name not in others]
-        return msgspec.structs.replace(self.spec, name=main[0]) if len(main) == 1 else self.spec
+        main = [value.name for value in inputs if value.name not in others]
+        if len(main) == 1 and not self.more_inputs:  # with several, the rows name them
+            self.spec = msgspec.structs.replace(self.spec, name=main[0])
+        declared = {s.name: (s.dtype, [ANY, *s.model_shape]) for s in (self.spec, *self.more_inputs)}
+        declared |= {s.input: (s.dtype, s.shape) for s in self.state}
+        if {value.name for value in inputs} != set(declared):
+            raise ConfigError(
+                f"the graph takes {', '.join(value.name for value in inputs)}; declared are {', '.join(declared)}: "
+                "name each as the input, a further input or a state, or fix it"
+            )
+        for value in inputs:
+            dtype, shape = declared[value.name]
+            if value.dtype != dtype:
+                raise ConfigError(f"input {value.name!r} of the graph takes {value.dtype}, the contract makes {dtype}")
+            if value.shape is not None and not _fits(value.shape, shape):
+                made = ", ".join("any" if size == ANY else str(size) for size in shape)
+                raise ConfigError(f"the graph takes {value}, the contract makes [{made}], batch first")
+            if shape[:1] == [ANY] and value.shape and isinstance(value.shape[0], int) and value.shape[0] > 1:
+                raise ConfigError(f"the graph takes {value}: {value.shape[0]} rows at a time, a device serves one; "
+                                  "export it with a dynamic batch")  # fmt: skip
+
+    def check_learns(self) -> None:
+        """Whether there are the rows that a head needs.
+
+        Raises:
+            DataError: There are not.
+        """
+        if self.data.train_x is None:
+            raise DataError(
+                "train: a checkpoint with a head needs the rows the head was trained on, for factory memory and Fisher "
+                "information; give them, or ask for adapt=none"
+            )
+        with _told_already():
+            self.data.checked(self.spec, self.labels, task=self.task)
 
     # ---- split
 
@@ -244,72 +311,129 @@ class _Maker:
 
     # ---- whole
 
-    def whole(self, graph: ModelProto, making: Making, impossible: str) -> tuple[bytes, bytes | None, Making]:
+    def whole(
+        self, graph: ModelProto, targets: Sequence[TargetSpec], making: Making, impossible: str
+    ) -> tuple[bytes, bytes | None, Making]:
         """The float file, the INT8 file or None, and why."""
-        self.spec = self.named(graph)
-        calibration, validation = self._split_rows
-        graph = self._answering(graph)
-        feeds = self._calls(calibration)
+        graph = self._answering(graph, targets)
         fp32 = canonical_bytes(graph)
         if impossible:
             return fp32, None, _float_only(making, impossible)
+        calibration, validation = self._split_rows
         truth = self._truth(validation)
-        first = next(v.name for v in graph.graph.output if v.name not in {s.output for s in self.state})
+        first = _answer(graph, self.state).name
 
         def score(outputs: Mapping[str, AnyArray]) -> AnyArray:
             return self._judged(np.asarray(outputs[first]).reshape(len(truth), -1), truth)
 
-        try:
-            chosen_by = None if validation is None else self._calls(validation)
-            recipe = self._recipe(graph, feeds, chosen_by, score, whole=True)
-            int8 = quantize_whole(graph, feeds, recipe)
-        except ExportError as error:
-            return fp32, None, _float_only(making, str(error))
-        return fp32, int8, self._making(making, recipe, len(calibration))
+        feeds, held_out = self._feeds(graph, calibration), self._feeds(graph, self.data.holdout_x[:_HELD_OUT_ROWS])
+        chosen_by = None if validation is None else self._feeds(graph, validation)
+        reason = ""
+        for recipe in [self._recipe(graph, feeds, chosen_by, score, whole=True), *self._fallbacks]:
+            try:
+                int8 = quantize_whole(graph, feeds, recipe, held_out=held_out)
+            except ExportError as error:
+                reason = reason or str(error)
+                continue
+            if not (wrong := self._departure(graph, int8, calibration)):
+                return fp32, int8, self._making(making, recipe, len(calibration))
+            reason = f"{recipe.name}: {wrong}"
+        return fp32, None, _float_only(making, reason)
 
-    def _answering(self, graph: ModelProto) -> ModelProto:
-        """The graph, ended by Softmax or Sigmoid where its first output holds logits."""
-        if self.task not in _ACTIVATION:
+    @property
+    def _fallbacks(self) -> list[QuantRecipe]:
+        """What else is tried if nobody said how to quantize."""
+        return [QuantRecipe(layers="heavy")] if self.quantization == QuantRecipe() else []
+
+    def _departure(self, graph: ModelProto, int8: bytes, calibration: Any) -> str:
+        """How INT8 says something else than float on calibration rows, or nothing: a device cannot tell by itself."""
+        calls = self._calls(graph, calibration[:_DEPARTURE_ROWS])
+        name = _answer(graph, self.state).name
+        answers = [
+            [session.run([name], call)[0] for call in calls]
+            for session in (session_of(graph), session_of(ModelProto.FromString(int8)))
+        ]
+        if self.task in _ACTIVATION:
+            said, wanted = (np.concatenate(rows) for rows in (answers[1], answers[0]))
+            truth = wanted.argmax(axis=1) if self.task == "classification" else wanted >= self._thresholds
+            same = float(rows_right(said, truth, self._draft).mean())
+            return "" if same >= _LEAST_SAME else f"it agrees with float on {same:.1%} of the calibration rows alone"
+        pairs = [(a, b) for a, b in zip(*answers, strict=True) if a.shape == b.shape]
+        if len(pairs) < _LEAST_SAME * len(calls):
+            return f"it puts out another shape than float on {len(calls) - len(pairs)} of {len(calls)} rows"
+        ratio = sqnr_db(*(np.concatenate([np.ravel(pair[i]) for pair in pairs]) for i in (0, 1)))
+        if ratio is None or ratio >= _LEAST_SQNR_DB:
+            return ""
+        return f"its output is {ratio:.1f} dB above its error against float, {_LEAST_SQNR_DB:g} are asked for"
+
+    @property
+    def _thresholds(self) -> AnyArray:
+        return np.array(self._draft.thresholds, dtype=np.float32)
+
+    def _answering(self, graph: ModelProto, targets: Sequence[TargetSpec]) -> ModelProto:
+        """The graph, with what the task makes of its first output behind it where it does not do so itself."""
+        if self.task == "raw":
             return graph
-        from edge_quantize.rewrite import session_of  # noqa: PLC0415
-
+        answer = _answer(graph, self.state).name
         session = session_of(graph)
-        rows = self._calls(self.data.holdout_x[:8])
-        first = np.concatenate([session.run([graph.graph.output[0].name], row)[0] for row in rows])
-        if first.ndim != 2 or first.shape[1] != len(self.labels):
-            raise ConfigError(f"the first output has shape {first.shape}; for {len(self.labels)} labels it must be "
-                              f"(N, {len(self.labels)}), or use task=raw")  # fmt: skip
-        within = float(first.min()) >= 0 and float(first.max()) <= 1
-        if within and (self.task == "multilabel" or np.abs(first.sum(axis=1) - 1).max() <= _SUMS_TO_ONE):
+        try:
+            calls = self._calls(graph, self.data.holdout_x[:_PARITY_ROWS])
+            first = [session.run([answer], call)[0] for call in calls]
+        except Exception as error:  # the engine's exceptions share no base class of their own
+            raise RuntimeUnavailableError(f"the graph does not run on held-out rows: {error}") from error
+        count = len(self.labels)
+        if any(found.shape != (1, count) for found in first):
+            raise ConfigError(f"the first output has shape {first[0].shape} for one row; for {count} labels it must be "
+                              f"(1, {count}), or use task=raw")  # fmt: skip
+        found = np.concatenate(first)
+        if self.task == "regression":
+            return in_units(graph, targets, carried=self.state) if targets else graph
+        within = float(found.min()) >= 0 and float(found.max()) <= 1
+        if within and (self.task == "multilabel" or np.abs(found.sum(axis=1) - 1).max() <= _SUMS_TO_ONE):
             return graph
-        return activated(graph, _ACTIVATION[self.task])
+        return activated(graph, _ACTIVATION[self.task], carried=self.state)
 
     # ---- rows
 
     @cached_property
     def _split_rows(self) -> tuple[Any, Any]:
-        """Rows to calibrate on, and rows to choose a recipe by, if one is searched for."""
+        """Rows to calibrate on, and rows to choose a recipe by, if one is searched for. Never held-out rows."""
         rng = np.random.default_rng(self.seed)
         data = self.data
         source, y = (data.train_x, data.train_y) if data.calibration_x is None else (data.calibration_x, None)
         if source is None:
-            raise ConfigError("quantization needs calibration rows or training rows")
+            raise DataError("quantization needs calibration rows or training rows")
         validation = data.validation_x if isinstance(self.quantization, Search) else None
         if isinstance(self.quantization, Search) and validation is None:
             if data.train_x is None:
-                raise ConfigError("a search needs validation rows or training rows to choose by")
-            stratify = data.train_y if self.task != "regression" else None
-            rest, self.held_back = hold_back(len(data.train_x), max_rows=_SEARCH_ROWS, rng=rng, y=stratify)
+                raise DataError("a search needs validation rows or training rows to choose by")
+            rest, self.held_back = self._held_back(len(data.train_x), rng)
             validation = _rows(data.train_x, self.held_back)
             if data.calibration_x is None:
                 source, y = _rows(source, rest), None if y is None else y[rest]
-        if isinstance(source, list):
-            return [source[i] for i in np.sort(rng.permutation(len(source))[: self._max_rows])], validation
-        stratify = y if self.task != "regression" else None
+        limit, some = self._max_rows, source
+        if self.state:
+            some = _rows(source, stretches(len(source), limit))
+        elif isinstance(source, list):
+            some = _rows(source, np.sort(rng.permutation(len(source))[:limit]))
+        main = self._main(some)
         rows = calibration_rows(
-            source, max_rows=self._max_rows, rng=rng, y=stratify, spec=self.spec, held_out=data.holdout_x
-        )
-        return rows, validation
+            main, max_rows=len(main) if some is not source else limit, rng=rng,
+            y=y if self.task != "regression" and some is source else None, spec=self.spec,
+            held_out=self._main(data.holdout_x),
+        )  # fmt: skip
+        return (rows if some is source else some), validation
+
+    def _held_back(self, count: int, rng: np.random.Generator) -> tuple[AnyArray, AnyArray]:
+        """Positions of the training rows that are calibrated on, and of those that recipes are chosen by."""
+        if self.state:  # a recording keeps its order
+            cut = count - min(_SEARCH_ROWS, count // 3)
+            return np.arange(cut), np.arange(cut, count)
+        stratify = self.data.train_y if self.task != "regression" else None
+        return hold_back(count, max_rows=_SEARCH_ROWS, rng=rng, y=stratify)
+
+    def _main(self, x: Any) -> AnyArray:
+        return np.stack([row[self.spec.name] for row in x]) if self.more_inputs else x
 
     @property
     def _max_rows(self) -> int:
@@ -320,8 +444,6 @@ class _Maker:
         """Of the rows to choose a recipe by; nothing without a search."""
         if validation is None:
             return np.zeros(0)
-        if self.task == "raw":
-            raise ConfigError("a search needs answers that can be right or wrong; task=raw has none: state a recipe")
         return np.asarray(self.data.validation_y if self.held_back is None else self.data.train_y[self.held_back])
 
     def _judged(self, scores: AnyArray, truth: AnyArray) -> AnyArray:
@@ -330,7 +452,7 @@ class _Maker:
             return np.asarray(np.abs(scores - truth).mean(axis=1))
         return rows_right(scores, truth, self._draft)
 
-    def _feeds(self, x: Any) -> dict[str, AnyArray]:
+    def _example(self, x: Any) -> dict[str, AnyArray]:
         """The first row of x as the network takes it, with a state of zeros."""
         row = x[0]
         main = row[self.spec.name] if self.more_inputs else row
@@ -338,8 +460,24 @@ class _Maker:
         feeds |= {s.name: s.apply(row[s.name][None]) for s in self.more_inputs}
         return feeds | {s.input: np.zeros(s.shape, dtype=s.dtype) for s in self.state}
 
-    def _calls(self, x: Any) -> list[dict[str, AnyArray]]:
-        return [self._feeds(x[i : i + 1]) for i in range(len(x))]
+    def _calls(self, graph: ModelProto, x: Any) -> list[dict[str, AnyArray]]:
+        """One call for each row; the state of the float network is carried through them."""
+        calls = [self._example(x[i : i + 1]) for i in range(len(x))]
+        if not self.state:
+            return calls
+        session = session_of(graph)
+        for call, following in pairwise(calls):
+            found = session.run([s.output for s in self.state], call)
+            following.update({s.input: value for s, value in zip(self.state, found, strict=True)})
+        return calls
+
+    def _feeds(self, graph: ModelProto, x: Any) -> Feeds:
+        """Rows to calibrate on or to choose by: together where the graph takes a batch, else one by one."""
+        batches = {_batch(value) for value in (*graph.graph.input, *graph.graph.output)}
+        if self.state or len(batches) != 1 or None in batches:
+            return self._calls(graph, x)
+        feeds = {self.spec.name: self.spec.apply(self._main(x))}
+        return feeds | {s.name: s.apply(np.stack([row[s.name] for row in x])) for s in self.more_inputs}
 
     # ---- recipe
 
@@ -373,6 +511,42 @@ def _float_only(making: Making, reason: str) -> Making:
 
 def _rows(x: Any, chosen: AnyArray) -> Any:
     return x[chosen] if isinstance(x, np.ndarray) else [x[i] for i in chosen]
+
+
+def stretches(count: int, most: int) -> AnyArray:
+    """Positions of at most `most` of `count` rows, in stretches of rows that follow each other; int64, sorted."""
+    if count <= most:
+        return np.arange(count)
+    length = most // _STRETCHES
+    starts = np.linspace(0, count - length, _STRETCHES).astype(np.int64)
+    return np.unique((starts[:, None] + np.arange(length)).ravel())
+
+
+def _fits(shape: Sequence[int | str], declared: Sequence[int]) -> bool:
+    """Whether a graph's input of this shape takes arrays of the declared one."""
+    return len(shape) == len(declared) and all(
+        isinstance(size, str) or ANY in (size, wanted) or size == wanted
+        for size, wanted in zip(shape[1:], declared[1:], strict=True)
+    )
+
+
+def _batch(value: Any) -> str | None:
+    """The name of the first dimension; None if it is fixed or missing."""
+    dims = value.type.tensor_type.shape.dim
+    return (dims[0].dim_param or None) if dims else None
+
+
+def _answer(model: ModelProto, carried: Sequence[StateSpec]) -> Any:
+    """The first output that is no state.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    states = {state.output for state in carried}
+    for value in model.graph.output:
+        if value.name not in states:
+            return value
+    raise ConfigError(f"the graph puts out {', '.join(sorted(states))} alone, which are declared as its state")
 
 
 def standardised(head: Head, y: FloatArray) -> tuple[Head, list[TargetSpec]]:
@@ -412,20 +586,45 @@ def fix_inputs(model: ModelProto, values: Mapping[str, Any]) -> ModelProto:
     return fixed
 
 
-def activated(model: ModelProto, kind: str) -> ModelProto:
-    """The graph with Softmax or Sigmoid behind its first output, which is called "probabilities" then."""
+def activated(model: ModelProto, kind: str, *, carried: Sequence[StateSpec] = ()) -> ModelProto:
+    """The graph with Softmax or Sigmoid behind its answer, which is called "probabilities" then."""
+    options: dict[str, Any] = {"axis": 1} if kind == "Softmax" else {}
+    return _ended(model, carried, "probabilities", {}, lambda source, result: [
+        helper.make_node(kind, [source], [result], name=result, **options)
+    ])  # fmt: skip
+
+
+def in_units(model: ModelProto, targets: Sequence[TargetSpec], *, carried: Sequence[StateSpec] = ()) -> ModelProto:
+    """The graph with standardised numbers taken back to the targets' units, in an output called "values"."""
+    columns = {f"target_{name}": np.array([getattr(t, name) for t in targets], np.float32) for name in ("std", "mean")}
+    return _ended(model, carried, "values", columns, lambda source, result: [
+        helper.make_node("Mul", [source, "target_std"], ["values_scaled"], name="values_scaled"),
+        helper.make_node("Add", ["values_scaled", "target_mean"], [result], name=result),
+    ])  # fmt: skip
+
+
+def _ended(
+    model: ModelProto,
+    carried: Sequence[StateSpec],
+    name: str,
+    stored: Mapping[str, AnyArray],
+    nodes: Callable[[str, str], list[NodeProto]],
+) -> ModelProto:
+    """The graph with nodes behind its answer, whose result takes the answer's place among the outputs."""
     ended = ModelProto()
     ended.CopyFrom(model)
-    first = ended.graph.output[0]
-    rest = list(ended.graph.output)[1:]
-    shape = [dim.dim_param or dim.dim_value or None for dim in first.type.tensor_type.shape.dim]
-    node = helper.make_node(kind, [first.name], ["probabilities"], name="probabilities")
-    if kind == "Softmax":
-        node.attribute.append(helper.make_attribute("axis", -1))
-    ended.graph.node.append(node)
-    del ended.graph.output[:]
-    ended.graph.output.append(helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, shape))
-    ended.graph.output.extend(rest)
+    answer, graph = _answer(ended, carried), ended.graph
+    taken = {part for node in graph.node for part in (*node.input, *node.output)}
+    while name in taken:
+        name += "_"
+    place = [value.name for value in graph.output].index(answer.name)
+    shape = [dim.dim_param or dim.dim_value or None for dim in answer.type.tensor_type.shape.dim]
+    outputs = list(graph.output)
+    outputs[place] = helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+    graph.node.extend(nodes(answer.name, name))
+    graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in stored.items())
+    del graph.output[:]
+    graph.output.extend(outputs)
     if not any(opset.domain == "" for opset in ended.opset_import):
         ended.opset_import.append(helper.make_opsetid("", OPSET))
     return ended

@@ -417,7 +417,8 @@ def _check_rows(x: AnyArray, spec: InputSpec | None, held_out: AnyArray | None) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a channel without any value
         low, high = (np.atleast_1d(edge(_by_channel(x), axis=1)) for edge in (np.nanmin, np.nanmax))
-    if missing := float(np.isnan(x).mean()) if x.dtype.kind == "f" else 0.0:
+    declared = spec is not None and spec.imputes  # the contract says that values may be missing
+    if missing := float(np.isnan(x).mean()) if x.dtype.kind == "f" and not declared else 0.0:
         _warn(f"calibration: {missing:.1%} of the values are missing (NaN); is that so where the model will run?")
     dead = ~(low < high)
     if held_out is not None:

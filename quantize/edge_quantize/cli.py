@@ -87,7 +87,7 @@ def _build(recipe: Path, html: Path | None, *, searching: bool) -> None:
     click.echo(result.comparison.table())
     if html is not None:
         sensitivity = None if result.search is None else result.search.sensitivity
-        html.write_text(result.comparison.to_html(sensitivity=sensitivity), encoding="utf-8")
+        _write(html, result.comparison.to_html(sensitivity=sensitivity))
     click.echo(f"packed {result.manifest.name} release {result.manifest.release}, adapt={result.manifest.adapt}")
 
 
@@ -121,6 +121,8 @@ def _inspect_onnx(path: Path, *, as_json: bool) -> None:
     from edge_quantize.graph import load_onnx
     from edge_quantize.levels import assess
 
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist")
     assessment = assess(load_onnx(path))
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(assessment), indent=2))
@@ -161,8 +163,15 @@ def compare(
     rows = Dataset.load(None, data, spec=manifest.input, labels=manifest.labels, task=manifest.task, form=form)
     found = compare_variants(folder, rows.holdout_x, rows.holdout_y, slices=rows.slices, repeats=repeats)
     if html is not None:
-        html.write_text(found.to_html(), encoding="utf-8")
+        _write(html, found.to_html())
     click.echo(found.to_json().decode() if as_json else found.table())
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def _exit_code(error: EdgeError) -> int:
@@ -204,6 +213,8 @@ def _facts(manifest: Manifest, digest: str) -> dict[str, Any]:
 def _lines(value: Any) -> list[str]:
     if isinstance(value, dict):
         return [f"{key}: {item}" for key, item in value.items()] or ["-"]
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [", ".join(f"{key} {item}" for key, item in entry.items()) for entry in value]
     if isinstance(value, list):
-        return [", ".join(map(str, value))]
+        return [", ".join(map(str, value)) or "-"]
     return ["-" if value is None else str(value)]

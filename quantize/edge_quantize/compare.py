@@ -252,7 +252,8 @@ def compare_variants(
 
     batched = all(runner.batched for runner in runners.values())
     states = _states(manifest)
-    outputs = {name: _run(runner, feeds, states, CHUNK if batched else 1) for name, runner in runners.items()}
+    carried = {state.input: state.output for state in manifest.state}
+    outputs = {name: _run(runner, feeds, states, CHUNK if batched else 1, carried) for name, runner in runners.items()}
     results = {}
     timings: dict[str, list[Timing]] = {name: [] for name in runners}
     for batch in batches if batched else (1,):
@@ -433,13 +434,22 @@ def _states(manifest: Manifest) -> Feeds:
     return {state.input: np.zeros(state.shape, dtype=state.dtype) for state in manifest.state}
 
 
-def _run(runner: _Runner, feeds: Feeds, states: Feeds, size: int) -> Parts:
-    """Every output for all rows, `size` in a call; a recurrent model begins anew with each row."""
-    rows = len(next(iter(feeds.values())))
-    return [
-        runner.run({name: values[start : start + size] for name, values in feeds.items()} | states)
-        for start in range(0, rows, size)
-    ]
+def _run(runner: _Runner, feeds: Feeds, states: Feeds, size: int, carried: Mapping[str, str]) -> Parts:
+    """Every output for all rows, `size` in a call; the rows of a recurrent model are a recording in its order.
+
+    Args:
+        runner: The variant.
+        feeds: By input name, N rows each.
+        states: What the first call starts with.
+        size: Rows a call.
+        carried: Which output is the next call's state, by the name of its input.
+    """
+    parts: Parts = []
+    for start in range(0, len(next(iter(feeds.values()))), size):
+        found = runner.run({name: values[start : start + size] for name, values in feeds.items()} | states)
+        states = {name: found[output] for name, output in carried.items()}
+        parts.append(found)
+    return parts
 
 
 def _joined(parts: Parts, output: str) -> FloatArray:

@@ -29,6 +29,7 @@ Targets = Any
 MAX_SLICE_VALUES = 64
 """A column with more values than that does not slice the rows, it names them."""
 _SLICE = "slice_"
+_INPUT = "x."
 
 
 class DataFormat(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -174,7 +175,8 @@ class Dataset:
     ) -> Dataset:
         """Read files: .npz, pairs of .npy, .csv or .parquet.
 
-        An .npz holds the arrays `x` and `y`, and may hold `slice_site` and the like for the held-out rows. Of a pair
+        An .npz holds the arrays `x` and `y`, and may hold `slice_site` and the like for the held-out rows; of a model
+        with several inputs, `x.NAME` for each instead of `x`. Of a pair
         NAME_x.npy is given and NAME_y.npy lies beside it. A table has a header; its columns are taken by the names
         of the contract's columns, or, where that names none, all but truth and slices in their order.
 
@@ -428,11 +430,17 @@ def _parquet_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _npz(path: Path, *, truth: bool) -> tuple[AnyArray, Targets, dict[str, Any]]:
+def _npz(path: Path, *, truth: bool) -> tuple[Rows, Targets, dict[str, Any]]:
     try:
-        arrays = load_npz(path)
+        arrays: dict[str, Any] = dict(load_npz(path))
     except IntegrityError as error:
         raise DataError(str(error)) from error
+    inputs = {name.removeprefix(_INPUT): array for name, array in arrays.items() if name.startswith(_INPUT)}
+    if len({len(array) for array in inputs.values()}) > 1:
+        raise DataError(f"{path}: {', '.join(_INPUT + name for name in inputs)} must have the same number of rows")
+    if inputs:
+        rows = len(next(iter(inputs.values())))
+        arrays["x"] = [{name: array[i] for name, array in inputs.items()} for i in range(rows)]
     if missing := [name for name in ("x", *(["y"] if truth else [])) if name not in arrays]:
         raise DataError(f"{path} has no array {' or '.join(missing)}; it has {', '.join(sorted(arrays)) or 'none'}")
     slices = {name.removeprefix(_SLICE): array for name, array in arrays.items() if name.startswith(_SLICE)}

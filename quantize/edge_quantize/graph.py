@@ -184,6 +184,9 @@ def canonical_bytes(model: ModelProto) -> bytes:
     for part in parts:
         part.ClearField("doc_string")
         part.ClearField("metadata_props")
+    for node in graph.node:
+        if not node.domain:  # said or left out, it is the standard one
+            node.ClearField("domain")
     used = {node.domain for node in graph.node}
     opsets = [opset for opset in clean.opset_import if opset.domain in used]
     del clean.opset_import[:]

@@ -390,7 +390,7 @@ class _Packer:
             folder / SELFTEST_NPZ, npz_bytes({"x": data.holdout_x[rows], "scores": scores["int8"][rows], **stored})
         )
         features = {variant: dequantize(latents[variant], trunks.latent) for variant in VARIANTS}
-        apart = [{"latent": features[v], "logits": head.logits(features[v])} for v in VARIANTS]
+        apart = [[{"latent": features[v], "logits": head.logits(features[v])}] for v in VARIANTS]
         return self._finish(folder, draft, scores, apart, memory=len(kept), selftest=len(rows))
 
     def whole(self, folder: Path, draft: Manifest, files: Mapping[str, bytes]) -> Manifest:
@@ -400,25 +400,32 @@ class _Packer:
         variants: list[Variant] = ["int8", "fp32"] if MODEL_INT8 in files else ["fp32"]
         scores: dict[Variant, FloatArray] = {}
         firsts: dict[Variant, list[AnyArray]] = {}
+        alone: dict[Variant, tuple[FloatArray, list[AnyArray]]] = {}
         for variant in variants:
             model = WholeModel(folder / (MODEL_INT8 if variant == "int8" else MODEL_FP32))
             check_graph(model, draft)
-            scores[variant], firsts[variant] = run_whole(GraphModel(model, draft), draft, x)
+            served = GraphModel(model, draft)
+            scores[variant], firsts[variant] = run_whole(served, draft, x)
+            # the self-test replays each row from a state of zeros
+            anew = draft.state and run_whole(served, draft, x, carry=False)
+            alone[variant] = anew or (scores[variant], firsts[variant])
         if draft.task != "raw" and scores[variants[0]].shape[1:] != (len(draft.labels),):
             raise IncompatibleError(
                 f"the first output has shape {scores[variants[0]].shape}, there are {len(draft.labels)} labels"
             )
         draft = _with_tolerances(draft, scores[variants[0]], self.data.holdout_y)
-        rows = selftest_rows(x, scores, draft.task, self.rng)
+        rows = selftest_rows(x, {v: found[0] for v, found in alone.items()}, draft.task, self.rng)
         # a detector finds more in one image than in another: only outputs of one shape can be stacked
-        alike = [i for i in rows if all(found[i].shape == found[rows[0]].shape for found in firsts.values())]
-        stored = {f"out.{variant}": np.stack([found[i] for i in alike]) for variant, found in firsts.items()}
+        shapes = [tuple(found[1][i].shape for found in alone.values()) for i in rows]
+        usual = max(shapes, key=shapes.count)
+        alike = [i for i, shape in zip(rows, shapes, strict=True) if shape == usual]
+        stored = {f"out.{variant}": np.stack([found[1][i] for i in alike]) for variant, found in alone.items()}
         if draft.more_inputs:
             stored |= {f"x.{s.name}": np.stack([x[i][s.name] for i in alike]) for s in draft.more_inputs}
         main = main_input(x, draft)
-        stored |= {"x": main[alike], "scores": scores[variants[0]][alike]}
+        stored |= {"x": main[alike], "scores": alone[variants[0]][0][alike]}
         replace_file(folder / SELFTEST_NPZ, npz_bytes(stored))
-        apart = [{"output": np.concatenate([np.ravel(found) for found in firsts[v]])} for v in variants]
+        apart = [[{"output": found} for found in firsts[v]] for v in variants]
         return self._finish(folder, draft, scores, apart, memory=0, selftest=len(alike))
 
     def _finish(
@@ -426,7 +433,7 @@ class _Packer:
         folder: Path,
         draft: Manifest,
         scores: Mapping[Variant, FloatArray],
-        apart: list[dict[str, AnyArray]],
+        apart: list[list[dict[str, AnyArray]]],
         *,
         memory: int,
         selftest: int,
@@ -442,7 +449,7 @@ class _Packer:
         replace_file(folder / REFERENCE_NPZ, reference.to_bytes())
         both = len(scores) > 1
         agreement = float(Terms.of(draft).same(scores["int8"], scores["fp32"]).mean()) if both and judged else None
-        contrasts = contrast_outputs([apart[0]], [apart[1]])[0] if both else {}
+        contrasts = contrast_outputs(*apart)[0] if both else {}
         facts = CardFacts(
             train_rows=0 if data.train_x is None else len(data.train_x),
             memory_rows=memory,
@@ -581,16 +588,27 @@ def main_input(x: Any, manifest: Manifest) -> AnyArray:
     return np.stack([row[manifest.input.name] for row in x]) if manifest.more_inputs else x
 
 
-def run_whole(model: GraphModel, manifest: Manifest, x: Any) -> tuple[FloatArray, list[AnyArray]]:
-    """Scores [N, K], and the first output of each row; a recurrent model starts anew with each."""
+def run_whole(
+    model: GraphModel, manifest: Manifest, x: Any, *, carry: bool = True
+) -> tuple[FloatArray, list[AnyArray]]:
+    """Scores [N, K], and the first output of each row.
+
+    Args:
+        model: Of the manifest.
+        manifest: Inputs and state.
+        x: Checked rows.
+        carry: The rows of a recurrent model are a recording in its order; otherwise each begins with a state of zeros.
+    """
     start = checked_state(manifest.state, None)
     scores, firsts = [], []
+    state = start
     for row in x:
         main = row[manifest.input.name] if manifest.more_inputs else row
         more = {s.name: s.apply(row[s.name][None]) for s in manifest.more_inputs}
-        ran = model.run(manifest.input.apply(main[None]), {**more, **start})
+        ran = model.run(manifest.input.apply(main[None]), {**more, **state})
         scores.append(ran.scores)
         firsts.append(next(iter(ran.outputs[0].values())) if ran.outputs else ran.scores[0])
+        state = ran.state if carry else start
     return np.concatenate(scores), firsts
 
 

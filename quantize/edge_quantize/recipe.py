@@ -45,7 +45,10 @@ class ModelRecipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DataRecipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Files of rows: .npz with `x` and `y`, .npy pairs, .csv or .parquet; calibration needs x alone."""
+    """Files of rows: .npz with `x` and `y`, .npy pairs, .csv or .parquet; calibration needs x alone.
+
+    Rows of several inputs are an .npz with `x.NAME` for each.
+    """
 
     holdout: str
     train: str | None = None
@@ -123,6 +126,8 @@ def run_recipe(path: Path, *, created: str, searching: bool = False, progress: P
     source, data = recipe.model, recipe.data
     if source.onnx is not None:
         model: Any = folder / source.onnx
+        if not model.is_file():
+            raise ConfigError(f"model.onnx: {model} does not exist")
     else:
         assert source.call is not None  # one of the two is there
         model = load_model(source.call, folder=folder, state=_inside(folder, source.state))

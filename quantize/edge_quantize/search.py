@@ -174,8 +174,9 @@ def search(
 ) -> SearchResult:
     """Try recipes and choose the fastest that is right enough.
 
-    Tried are uint8 and int8 activations, each by extremes, percentile and entropy; the best of these with its most
-    sensitive layers in float; and one weight scale a layer. Accuracy is compared row by row with FP32.
+    Tried are uint8 and int8 activations, each by extremes, percentile and entropy; heavy layers alone; the best of
+    these with its most sensitive layers in float; and one weight scale a layer. Accuracy is compared row by row with
+    FP32.
 
     Args:
         model: A float trunk, or a network that is served whole.
@@ -205,7 +206,7 @@ def search(
     stopped, found = "", None
     with tempfile.TemporaryDirectory() as folder:
         steps = _recipes(tried, float_layers, percentile)
-        total = 4 * len(_METHODS) + len(float_layers) + 2
+        total = 4 * len(_METHODS) + len(float_layers) + 4
         _tell(progress, 0, total, FP32)
         tried.add_float(Path(folder))
         for done in itertools.count(1):
@@ -439,6 +440,8 @@ def _recipes(tried: _Tried, float_layers: tuple[int, ...], percentile: float) ->
     activations: tuple[Literal["uint8", "int8"], ...] = ("uint8", "int8")
     for activation, method in itertools.product(activations, methods):
         yield QuantRecipe(activation=activation, calibration=method)
+    for method in methods[:2]:
+        yield QuantRecipe(calibration=method, layers="heavy")
     seen: set[frozenset[str]] = {frozenset()}
     if (found := tried.sensitivity) is not None:
         for count in float_layers:

@@ -109,6 +109,7 @@ def build(trained, digits):
             "release": 1,
             "created": CREATED,
             "input_spec": SPEC,
+            "measure_memory": False,
             **changes,
         }
         return build_checkpoint(trained(kind), target=target, **arguments)

