@@ -175,7 +175,8 @@ def build(digits, tmp_path_factory):
         target = tmp_path_factory.mktemp("checkpoint") / f"release-{release}"
         build_checkpoint(
             net.eval(), Dataset(x, y, base.x[480:], base.y[480:]), labels=BASE, name="digits", release=release,
-            target=target, created="2026-01-01T00:00:00Z", input_spec=InputSpec(shape=[1, 8, 8], low=0.0, high=1.0), measure_memory=False,
+            target=target, created="2026-01-01T00:00:00Z", input_spec=InputSpec(shape=[1, 8, 8], low=0.0, high=1.0),
+            measure_memory=False,
         )  # fmt: skip
         return target
 

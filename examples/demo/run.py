@@ -87,7 +87,7 @@ class Story:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", CalibrationWarning)
             bad = factory.release_3(net, digits, self._folder / "release-2", self._folder / "release-3")
-        self.comparison = result.comparison.table()
+        self.comparison = result.comparison.table(parts=False)
         console.print(self.comparison, highlight=False)
         wrong = bad.comparison.int8.accuracy.value
         console.print(f"release 3 is calibrated on the wrong images on purpose: {wrong:.1%} of its answers are right")

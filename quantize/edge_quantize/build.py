@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto
 
 from edge_quantize.calibrate import Feeds, calibration_rows
 from edge_quantize.card import CardText
 from edge_quantize.compare import Comparison, compare_variants
 from edge_quantize.data import Dataset
+from edge_quantize.edges import activated, answer_of, fix_inputs, in_units
 from edge_quantize.errors import DataError, ExportError, LeakageWarning
 from edge_quantize.export import Exporter, check_parity, export_onnx
-from edge_quantize.graph import OPSET, Split, canonical_bytes, load_onnx, split
+from edge_quantize.graph import Split, canonical_bytes, load_onnx, split
 from edge_quantize.levels import Assessment, TensorFacts, assess
 from edge_quantize.metrics import sqnr_db
 from edge_quantize.pack import Making, Memory, pack_checkpoint, pack_whole, refuse_existing
@@ -321,7 +322,7 @@ class _Maker:
             return fp32, None, _float_only(making, impossible)
         calibration, validation = self._split_rows
         truth = self._truth(validation)
-        first = _answer(graph, self.state).name
+        first = answer_of(graph, self.state).name
 
         def score(outputs: Mapping[str, AnyArray]) -> AnyArray:
             return self._judged(np.asarray(outputs[first]).reshape(len(truth), -1), truth)
@@ -348,7 +349,7 @@ class _Maker:
     def _departure(self, graph: ModelProto, int8: bytes, calibration: Any) -> str:
         """How INT8 says something else than float on calibration rows, or nothing: a device cannot tell by itself."""
         calls = self._calls(graph, calibration[:_DEPARTURE_ROWS])
-        name = _answer(graph, self.state).name
+        name = answer_of(graph, self.state).name
         answers = [
             [session.run([name], call)[0] for call in calls]
             for session in (session_of(graph), session_of(ModelProto.FromString(int8)))
@@ -374,7 +375,7 @@ class _Maker:
         """The graph, with what the task makes of its first output behind it where it does not do so itself."""
         if self.task == "raw":
             return graph
-        answer = _answer(graph, self.state).name
+        answer = answer_of(graph, self.state).name
         session = session_of(graph)
         try:
             calls = self._calls(graph, self.data.holdout_x[:_PARITY_ROWS])
@@ -536,19 +537,6 @@ def _batch(value: Any) -> str | None:
     return (dims[0].dim_param or None) if dims else None
 
 
-def _answer(model: ModelProto, carried: Sequence[StateSpec]) -> Any:
-    """The first output that is no state.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    states = {state.output for state in carried}
-    for value in model.graph.output:
-        if value.name not in states:
-            return value
-    raise ConfigError(f"the graph puts out {', '.join(sorted(states))} alone, which are declared as its state")
-
-
 def standardised(head: Head, y: FloatArray) -> tuple[Head, list[TargetSpec]]:
     """A regression head in units of its targets' spread, and what takes them back; the values stay the same.
 
@@ -566,65 +554,3 @@ def standardised(head: Head, y: FloatArray) -> tuple[Head, list[TargetSpec]]:
     return Head(weights, head.labels), [
         TargetSpec(float(m), float(s), float("nan")) for m, s in zip(mean, std, strict=True)
     ]
-
-
-def fix_inputs(model: ModelProto, values: Mapping[str, Any]) -> ModelProto:
-    """The graph with some inputs turned into constants.
-
-    Raises:
-        ConfigError: There is no such input.
-    """
-    fixed = ModelProto()
-    fixed.CopyFrom(model)
-    inputs = {value.name: value for value in fixed.graph.input}
-    for name, value in values.items():
-        if name not in inputs:
-            raise ConfigError(f"cannot fix {name!r}: the graph's inputs are {', '.join(inputs)}")
-        dtype = helper.tensor_dtype_to_np_dtype(inputs[name].type.tensor_type.elem_type)
-        fixed.graph.input.remove(inputs[name])
-        fixed.graph.initializer.append(numpy_helper.from_array(np.asarray(value, dtype=dtype), name))
-    return fixed
-
-
-def activated(model: ModelProto, kind: str, *, carried: Sequence[StateSpec] = ()) -> ModelProto:
-    """The graph with Softmax or Sigmoid behind its answer, which is called "probabilities" then."""
-    options: dict[str, Any] = {"axis": 1} if kind == "Softmax" else {}
-    return _ended(model, carried, "probabilities", {}, lambda source, result: [
-        helper.make_node(kind, [source], [result], name=result, **options)
-    ])  # fmt: skip
-
-
-def in_units(model: ModelProto, targets: Sequence[TargetSpec], *, carried: Sequence[StateSpec] = ()) -> ModelProto:
-    """The graph with standardised numbers taken back to the targets' units, in an output called "values"."""
-    columns = {f"target_{name}": np.array([getattr(t, name) for t in targets], np.float32) for name in ("std", "mean")}
-    return _ended(model, carried, "values", columns, lambda source, result: [
-        helper.make_node("Mul", [source, "target_std"], ["values_scaled"], name="values_scaled"),
-        helper.make_node("Add", ["values_scaled", "target_mean"], [result], name=result),
-    ])  # fmt: skip
-
-
-def _ended(
-    model: ModelProto,
-    carried: Sequence[StateSpec],
-    name: str,
-    stored: Mapping[str, AnyArray],
-    nodes: Callable[[str, str], list[NodeProto]],
-) -> ModelProto:
-    """The graph with nodes behind its answer, whose result takes the answer's place among the outputs."""
-    ended = ModelProto()
-    ended.CopyFrom(model)
-    answer, graph = _answer(ended, carried), ended.graph
-    taken = {part for node in graph.node for part in (*node.input, *node.output)}
-    while name in taken:
-        name += "_"
-    place = [value.name for value in graph.output].index(answer.name)
-    shape = [dim.dim_param or dim.dim_value or None for dim in answer.type.tensor_type.shape.dim]
-    outputs = list(graph.output)
-    outputs[place] = helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-    graph.node.extend(nodes(answer.name, name))
-    graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in stored.items())
-    del graph.output[:]
-    graph.output.extend(outputs)
-    if not any(opset.domain == "" for opset in ended.opset_import):
-        ended.opset_import.append(helper.make_opsetid("", OPSET))
-    return ended

@@ -177,9 +177,9 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
                 return contrast.agreement.value
         return float("nan")
 
-    def table(self) -> str:
-        """Plain text for a terminal."""
-        return render_text(self)
+    def table(self, *, parts: bool = True) -> str:
+        """Plain text for a terminal; with labels and slices one by one, or without."""
+        return render_text(self, parts=parts)
 
     def to_json(self) -> bytes:
         """Indented JSON."""

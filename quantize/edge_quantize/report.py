@@ -58,12 +58,12 @@ _INTERVALS = (
 # ---- text
 
 
-def render_text(comparison: Comparison) -> str:
-    """Plain text for a terminal."""
+def render_text(comparison: Comparison, *, parts: bool = True) -> str:
+    """Plain text for a terminal; with labels and slices one by one, or without."""
     words = [*_sentences(comparison), *_details(comparison)]
     blocks = [_aligned(_main_grid(comparison)), _aligned(_batch_grid(comparison)), *words]
-    for heading, parts in _parts(comparison):
-        grid = _part_grid(parts)
+    for heading, found in _parts(comparison) if parts else ():
+        grid = _part_grid(found)
         grid[0][0] = heading
         blocks.append(_aligned(grid, texts=2))
     return "\n".join(block for block in blocks if block)

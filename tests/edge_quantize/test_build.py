@@ -7,7 +7,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import edge_quantize.build
 from edge_quantize import Budget, CalibrationWarning, DataError, Dataset, ExportError, LeakageWarning, Search
-from edge_quantize.build import activated, build_checkpoint, fix_inputs, in_units, standardised, stretches
+from edge_quantize.build import build_checkpoint, standardised, stretches
+from edge_quantize.edges import activated, fix_inputs, in_units
 from edge_quantize.graph import load_onnx
 from edge_quantize.rewrite import session_of
 from edge_sdk.errors import ConfigError
