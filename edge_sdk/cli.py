@@ -404,10 +404,8 @@ def verify(checkpoint: Path) -> None:
     manifest = verify_checkpoint(checkpoint)
     choice = choose_variant(checkpoint, manifest, "auto")
     rehearse(checkpoint, manifest)
-    files = len(manifest.files)
-    click.echo(
-        f"{manifest.name} release {manifest.release}: {files} files ok, self-test ok, {choice.variant} ({choice.reason})"
-    )
+    found = f"{len(manifest.files)} files ok, self-test ok, {choice.variant} ({choice.reason})"
+    click.echo(f"{manifest.name} release {manifest.release}: {found}")
 
 
 @main.command()

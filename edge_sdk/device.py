@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -197,7 +198,13 @@ class EdgeDevice:
         if current is None:
             return
         try:
-            self._verify(current)  # flash memory ages
+            with ThreadPoolExecutor(1) as other:  # hashing and loading take as long, and leave each other free
+                verified = other.submit(self._verify, current)  # flash memory ages
+                try:
+                    loaded = self._load(current)
+                finally:
+                    verified.result()  # a wrong hash says more than what the engine makes of it
+            self._served = loaded
             self._swap(now)
         except (EdgeError, OSError) as error:
             logger.error("%s: the version in use cannot be loaded: %s", self.name, error)  # noqa: TRY400 - no traceback
@@ -316,7 +323,7 @@ class EdgeDevice:
                     values,
                     found,
                     state,
-                )  # fmt: skip
+                )
             )
         self._pending.log(logged)
         return predictions
@@ -534,15 +541,18 @@ class EdgeDevice:
             return
         if self._served is None or self._served.version != current:
             self._trunks.update(self._upgrade.tested)
-            self._served = load_served(self._slots, current, self._upgrade.variant(current).variant, self._trunks)
-            logger.info("%s serves release %d, head %d", self.name, current.release, current.head)
+            self._served = self._load(current)
             self._upgrade.tested.clear()
         if self._taken_up != current:
             self._take_up(self._served, now)
 
+    def _load(self, version: Version) -> Served:
+        return load_served(self._slots, version, self._upgrade.variant(version).variant, self._trunks)
+
     def _take_up(self, served: Served, now: float) -> None:
         """Everything that follows from another version serving."""
         current, before = served.version, self._taken_up
+        logger.info("%s serves release %d, head %d", self.name, current.release, current.head)
         self._reporter.serve(Identity(current.release, current.head, current.digest), now, **self._facts())
         if self._adaptation is None:
             self._adaptation = self._new_adaptation()

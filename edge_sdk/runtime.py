@@ -104,8 +104,15 @@ class HeadSession:
         self.run(np.zeros((1, head.latent_dim), dtype=np.uint8))
 
     def run(self, latents: LatentArray) -> FloatArray:
-        """Probabilities float32 [N, C], or values [N, T] of a regression, for uint8 latents [N, D]."""
-        result: FloatArray = self._session.run(self._outputs, {"latent": latents})[0]
+        """Probabilities float32 [N, C], or values [N, T] of a regression, for uint8 latents [N, D].
+
+        Raises:
+            RuntimeUnavailableError: The engine failed.
+        """
+        try:
+            result: FloatArray = self._session.run(self._outputs, {"latent": latents})[0]
+        except Exception as error:
+            raise RuntimeUnavailableError(f"the head failed: {error}") from error
         return result
 
 
