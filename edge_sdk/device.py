@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -27,14 +26,11 @@ from edge_sdk.config import DeviceConfig
 from edge_sdk.errors import (
     ArtifactError,
     EdgeError,
-    IncompatibleError,
-    InputError,
-    LabelError,
     ModelError,
     StoreError,
-    UnknownLabelError,
 )
 from edge_sdk.files import lock_folder
+from edge_sdk.front import Front
 from edge_sdk.join import Joined, Joiner
 from edge_sdk.learn.executor import LearnExecutor, new_executor
 from edge_sdk.manifest import verify_checkpoint
@@ -42,7 +38,7 @@ from edge_sdk.memory import trim_memory
 from edge_sdk.messages import check_name
 from edge_sdk.model import Arrays, Trunks
 from edge_sdk.monitoring import Monitoring
-from edge_sdk.pending import Label, LoggedPrediction, Pending, Taught
+from edge_sdk.pending import Pending
 from edge_sdk.reporter import Identity, Reporter
 from edge_sdk.resources import PsutilReader, ResourceReader
 from edge_sdk.selftest import read_choice
@@ -50,9 +46,8 @@ from edge_sdk.serving import Served, load_served
 from edge_sdk.slots import Slots, Version
 from edge_sdk.status import STATUS_KEY, Status, StepReport
 from edge_sdk.store import HistoryEntry, Store
-from edge_sdk.tasks import is_right, store_truth, stored_answer
 from edge_sdk.transport import NoTransport, Transport
-from edge_sdk.types import NO_VALUES, NOTHING, AnyArray, Mode, Prediction, Truth
+from edge_sdk.types import Mode, Prediction, Truth
 from edge_sdk.update import UpdateClient
 from edge_sdk.upgrade import Upgrade
 
@@ -144,6 +139,7 @@ class EdgeDevice:
         prefix = f"{self.store_id[:8]}-"
         self._pending = Pending(self.config.join.max_pending, f"{prefix}{self.boot}-")
         self._pending.reserve(self._store.waiting_ids(not_like=prefix))
+        self._front = Front(self._pending, self._clock, self.config.learn)
         self._joiner = Joiner(self._store, self._pending, self.config)
         self._reporter = Reporter(
             self._store,
@@ -262,71 +258,11 @@ class EdgeDevice:
             DuplicateIdError: The id is in use.
             ModelError: There is no model yet, or the engine failed.
         """
-        started = time.perf_counter()
-        served = self._model()
-        try:
-            main, more = served.take(x) if served.manifest.more_inputs else (x, NOTHING)
-            checked = served.manifest.input.check(main)[None]
-            if state is not None or served.manifest.state:
-                more = {**more, **served.carry(state)}
-        except InputError:
-            self._pending.reject()
-            raise
-        return self._answer(served, checked, more, [self._pending.new_id(id)], started)[0]
+        return self._front.predict(self._model(), x, id, state)
 
     def predict_batch(self, x: Any) -> list[Prediction]:
         """Predict samples stacked in the first dimension, or a list of rows. Thread-safe. Errors as in `predict`."""
-        started = time.perf_counter()
-        served = self._model()
-        try:
-            checked = served.check_batch(x)
-        except InputError:
-            self._pending.reject()
-            raise
-        return self._answer(served, checked, NOTHING, [self._pending.new_id(None) for _ in checked], started)
-
-    def _answer(
-        self, served: Served, checked: AnyArray, more: Arrays, names: list[str], started: float
-    ) -> list[Prediction]:
-        """Run the model, and keep what was said until the next step."""
-        seen = served.thumbnail(checked)  # before the model runs and takes the caches for itself
-        try:
-            ran = served.run(checked, more)
-        except ModelError:
-            self._pending.release(names)
-            self._pending.fail()
-            raise
-        scores, manifest, version, labels = ran.scores, served.manifest, served.version, served.labels
-        scores.setflags(write=False)
-        answers = served.read(scores)
-        task, outputs, state = manifest.task, ran.outputs, ran.state
-        now, elapsed = self._clock.now(), (time.perf_counter() - started) * 1e3 / len(names)
-        logged, predictions = [], []
-        for i, name in enumerate(names):
-            row, (label, present) = scores[i], answers[i]
-            logged.append(
-                LoggedPrediction(name, now, seen[i], ran.latents[i], row, label, present, version, manifest, elapsed)
-            )
-            probabilities = row if task in ("classification", "multilabel") else NO_VALUES
-            values = row if task == "regression" else NO_VALUES
-            found = outputs[i] if outputs else NOTHING
-            predictions.append(
-                Prediction(
-                    name,
-                    label,
-                    probabilities,
-                    labels,
-                    version.release,
-                    version.head,
-                    elapsed,
-                    present,
-                    values,
-                    found,
-                    state,
-                )
-            )
-        self._pending.log(logged)
-        return predictions
+        return self._front.predict_batch(self._model(), x)
 
     def observe(self, id: str, truth: Truth, *, durable: bool = False, timeout_s: float = 10.0) -> None:  # noqa: A002
         """Give the truth about a prediction, at any time after it. Thread-safe.
@@ -346,9 +282,7 @@ class EdgeDevice:
             LabelError: It is of another task, or not finite.
             StoreError: `durable`, and it could not be written in time; it is kept and tried again.
         """
-        if not isinstance(id, str) or not id:
-            raise LabelError(f"a prediction id is a string that `predict` returned, got {id!r}")
-        self._pending.label(Label(id, self._stored(truth), self._clock.now()))
+        self._front.observe(self._model(), id, truth)
         if durable:
             self._wait_for_flush(timeout_s)
 
@@ -364,15 +298,7 @@ class EdgeDevice:
             LabelError: Not as many labels as samples.
             IncompatibleError: The release in use is served, not learned on.
         """
-        served = self._model()
-        if not served.manifest.learns:
-            raise IncompatibleError(f"release {served.version.release} (adapt={served.manifest.adapt}, "
-                                    f"task={served.manifest.task}) is served, not learned on")  # fmt: skip
-        checked = served.check_batch(x)
-        labels = self._truths(y, len(checked))
-        latents = served.run(checked).latents
-        now, trunk = self._clock.now(), served.manifest.trunk_id
-        self._pending.teach([Taught(latent, label, now, trunk) for latent, label in zip(latents, labels, strict=True)])
+        self._front.learn(self._model(), x, y)
 
     def evaluate(self, x: Any, y: Sequence[Truth]) -> float:
         """Share of samples that the version in use gets right; they are neither logged nor learned from.
@@ -384,40 +310,12 @@ class EdgeDevice:
         Raises:
             InputError, LabelError, ModelError: As `predict` and `observe`.
         """
-        served = self._model()
-        checked = served.check_batch(x)
-        if len(y) != len(checked):
-            raise LabelError(f"{len(checked)} samples need as many labels, got {len(y)}")
-        truths = [store_truth(truth, served.manifest) for truth in y]
-        scores, task = served.run(checked).scores, served.manifest.task
-        said = [stored_answer(row, *answer, task) for row, answer in zip(scores, served.read(scores), strict=True)]
-        return float(np.mean([is_right(a, b, served.manifest) for a, b in zip(said, truths, strict=True)]))
-
-    def _truths(self, y: Sequence[Truth], rows: int) -> list[str]:
-        if len(y) != rows:
-            raise LabelError(f"{rows} samples need as many labels, got {len(y)}")
-        return [self._stored(truth) for truth in y]
+        return self._front.evaluate(self._model(), x, y)
 
     def _model(self) -> Served:
         if self._served is None:
             raise ModelError("no release is installed yet: give a checkpoint, or wait for the coordinator's first one")
         return self._served
-
-    def _stored(self, truth: Truth) -> str:
-        """The stored form of a truth, if the model knows its label or may learn it."""
-        served = self._model()
-        stored, known, learn = store_truth(truth, served.manifest), served.labels, self.config.learn
-        if served.manifest.task != "classification" or stored in known:
-            return stored
-        if not served.manifest.learns:
-            raise UnknownLabelError(
-                f"unknown label {stored!r}; known: {', '.join(known)} (this release does not learn)"
-            )
-        if learn.new_labels == "refuse":
-            raise UnknownLabelError(f"unknown label {stored!r}; known: {', '.join(known)} (learn.new_labels = refuse)")
-        if len(known) >= learn.max_labels:
-            raise UnknownLabelError(f"label {stored!r} would be one more than learn.max_labels = {learn.max_labels}")
-        return stored
 
     def _wait_for_flush(self, timeout_s: float) -> None:
         if self._thread is None or self._thread is threading.current_thread():

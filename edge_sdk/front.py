@@ -1,0 +1,146 @@
+"""What an app's threads reach: predictions go out, truths come in. Memory only, and thread-safe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from edge_sdk.clock import Clock
+from edge_sdk.config import LearnConfig
+from edge_sdk.errors import IncompatibleError, InputError, LabelError, ModelError, UnknownLabelError
+from edge_sdk.model import Arrays
+from edge_sdk.pending import Label, LoggedPrediction, Pending, Taught
+from edge_sdk.serving import Served
+from edge_sdk.tasks import is_right, store_truth, stored_answer
+from edge_sdk.types import NO_VALUES, NOTHING, AnyArray, Prediction, Truth
+
+
+class Front:
+    """Predicts with the version it is given, and leaves in memory what the next step writes.
+
+    Args:
+        pending: Where that is left.
+        clock: Source of time.
+        config: Which labels may be learned.
+    """
+
+    def __init__(self, pending: Pending, clock: Clock, config: LearnConfig) -> None:
+        self._pending, self._clock, self._config = pending, clock, config
+
+    def predict(self, served: Served, x: Any, name: str | None, state: Arrays | None) -> Prediction:
+        """One sample; see `EdgeDevice.predict`."""
+        started = time.perf_counter()
+        manifest = served.manifest
+        try:
+            main, more = served.take(x) if manifest.more_inputs else (x, NOTHING)
+            checked = manifest.input.check(main)[None]
+            if state is not None or manifest.state:
+                more = {**more, **served.carry(state)}
+        except InputError:
+            self._pending.reject()
+            raise
+        return self._answer(served, checked, more, [self._pending.new_id(name)], started)[0]
+
+    def predict_batch(self, served: Served, x: Any) -> list[Prediction]:
+        """Several samples; see `EdgeDevice.predict_batch`."""
+        started = time.perf_counter()
+        try:
+            checked = served.check_batch(x)
+        except InputError:
+            self._pending.reject()
+            raise
+        return self._answer(served, checked, NOTHING, [self._pending.new_id(None) for _ in checked], started)
+
+    def observe(self, served: Served, name: str, truth: Truth) -> None:
+        """Keep a truth; see `EdgeDevice.observe`."""
+        if not isinstance(name, str) or not name:
+            raise LabelError(f"a prediction id is a string that `predict` returned, got {name!r}")
+        self._pending.label(Label(name, self._stored(served, truth), self._clock.now()))
+
+    def learn(self, served: Served, x: Any, y: Sequence[Truth]) -> None:
+        """Keep labelled samples; see `EdgeDevice.learn`."""
+        manifest = served.manifest
+        if not manifest.learns:
+            what = f"adapt={manifest.adapt}, task={manifest.task}"
+            raise IncompatibleError(f"release {served.version.release} ({what}) is served, not learned on")
+        checked = _as_many(served.check_batch(x), y)
+        labels = [self._stored(served, truth) for truth in y]
+        latents = served.run(checked).latents
+        now, trunk = self._clock.now(), manifest.trunk_id
+        self._pending.teach([Taught(latent, label, now, trunk) for latent, label in zip(latents, labels, strict=True)])
+
+    def evaluate(self, served: Served, x: Any, y: Sequence[Truth]) -> float:
+        """Share of samples that are right; see `EdgeDevice.evaluate`."""
+        checked, manifest = _as_many(served.check_batch(x), y), served.manifest
+        truths = [store_truth(truth, manifest) for truth in y]
+        scores = served.run(checked).scores
+        said = [
+            stored_answer(row, *answer, manifest.task) for row, answer in zip(scores, served.read(scores), strict=True)
+        ]
+        return float(np.mean([is_right(a, b, manifest) for a, b in zip(said, truths, strict=True)]))
+
+    def _answer(
+        self, served: Served, checked: AnyArray, more: Arrays, names: list[str], started: float
+    ) -> list[Prediction]:
+        """Run the model, and keep what was said until the next step."""
+        seen = served.thumbnail(checked)  # before the model runs and takes the caches for itself
+        try:
+            ran = served.run(checked, more)
+        except ModelError:
+            self._pending.release(names)
+            self._pending.fail()
+            raise
+        scores, manifest, version, labels = ran.scores, served.manifest, served.version, served.labels
+        scores.setflags(write=False)
+        answers = served.read(scores)
+        task, outputs, state = manifest.task, ran.outputs, ran.state
+        now, elapsed = self._clock.now(), (time.perf_counter() - started) * 1e3 / len(names)
+        logged, predictions = [], []
+        for i, name in enumerate(names):
+            row, (label, present) = scores[i], answers[i]
+            logged.append(
+                LoggedPrediction(name, now, seen[i], ran.latents[i], row, label, present, version, manifest, elapsed)
+            )
+            probabilities = row if task in ("classification", "multilabel") else NO_VALUES
+            values = row if task == "regression" else NO_VALUES
+            found = outputs[i] if outputs else NOTHING
+            predictions.append(
+                Prediction(
+                    name,
+                    label,
+                    probabilities,
+                    labels,
+                    version.release,
+                    version.head,
+                    elapsed,
+                    present,
+                    values,
+                    found,
+                    state,
+                )
+            )
+        self._pending.log(logged)
+        return predictions
+
+    def _stored(self, served: Served, truth: Truth) -> str:
+        """The stored form of a truth, if the model knows its label or may learn it."""
+        stored, known, config = store_truth(truth, served.manifest), served.labels, self._config
+        if served.manifest.task != "classification" or stored in known:
+            return stored
+        unknown = f"unknown label {stored!r}; known: {', '.join(known)}"
+        if not served.manifest.learns:
+            raise UnknownLabelError(f"{unknown} (this release does not learn)")
+        if config.new_labels == "refuse":
+            raise UnknownLabelError(f"{unknown} (learn.new_labels = refuse)")
+        if len(known) >= config.max_labels:
+            raise UnknownLabelError(f"label {stored!r} would be one more than learn.max_labels = {config.max_labels}")
+        return stored
+
+
+def _as_many(checked: AnyArray, y: Sequence[Truth]) -> AnyArray:
+    if len(y) != len(checked):
+        raise LabelError(f"{len(checked)} samples need as many labels, got {len(y)}")
+    return checked
