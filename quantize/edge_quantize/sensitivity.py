@@ -13,8 +13,9 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from edge_quantize.calibrate import Feeds, Probe, calls
 from edge_quantize.errors import DataError
+from edge_quantize.metrics import sqnr_db
 from edge_quantize.quantize import Quantizer, QuantRecipe
-from edge_sdk.types import AnyArray, FloatArray
+from edge_sdk.types import AnyArray
 
 EXACT_DB = 120.0
 """Shown for no error at all, and for less than float arithmetic itself makes."""
@@ -149,12 +150,6 @@ def measure(quantizer: Quantizer, recipe: QuantRecipe, *, rows: int = 64, exact:
         found = [_with_gain(layer, quantizer, recipe, x, output_db) for layer in found]
     found.sort(key=lambda layer: (-layer.gain_db if layer.gain_db is not None else layer.own_db, layer.name))
     return Sensitivity(recipe, count, output_db, found)
-
-
-def sqnr_db(signal: FloatArray, approximation: FloatArray) -> float:
-    """Signal to quantization noise ratio in dB, at most 120."""
-    power = float(np.square(signal, dtype=np.float64).sum())
-    return _db(float(np.square(np.subtract(signal, approximation, dtype=np.float64)).sum()) / max(power, 1e-30))
 
 
 @dataclass(frozen=True)
@@ -314,7 +309,8 @@ def _output_db(quantizer: Quantizer, quantized: ModelProto, x: Feeds) -> float:
     name = quantizer.model.graph.output[0].name
     pairs = zip(Probe(quantizer.model, [name]).run(x), Probe(quantized, [name]).run(x), strict=True)
     right, rounded = zip(*((a[name].ravel(), b[name].ravel()) for a, b in pairs), strict=True)
-    return sqnr_db(np.concatenate(right), np.concatenate(rounded))
+    found = sqnr_db(np.concatenate(right), np.concatenate(rounded))
+    return EXACT_DB if found is None else min(found, EXACT_DB)
 
 
 def _some(quantizer: Quantizer, rows: int) -> tuple[Feeds, int]:

@@ -22,8 +22,8 @@ from edge_quantize import (
 )
 from edge_quantize.compare import predict
 from edge_quantize.graph import run
+from edge_quantize.metrics import sqnr_db
 from edge_quantize.quantize import QuantRecipe, head_graph, named, quantize_whole
-from edge_quantize.sensitivity import sqnr_db
 from edge_sdk.errors import RuntimeUnavailableError
 from edge_sdk.head import Head, dequantize, softmax
 from edge_sdk.manifest import HEAD_NPZ, HEAD_ONNX, TRUNK_FP32, TRUNK_INT8, LatentSpec

@@ -7,7 +7,7 @@ import pytest
 
 from edge_quantize import Calibration, DataError
 from edge_quantize.quantize import Quantizer, QuantRecipe
-from edge_quantize.sensitivity import EXACT_DB, LayerSensitivity, Sensitivity, measure, sensitivity, sqnr_db
+from edge_quantize.sensitivity import EXACT_DB, LayerSensitivity, Sensitivity, measure, sensitivity
 
 PER_TENSOR = QuantRecipe(per_channel=False)
 
@@ -162,9 +162,3 @@ def test_plot_is_valid_whatever_the_layers_are_called():
     assert widths[0] == 0
     assert root.find(".//{*}g/{*}title").text.startswith(name)
     assert ET.fromstring(Sensitivity(QuantRecipe(), 64, 30.0, []).plot()).tag.endswith("svg")
-
-
-def test_sqnr_is_twenty_decibels_for_a_tenth_of_the_signal():
-    x = np.random.default_rng(0).normal(size=1000)
-    assert sqnr_db(x, x * 1.1) == pytest.approx(20)
-    assert sqnr_db(x, x) == EXACT_DB

@@ -206,7 +206,7 @@ def checkpoint(tmp_path):
             input=InputSpec(shape=[4]),
             latent=LatentSpec(4, 0.1, 0),
             head=HeadSpec(),
-            files=describe_folder(folder),
+            files=describe_folder(folder, REQUIRED),
         )
         (folder / MANIFEST_NAME).write_bytes(manifest_bytes(manifest))
         return folder
