@@ -107,6 +107,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Of a multi-label model, in the order of `labels`: the probability from which a label counts as present."""
     latent: LatentSpec = LatentSpec()
     head: HeadSpec = HeadSpec()
+    serve: Literal["auto", "fp32"] = "auto"
+    """What a device without a wish of its own serves: the faster variant that is right there, or float because INT8 was
+    found to lose too much."""
     files: dict[str, FileEntry]
     metrics: dict[str, float] = {}
     toolchain: dict[str, str] = {}

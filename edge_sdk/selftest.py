@@ -97,6 +97,8 @@ def choose_variant(
         SelfTestError: None, or not the one asked for, reproduces its stored outputs here.
     """
     candidates = [name for name in manifest.model_files if wanted in ("auto", name)]
+    if wanted == "auto" and manifest.serve == "fp32":
+        candidates = ["fp32"]
     fit: dict[Variant, ServedModel] = {}
     loaded: Trunks = {}
     problems: list[str] = []
@@ -111,7 +113,8 @@ def choose_variant(
     if wanted != "auto":
         choice = Choice(candidates[0], "as configured")
     elif len(fit) == 1:
-        choice = Choice(next(iter(fit)), "; ".join(problems) or "the only variant there is")
+        alone = "INT8 was found to lose too much" if manifest.serve == "fp32" else "the only variant there is"
+        choice = Choice(next(iter(fit)), "; ".join(problems) or alone)
     else:
         stored = _stored(folder)
         times = time_in_turns({name: partial(_replay, model, manifest, stored, 1) for name, model in fit.items()})

@@ -179,7 +179,7 @@ def build_checkpoint(
         with _told_already():
             manifest = pack_whole(
                 target, fp32=fp32, int8=int8, data=maker.data, input_spec=maker.spec, labels=labels, targets=targets,
-                more_inputs=more_inputs, state=state, making=making, **facts,
+                more_inputs=more_inputs, state=state, making=making, serve=maker.serve, **facts,
             )  # fmt: skip
     else:
         maker.check_learns()
@@ -197,7 +197,7 @@ def build_checkpoint(
         with _told_already():
             manifest = pack_checkpoint(
                 target, trunks=trunks, head=head, data=maker.data, input_spec=input_spec, targets=targets,
-                memory=memory, making=making, **facts,
+                memory=memory, making=making, serve=maker.serve, **facts,
             )  # fmt: skip
     rows = maker.data
     comparison = compare_variants(target, rows.holdout_x, rows.holdout_y, slices=rows.slices, memory=measure_memory)
@@ -481,6 +481,14 @@ class _Maker:
         return feeds | {s.name: s.apply(np.stack([row[s.name] for row in x])) for s in self.more_inputs}
 
     # ---- recipe
+
+    @property
+    def serve(self) -> Literal["auto", "fp32"]:
+        """Float, if a search found that even the recipe which loses least loses too much."""
+        if self.found is None or self.found.choice.trial.recipe is not None:
+            return "auto"
+        packed = next(trial for trial in self.found.trials if trial.recipe == self.found.recipe)
+        return "auto" if packed.loss <= self.found.max_loss else "fp32"
 
     def _recipe(
         self, model: ModelProto, x: Any, validation: Any, score: Callable[[Any], AnyArray], *, whole: bool

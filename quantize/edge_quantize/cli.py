@@ -194,6 +194,7 @@ def _facts(manifest: Manifest, digest: str) -> dict[str, Any]:
         "created": manifest.created,
         "task": manifest.task,
         "adapt": manifest.adapt,
+        "serve": manifest.serve,
         "labels": manifest.labels,
         "input": msgspec.to_builtins(manifest.input),
         "more_inputs": msgspec.to_builtins(manifest.more_inputs),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -119,6 +119,7 @@ def pack_checkpoint(
     task: Task = "classification",
     targets: Sequence[TargetSpec] = (),
     thresholds: Sequence[float] = (),
+    serve: Literal["auto", "fp32"] = "auto",
     parent: Path | None = None,
     seed: int = 0,
     memory: Memory | None = None,
@@ -142,6 +143,7 @@ def pack_checkpoint(
         task: What the outputs mean.
         targets: Of a regression, one for each output; a tolerance of NaN is found from the held-out rows.
         thresholds: Of a multi-label model, one for each label; 0.5 if none are given.
+        serve: "fp32" if INT8 was found to lose too much; devices then serve float unless their settings insist.
         parent: Folder of the checkpoint this one replaces.
         seed: For the samples drawn.
         memory: How much factory memory ships.
@@ -161,7 +163,8 @@ def pack_checkpoint(
         raise IncompatibleError(f"the head takes {head.latent_dim} values, the trunk puts out {trunks.latent.dim}")
     draft = _draft(
         name, release, parent, created, task, head.labels, input_spec, targets, thresholds,
-        latent=trunks.latent, head=HeadSpec([head.weights[f"b{i}"].shape[0] for i in range(head.depth - 1)]),
+        serve=serve, latent=trunks.latent,
+        head=HeadSpec([head.weights[f"b{i}"].shape[0] for i in range(head.depth - 1)]),
     )  # fmt: skip
     rows = data.checked(input_spec, head.labels, task=task)
     packer = _Packer(rows, np.random.default_rng(seed), card or CardText(), making or Making())
@@ -184,6 +187,7 @@ def pack_whole(
     thresholds: Sequence[float] = (),
     more_inputs: Sequence[InputSpec] = (),
     state: Sequence[StateSpec] = (),
+    serve: Literal["auto", "fp32"] = "auto",
     parent: Path | None = None,
     seed: int = 0,
     card: CardText | None = None,
@@ -206,6 +210,7 @@ def pack_whole(
         thresholds: Of a multi-label model; 0.5 if none are given.
         more_inputs: Contracts of further inputs.
         state: What a recurrent model carries from call to call.
+        serve: As in `pack_checkpoint`.
         parent: Folder of the checkpoint this one replaces.
         seed: For the samples drawn.
         card: What only a person can say about the model.
@@ -220,7 +225,7 @@ def pack_whole(
         targets = [TargetSpec(0.0, 1.0, float("nan")) for _ in labels]
     draft = _draft(
         name, release, parent, created, task, labels, input_spec, targets, thresholds,
-        adapt="none", more_inputs=list(more_inputs), state=list(state),
+        adapt="none", more_inputs=list(more_inputs), state=list(state), serve=serve,
     )  # fmt: skip
     specs: InputSpec | list[InputSpec] = [input_spec, *more_inputs] if more_inputs else input_spec
     rows = data.checked(specs, labels, task=task, learns=False)
@@ -286,6 +291,7 @@ def repack_checkpoint(
         created=created,
         task=base.task,
         targets=base.targets,
+        serve=base.serve,
         thresholds=[*base.thresholds, *([0.5] * more if base.task == "multilabel" else [])],
         parent=parent,
         seed=seed,
@@ -440,7 +446,7 @@ class _Packer:
     ) -> Manifest:
         """Reference, card and manifest."""
         data, task = self.data, draft.task
-        served: Variant = "int8" if "int8" in scores else "fp32"
+        served: Variant = "int8" if "int8" in scores and draft.serve == "auto" else "fp32"
         judged = {v: judge(Terms.of(draft), values, data.holdout_y, data.slices) for v, values in scores.items()} \
             if task != "raw" else {}  # fmt: skip
         correct = rows_right(scores[served], data.holdout_y, draft) if judged else np.zeros(0, dtype=bool)

@@ -17,6 +17,7 @@ from edge_sdk.head import Head
 from edge_sdk.manifest import CARD, HEAD_NPZ, MODEL_FP32, MODEL_INT8, SELFTEST_NPZ, StateSpec, TargetSpec
 from edge_sdk.runtime import WholeModel
 from edge_sdk.schema import InputSpec
+from edge_sdk.selftest import choose_variant
 
 pytestmark = pytest.mark.torch
 CREATED = "2026-01-01T00:00:00Z"
@@ -426,6 +427,17 @@ def test_search_for_a_recurrent_network_holds_back_the_end_of_the_recording(tmp_
     assert [call["x"].tobytes() for call in spied["calibration"]] == [row.tobytes() for row in X[:200]]
     assert [call["x"].tobytes() for call in spied["validation"]] == [row.tobytes() for row in X[200:TRAIN]]
     assert np.abs([call["h"] for call in spied["calibration"]]).max() > 1
+
+
+@pytest.mark.filterwarnings("ignore::edge_quantize.errors.CalibrationWarning")
+def test_devices_serve_float_where_no_recipe_was_right_enough(tmp_path):
+    wanted = Search(max_loss=-1.0, budget=SOON.budget)  # nothing can be that much better than float
+    manifest = build(tmp_path / "one", mlp(16, 8), quantization=wanted).manifest
+    assert manifest.serve == "fp32"
+    choice = choose_variant(tmp_path / "one", manifest, "auto")
+    assert (choice.variant, choice.reason) == ("fp32", "INT8 was found to lose too much")
+    assert choose_variant(tmp_path / "one", manifest, "int8").variant == "int8"
+    assert build(tmp_path / "other", mlp(16, 8)).manifest.serve == "auto"
 
 
 def test_search_without_any_rows_to_choose_by_is_refused(tmp_path):
