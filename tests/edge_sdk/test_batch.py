@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 import os
 import pty
 import signal
@@ -722,16 +721,6 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 
 # ---- beside a device
-
-
-@pytest.fixture(autouse=True)
-def as_before(monkeypatch):
-    monkeypatch.delenv("EDGE_HOME", raising=False)
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    yield
-    root.setLevel(level)
-    root.handlers[:] = handlers
 
 
 def edge(*arguments):

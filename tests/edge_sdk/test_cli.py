@@ -1,7 +1,6 @@
 """The device's command line: what it says, and with which exit code."""
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -26,20 +25,6 @@ BUNDLE = {
     "broker": {"host": "10.0.0.5", "port": 8883, "username": "pump-1", "password": 'quo"te'},
 }
 DEADLINE_S = 30
-
-
-@pytest.fixture(autouse=True)
-def no_environment(monkeypatch):
-    monkeypatch.delenv("EDGE_HOME", raising=False)
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before():
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    yield
-    root.setLevel(level)
-    root.handlers[:] = handlers
 
 
 def edge(*arguments):

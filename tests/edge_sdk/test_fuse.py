@@ -1,7 +1,6 @@
 """One ONNX file of trunk and learned head: it says exactly what the device says."""
 
 import json
-import logging
 import shutil
 import sys
 from itertools import pairwise
@@ -207,16 +206,6 @@ def test_a_base_install_names_the_extra(make, monkeypatch):
 
 
 # ---- the command
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before(monkeypatch):
-    monkeypatch.delenv("EDGE_HOME", raising=False)
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    yield
-    root.setLevel(level)
-    root.handlers[:] = handlers
 
 
 def edge(*arguments):
