@@ -143,23 +143,6 @@ class Dataset:
                 shared[split] = count
         return shared
 
-    def search_rows(self, *, max_rows: int = 2000, seed: int = 0) -> tuple[Rows, Targets]:
-        """What a search may choose recipes by, never held-out rows: validation rows, or else training rows.
-
-        On training rows every recipe looks better than it is, but INT8 loses about as much against float there.
-
-        Raises:
-            DataError: There are neither.
-        """
-        x, y = (self.train_x, self.train_y) if self.validation_x is None else (self.validation_x, self.validation_y)
-        if x is None:
-            raise DataError("validation: a search needs validation rows or training rows to choose by")
-        if len(x) <= max_rows:
-            return x, y
-        chosen = np.sort(np.random.default_rng(seed).choice(len(x), max_rows, replace=False))
-        some = x[chosen] if isinstance(x, np.ndarray) else [x[i] for i in chosen]
-        return some, None if y is None else y[chosen]
-
     @classmethod
     def load(
         cls,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -31,7 +31,7 @@ from edge_quantize.calibrate import (
 from edge_quantize.errors import ExportError
 from edge_quantize.graph import BATCH, CHUNK, IR_VERSION, LATENT, OPSET, canonical_bytes, run
 from edge_sdk.head import Head
-from edge_sdk.manifest import TRUNK_FP32, TRUNK_INT8, LatentSpec, Manifest
+from edge_sdk.manifest import TRUNK_FP32, TRUNK_INT8, LatentSpec, Manifest, TargetSpec
 from edge_sdk.types import AnyArray, FloatArray
 
 _OPS = sorted({*QDQRegistry, *QLinearOpsRegistry})
@@ -64,18 +64,6 @@ class QuantRecipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         words += ["7-bit weights"] if self.reduce_range else []
         words += [f"{len(self.float_nodes)} in float"] if self.float_nodes else []
         return ", ".join(words)
-
-
-class TargetScale(Protocol):
-    """How a regression target is standardised: value = output * std + mean."""
-
-    @property
-    def mean(self) -> float:
-        """In the target's units."""
-
-    @property
-    def std(self) -> float:
-        """In the target's units, above 0."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +234,7 @@ def named(model: ModelProto) -> ModelProto:
 
 
 def head_graph(
-    head: Head, latent: LatentSpec, *, task: str = "classification", targets: Sequence[TargetScale] = ()
+    head: Head, latent: LatentSpec, *, task: str = "classification", targets: Sequence[TargetSpec] = ()
 ) -> bytes:
     """`head.onnx`: uint8 latent [N, D] to "logits" and what the task makes of them, batch and class count free.
 

@@ -155,17 +155,6 @@ def test_held_out_rows_that_were_trained_on_are_counted_and_warned_of():
     assert checked.leaks() == {"train": 3, "calibration": 2}
 
 
-def test_search_never_sees_held_out_rows():
-    data = dataset().checked(PAIR, ["a", "b"])
-    x, y = data.search_rows(max_rows=4)
-    assert {row.tobytes() for row in x} < {row.tobytes() for row in data.train_x}
-    assert len(x) == len(y) == 4
-    apart = dataset(validation_x=rows(6, 500), validation_y=[1] * 6).checked(PAIR, ["a", "b"])
-    assert np.array_equal(apart.search_rows()[0], rows(6, 500))
-    with pytest.raises(DataError, match="needs validation rows or training rows"):
-        Dataset(None, None, rows(3), None).search_rows()
-
-
 # ---- slices
 
 
