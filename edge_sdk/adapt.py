@@ -6,8 +6,8 @@ every step leaves the champion serving until the pointer has been flipped.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,27 +17,38 @@ import numpy as np
 
 from edge_sdk.config import DeviceConfig
 from edge_sdk.errors import EdgeError
-from edge_sdk.files import load_npz, remove_tree
+from edge_sdk.experience import Chosen, Experience
+from edge_sdk.files import remove_tree
 from edge_sdk.gate import Verdict, is_healthy, judge, watch
-from edge_sdk.head import Head, Weights, dequantize
+from edge_sdk.head import Head, dequantize
 from edge_sdk.join import Judged
 from edge_sdk.learn.base import CHALLENGER, LearnJob, LearnResult
-from edge_sdk.learn.ewc import grown_like
+from edge_sdk.learn.ewc import Importance, consolidate, fisher_diagonal
 from edge_sdk.learn.executor import LearnExecutor
-from edge_sdk.manifest import FISHER_NPZ, HEAD_NPZ, MEMORY_NPZ, Manifest
-from edge_sdk.policy import Decision, ResourceState, Signals, decide
-from edge_sdk.replay import BUFFERS, ReplayBuffer, capacity_for
+from edge_sdk.manifest import Manifest
+from edge_sdk.outcomes import Outcomes, group_names, members, outcomes
+from edge_sdk.policy import Decision, ResourceState, Signals, Spent, decide, obstacle, spend
+from edge_sdk.skew import Skew
 from edge_sdk.slots import Slots, Version
-from edge_sdk.store import Sample, Store, stack
-from edge_sdk.types import FloatArray, IndexArray, LatentArray, Mode
+from edge_sdk.stats import calibration_error
+from edge_sdk.store import Lineage, Sample, Store
+from edge_sdk.tasks import as_scores
+from edge_sdk.types import DoubleArray, LatentArray, Mode
 
 Emit = Callable[[str, dict[str, Any]], None]
 _STATE = "adaptation"
+_CHOSEN = "chosen"
 _RECENT = 200
-_MIN_LABEL_ROWS = 10
-"""A label that the model does not know needs so many samples before the head grows by it: one typing error is none."""
-_JUDGE_EVERY = 3
-"""Every third row of the factory memory judges; the others are replayed."""
+_MIN_RECENT = 30
+_DAY_S = 86_400.0
+_LATENCY_RUNS = 31
+
+
+class Recent(msgspec.Struct, frozen=True, array_like=True):
+    """A live labelled row: whether it was right, and how sure the model was of it, if that is known."""
+
+    right: bool
+    confidence: float | None = None
 
 
 class AdaptState(msgspec.Struct):
@@ -49,43 +60,47 @@ class AdaptState(msgspec.Struct):
     """When the phase began."""
     attempts: int = 0
     """Learning jobs ever started; makes the seed of each."""
+    superseded: int = 0
+    """Challengers that gave way to the present one: they share the error level."""
     last_ended: float | None = None
     parent: Version | None = None
-    fresh_keys: list[int] = []
-    """Samples that the challenger knows; they move into the replay buffer with the verdict."""
     rows: int = 0
-    """How many of them were fresh to it."""
-    steps: int = 0
-    before: list[bool] = []
-    """On probation: whether the version before would have been right."""
-    after: list[bool] = []
+    """Fresh samples that the challenger knows."""
+    replayed: int = 0
+    result: LearnResult = LearnResult()
+    """Of the learner."""
+    before: list[float] = []
+    """On probation: losses of the version before."""
+    after: list[float] = []
     predictions: int = 0
     errors: int = 0
     """Both on probation."""
-    recent: list[bool] = []
-    """Whether the latest live predictions were right."""
+    recent: list[Recent] = []
+    """Of the latest live predictions."""
+    skew: Skew = Skew()
+    """Of the head in use."""
+    trained: Skew = Skew()
+    """Of the challenger."""
+    promoted_at: float | None = None
     demand: str = ""
     """Why learning should start whatever the cool-down says."""
     waits: str = ""
-    """Why learning that is wanted does not start."""
-
-
-class FactoryMemory:
-    """The base classes' latents that come with a checkpoint, split once into replay rows and judge rows."""
-
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
-        arrays = load_npz(folder / MEMORY_NPZ)
-        latents, labels = arrays["latents"], arrays["labels"]
-        judging = np.zeros(len(labels), dtype=bool)
-        for label in set(labels.tolist()):
-            judging[np.flatnonzero(labels == label)[_JUDGE_EVERY - 1 :: _JUDGE_EVERY]] = True
-        names = np.array(manifest.labels, dtype=object)
-        self.replay_latents, self.replay_labels = latents[~judging], [str(v) for v in names[labels[~judging]]]
-        self.judge_latents, self.judge_labels = latents[judging], [str(v) for v in names[labels[judging]]]
+    """Why learning that is wanted does not start, or has stopped."""
+    decision: str = ""
+    """The last decision that was noted."""
+    obstacle: str = ""
+    """What stood against learning at the last look."""
+    spent: Spent = Spent()
+    asked: list[str] = []
+    """New labels that were told of."""
+    accepted: list[str] = []
+    refused: list[str] = []
+    """What a person said about them."""
+    retained_at: float = 0.0
 
 
 class Adaptation:
-    """Owns the transaction and the replay buffer of the release in use.
+    """Owns the transaction.
 
     Args:
         folder: For learning jobs.
@@ -101,8 +116,12 @@ class Adaptation:
     ) -> None:
         self._folder, self._store, self._slots, self._executor = folder, store, slots, executor
         self._config, self._emit = config, emit
-        data = store.get(_STATE)
+        data, chosen = store.get(_STATE), store.get(_CHOSEN)
         self.state = msgspec.json.decode(data, type=AdaptState) if data else AdaptState()
+        self._chosen = msgspec.json.decode(chosen, type=Chosen) if chosen else Chosen()
+        self.experience: Experience | None = None
+        """The rows of the release in use; None if it is served and not learned on."""
+        self._head: Head | None = None
         self._before: Head | None = None
         self._judged_up_to = -1
         self._since = 0.0
@@ -113,30 +132,28 @@ class Adaptation:
     # ---- the release in use
 
     def attach(self, version: Version, manifest: Manifest) -> None:
-        """Work on a version: load its factory memory, anchor, Fisher information and replay buffer.
+        """Work on a version: its labelled rows, its head, and what it must not forget.
 
         Of one that is not learned on, only the live accuracy is kept.
         """
         folder = self._slots.folder(version)
-        self._version, self._manifest, self._trunk = version, manifest, manifest.trunk_id
-        self._before = None
+        self._version, self._manifest = version, manifest
+        self._head = self._before = self.experience = None
+        self._judged_up_to = -1
         if not manifest.learns:
             self._begin("idle", now=self.state.since)
             self.state.waits = f"adapt={manifest.adapt}, task={manifest.task}: this release is served, not learned on"
-            self._load_buffer()
             return
-        self.memory = FactoryMemory(folder, manifest)
-        self._base = Head.load(folder / HEAD_NPZ)
-        self._fisher: Weights = {key: value.astype(np.float32) for key, value in load_npz(folder / FISHER_NPZ).items()}
-        self._load_buffer()
+        seed = (self._config.seed, self.state.attempts, version.release)
+        self.experience = Experience(self._store, self._config, manifest, folder, seed=seed)
+        self._head = self._slots.head(version)
         pointer = self._slots.pointer
-        self._before = None
-        self._judged_up_to = -1
         if self.state.phase == "judging" and self.state.parent != pointer.current:
             with self._transition():  # killed between the flip and its record
-                self._consolidate()
+                self._consolidate(fold=True)
                 self._begin("probation", now=self.state.since)
                 self._emit("promoted", {"to": version.head, "trigger": self.state.reason, "recovered": True})
+                self._record("promoted", {"reason": self.state.reason, "recovered": True}, head=version.head)
         if self.state.phase == "probation":
             if pointer.previous is not None and pointer.previous.slot == version.slot:
                 self._before = self._slots.head(pointer.previous)
@@ -148,27 +165,6 @@ class Adaptation:
                         )
                     self.state.last_ended = self.state.since
                     self._begin("idle", now=self.state.since)
-
-    def _load_buffer(self) -> None:
-        """The replay buffer as it is on disk; what a smaller budget leaves no room for is forgotten."""
-        replay, dim = self._config.replay, self._manifest.latent.dim
-        seed = [self._config.seed, self.state.attempts, self._version.release]
-        capacity = capacity_for(replay.max_bytes, dim)
-        self.judge_capacity = max(1, capacity // 2)
-        self.buffer: ReplayBuffer = BUFFERS[replay.kind](capacity, dim, rng=lambda: np.random.default_rng(seed))
-        self._buffer_labels: list[str] = []
-        excess = []
-        for sample in self._store.samples("replay", self._trunk):
-            slot = sample.slot or 0
-            if slot >= capacity:
-                excess.append(sample.key)
-                continue
-            self.buffer.put(slot, np.frombuffer(sample.latent, dtype=np.uint8), self._label_number(sample.label))
-        if excess:
-            with self._store.transaction():
-                self._store.delete_samples(excess)
-        if (seen := self._store.get(self._seen_key)) is not None:
-            self.buffer.seen = {self._label_number(label): n for label, n in json.loads(seen).items()}
 
     def _rollback_is_recorded(self) -> bool:
         since = self.state.since
@@ -184,32 +180,84 @@ class Adaptation:
     @property
     def fresh_rows(self) -> int:
         """Labelled samples not learned from yet."""
-        return self._store.count_samples("fresh", self._trunk)
+        return self.experience.fresh_rows() if self.experience else 0
 
     @property
     def accuracy(self) -> float | None:
         """Live accuracy over the latest labels, or None below 30 of them."""
         recent = self.state.recent
-        return float(np.mean(recent)) if len(recent) >= 30 else None
+        return float(np.mean([row.right for row in recent])) if len(recent) >= _MIN_RECENT else None
 
     @property
-    def judge_rows(self) -> tuple[LatentArray, list[str]]:
-        """uint8 [N, D] and labels: rows that no challenger was or will be trained on, oldest first."""
-        samples = self._store.samples("judge", self._trunk)
-        return stack([s.latent for s in samples], self._manifest.latent.dim), [s.label for s in samples]
+    def calibration(self) -> float | None:
+        """Expected calibration error over the latest labels, or None below 30 of them."""
+        sure = [(row.confidence, row.right) for row in self.state.recent if row.confidence is not None]
+        if len(sure) < _MIN_RECENT:
+            return None
+        confidence, right = zip(*sure, strict=True)
+        return calibration_error(np.array(confidence), np.array(right, dtype=np.bool_))
 
-    def see(self, rows: list[Judged], *, predictions: int, errors: int) -> None:
+    def see(self, rows: list[Judged], now: float, *, predictions: int, errors: int) -> None:
         """Take note of what the version in use did: live labelled rows, and counts."""
-        if self.state.phase == "probation":
-            self.state.predictions += predictions
-            self.state.errors += errors
+        state = self.state
+        if state.phase == "probation":
+            state.predictions += predictions
+            state.errors += errors
         if not rows:
             return
-        self.state.recent = [*self.state.recent, *(row.correct for row in rows)][-_RECENT:]
-        if self.state.phase == "probation" and self._before is not None:
-            features = dequantize(np.stack([row.latent for row in rows]), self._manifest.latent)
-            self.state.before += _right(self._before, features, [row.label for row in rows]).tolist()
-            self.state.after += [row.correct for row in rows]
+        again = self._again(rows)
+        confidence = [None] * len(rows) if again is None else again.confidence.round(3).tolist()
+        seen = [
+            Recent(row.correct, sure if sure is not None and np.isfinite(sure) else None)
+            for row, sure in zip(rows, confidence, strict=True)
+        ]
+        state.recent = [*state.recent, *seen][-_RECENT:]
+        if again is None:
+            return
+        if state.promoted_at is not None and now - state.promoted_at <= _DAY_S:
+            state.skew = state.skew.add_live(np.array([row.correct for row in rows]), again.right)
+        if held := [row.correct for row in rows if row.holdout]:
+            state.skew = state.skew.add("holdout", np.array(held))
+        if state.phase == "probation" and self._before is not None:
+            latents, truths = np.stack([row.latent for row in rows]), [row.label for row in rows]
+            state.before += self._outcomes(self._before, latents, truths).losses.tolist()
+            state.after += again.losses.tolist()
+
+    def _again(self, rows: list[Judged]) -> Outcomes | None:
+        """The rows scored anew by the head in use; None if it is not known here."""
+        if self._head is None:
+            return None
+        return self._outcomes(self._head, np.stack([row.latent for row in rows]), [row.label for row in rows])
+
+    def _outcomes(self, head: Head, latents: LatentArray, truths: list[str], groups: Sequence[str] = ()) -> Outcomes:
+        scores = as_scores(head.logits(dequantize(latents, self._manifest.latent)), self._manifest)
+        return outcomes(
+            scores, head.labels, truths, groups or group_names(truths, head.labels, self._manifest), self._manifest
+        )
+
+    @property
+    def replay_rows(self) -> int:
+        """Rows in the replay buffer."""
+        return len(self.experience.buffer) if self.experience else 0
+
+    @property
+    def judge_rows(self) -> int:
+        """Rows that judge."""
+        return self._store.count_samples("judge", self.experience.trunk) if self.experience else 0
+
+    @property
+    def judges_full(self) -> bool:
+        """Whether further rows must not judge: the challenger on trial has had as many as are kept."""
+        on_trial = self.state.phase in ("training", "judging")
+        return on_trial and self.experience is not None and self.experience.judges_full
+
+    @property
+    def new_labels(self) -> dict[str, int]:
+        """Labels that samples ask for, and how many samples."""
+        if self.experience is None or self._head is None:
+            return {}
+        new = self.experience.new_labels(self._head.labels)
+        return {label: count for label, count in new.items() if label not in self.state.accepted}
 
     def demand(self) -> None:
         """Learn as soon as there are enough rows, cool-down or not."""
@@ -219,22 +267,82 @@ class Adaptation:
         """The recent live accuracy belongs to a version that no longer serves."""
         self.state.recent = []
 
+    def forget_learned(self) -> None:
+        """Another head serves than was learned: what was measured of that one says nothing of this."""
+        self.state.skew, self.state.promoted_at = Skew(), None
+
     def save(self) -> None:
         """Persist the state; inside a transaction."""
         self._store.put(_STATE, msgspec.json.encode(self.state))
 
+    def trim(self) -> None:
+        """Keep what is stored within its bounds; inside a transaction."""
+        if self.experience is not None:
+            self.experience.trim_judges(on_trial=self.state.phase in ("training", "judging"))
+            self._store.trim_samples("fresh", self.experience.trunk, self._config.join.max_pending)
+
+    def charge(self, now: float, *, flash_bytes: int) -> None:
+        """Take note of what was written to the disk."""
+        self.state.spent = spend(self.state.spent, now, watts=self._config.resources.watts, flash_bytes=flash_bytes)
+
     @contextmanager
     def _transition(self) -> Iterator[None]:
         """A transaction of the store that also changes this state: both, or, if it cannot be written, neither."""
-        before = msgspec.structs.replace(self.state)
+        before, chosen = msgspec.structs.replace(self.state), msgspec.structs.replace(self._chosen)
         try:
             with self._store.transaction():
                 yield
+                self._store.put(_CHOSEN, msgspec.json.encode(self._chosen))
                 self.save()
         except Exception:
-            self.state = before
-            self._load_buffer()
+            self.state, self._chosen = before, chosen
+            if self.experience is not None:
+                self.experience.reload()
             raise
+
+    # ---- what a person says
+
+    def erase(self, found: list[tuple[Sample, str]], now: float, *, unlearn: bool) -> None:
+        """Forget samples. A job or a challenger that knows one of them is given up."""
+        keys = {sample.key for sample, _ in found}
+        if keys & {*self._chosen.fresh, *self._chosen.older} and self.state.phase in ("training", "judging"):
+            self._executor.cancel()
+            self._fail(now, "samples that it knows were to be forgotten")
+        if self.experience is None:
+            with self._store.transaction():
+                self._store.delete_samples(sorted(keys))
+            return
+        with self._transition():
+            self.experience.erase(found, unlearn=unlearn)
+
+    def erase_all(self, now: float) -> None:
+        """Forget all samples and all that was summed up of them."""
+        self.abandon(now)
+        with self._transition():
+            self._store.delete_learned()
+            self._chosen = Chosen()
+            self.state.recent = []
+            self.forget_learned()
+            self._store.record(now, "forgotten", {"all": True})
+        if self.experience is not None:
+            self.experience.reload()
+
+    def decide_label(self, label: str, now: float, *, accept: bool) -> None:
+        """A new label becomes one of the model's at the next learning, or its samples are forgotten for good."""
+        state = self.state
+        with self._transition():
+            state.accepted = sorted({*state.accepted, label} if accept else {*state.accepted} - {label})
+            state.refused = sorted({*state.refused} - {label} if accept else {*state.refused, label})
+            if not accept:
+                self._store.delete_label(label)
+                if self.experience is not None:
+                    self.experience.forget_learned()
+            self._store.record(now, "label_accepted" if accept else "label_refused", {"label": label})
+        if not accept and self.experience is not None:
+            self.experience.reload()
+            if state.phase in ("training", "judging"):
+                self._executor.cancel()
+                self._fail(now, "samples that it knows were to be forgotten")
 
     # ---- one turn
 
@@ -250,45 +358,88 @@ class Adaptation:
             changed_at: When the inputs that raised the first warning came. What is older is replayed, not fresh.
             resources: What the machine can spare.
         """
-        if not self._manifest.learns:
+        if self.experience is None:
             return
         self._since = changed_at or 0.0
-        if self.state.phase == "training":
+        self._retain(now)
+        learning = self.state.phase == "training"
+        self.state.obstacle = obstacle(
+            resources,
+            self.state.spent,
+            now,
+            self._config.resources,
+            learning=learning,
+            waiting=bool(self.state.obstacle),
+        )
+        if learning:
             self._collect(now)
         elif self.state.phase == "probation":
             self._watch(now)
         elif self.state.phase == "idle" and mode != "monitor":
-            self._consider(now, alarms, resources)
+            self._ask_about_labels()
+            self._consider(now, alarms)
         if self.state.phase == "judging":
             self._judge(now, mode)
 
-    def _consider(self, now: float, alarms: tuple[str, ...], resources: ResourceState) -> None:
+    def _retain(self, now: float) -> None:
+        """Erase what is older than it may become; once an hour."""
+        days = self._config.replay.retain_days
+        if not days or 0 <= now - self.state.retained_at < 3_600:
+            return
+        self.state.retained_at = now
+        if found := self._store.old_samples(before=now - days * _DAY_S):
+            self.erase(found, now, unlearn=False)
+
+    def _ask_about_labels(self) -> None:
+        """Tell of new labels that wait for a person's word, once each."""
+        if self._config.learn.new_labels != "ask" or self.experience is None or self._head is None:
+            return
+        state = self.state
+        new = self.experience.new_labels(self._head.labels)
+        if unheard := [label for label in new if label not in (*state.asked, *state.accepted)]:
+            with self._transition():
+                self.state.asked = [*self.state.asked, *unheard]
+                for label in unheard:
+                    self._emit("label_asked", {"label": label, "rows": new[label]})
+
+    def _consider(self, now: float, alarms: tuple[str, ...]) -> None:
+        assert self.experience is not None
         signals = Signals(
             alarms=alarms,
-            fresh_rows=self._store.count_samples("fresh", self._trunk, since=self._since),
+            fresh_rows=self.experience.fresh_rows(self._since),
             accuracy=self.accuracy,
+            calibration=self.calibration,
             since_last_s=self._since_last(now),
             demand=self.state.demand,
         )
-        decision: Decision = decide(signals, resources, self._config.policy)
+        decision: Decision = decide(signals, self.state.obstacle, self._config.policy)
         self.state.waits = decision.reason if decision.wanted and not decision.learn else ""
+        self._note(now, decision)
         if decision.learn:
             self._train(now, decision.reason)
+
+    def _note(self, now: float, decision: Decision) -> None:
+        """Every decision is recorded here with its reason, when it changes: figures in it change with every row."""
+        wanted = "learn" if decision.learn else "wait" if decision.wanted else ""
+        if (said := " ".join([wanted, *decision.triggers])) != self.state.decision:
+            with self._transition():
+                self.state.decision = said
+                self._store.record(now, "learn_decided", {"learn": decision.learn, "reason": decision.reason})
 
     def _since_last(self, now: float) -> float | None:
         ended = self.state.last_ended
         return None if ended is None or now < ended else now - ended  # a clock that was set back ends the cool-down
 
     def _train(self, now: float, reason: str) -> None:
-        job, keys = self._job()
+        assert self.experience is not None
+        job, chosen = self._job()
         with self._transition():
             self._begin("training", now=now)
             self.state.reason, self.state.parent, self.state.demand = reason, self._version, ""
             self.state.attempts += 1
-            self.state.fresh_keys = keys
-            rows = {"rows": len(job.fresh_labels), "replayed": len(job.replay_labels)}
-            self._emit("learn_started", {"reason": reason, **rows})
-            self.state.rows = rows["rows"]
+            self._chosen = chosen
+            self.state.rows, self.state.replayed = len(job.fresh), len(job.replay)
+            self._emit("learn_started", {"reason": reason, "rows": len(job.fresh), "replayed": len(job.replay)})
         try:
             self._discard_job()
             self._job_folder.mkdir(parents=True)
@@ -299,62 +450,51 @@ class Adaptation:
         else:
             self._collect(now)
 
-    def _job(self) -> tuple[LearnJob, list[int]]:
-        champion = self._slots.head(self._version)
-        waiting = self._store.samples("fresh", self._trunk)
-        labels = self._labels_to_learn(champion, waiting)
-        champion = champion.grown(labels)
-        number = {label: i for i, label in enumerate(labels)}
-        waiting = [sample for sample in waiting if sample.label in number]
-        fresh = [sample for sample in waiting if sample.time >= self._since]
-        older = [sample for sample in waiting if sample.time < self._since]
-        remembered = [self._buffer_labels[i] for i in self.buffer.labels]
-        kept = [i for i, label in enumerate(remembered) if label in number]
-        dim = self._manifest.latent.dim
-        replay = np.concatenate(
-            [self.buffer.latents[kept], stack([s.latent for s in older], dim), self.memory.replay_latents]
+    def _job(self) -> tuple[LearnJob, Chosen]:
+        assert self.experience is not None
+        asks = self._config.learn.new_labels == "ask"
+        return self.experience.job(
+            self._slots.head(self._version),
+            self._importance(),
+            accepted=frozenset(self.state.accepted) if asks else None,
+            since=self._since,
+            attempt=self.state.attempts,
         )
-        replay_labels = [remembered[i] for i in kept] + [s.label for s in older] + self.memory.replay_labels
-        return LearnJob(
-            champion=champion,
-            anchor=grown_like(self._base.weights, champion.weights),
-            fisher=grown_like(self._fisher, champion.weights),
-            fresh_latents=stack([sample.latent for sample in fresh], dim),
-            fresh_labels=np.array([number[sample.label] for sample in fresh], dtype=np.int64),
-            replay_latents=replay,
-            replay_labels=np.array([number[label] for label in replay_labels], dtype=np.int64),
-            latent=self._manifest.latent,
-            config=self._config.learn,
-            seed=self._config.seed * 1_000_003 + self.state.attempts,
-        ), [sample.key for sample in waiting]
 
-    def _labels_to_learn(self, champion: Head, fresh: list[Sample]) -> list[str]:
-        """The champion's labels and those that enough new samples ask for."""
-        labels = list(champion.labels)
-        counts: dict[str, int] = {}
-        for sample in fresh:
-            counts[sample.label] = counts.get(sample.label, 0) + 1
-        for label in sorted(counts):
-            if label not in labels and counts[label] >= _MIN_LABEL_ROWS and len(labels) < self._config.learn.max_labels:
-                labels.append(label)
-        return labels
+    def _importance(self) -> Importance:
+        assert self.experience is not None
+        return self._slots.importance(self._version) or self.experience.importance
 
     def _collect(self, now: float) -> None:
+        if self.state.obstacle:
+            self._executor.pause()
+        else:
+            self._executor.resume()
+        self.state.waits = f"paused: {self.state.obstacle}" if self.state.obstacle else ""
         result: LearnResult | None = self._executor.poll()
+        limit = self._config.learn.max_seconds
         if result is None:
-            if now - self.state.since > self._config.learn.max_seconds:
+            if self._executor.worked_s > limit:
+                worked = self._executor.worked_s
                 self._executor.cancel()
-                self._fail(now, f"stopped after {self._config.learn.max_seconds:g} s")
+                self._spend(now, worked)
+                self._fail(now, f"stopped after {limit:g} s")
             return
+        self._spend(now, result.seconds)
         if result.error:
             self._fail(now, result.error)
             return
         with self._transition():
             self._begin("judging", now=now)
-            self.state.steps = result.steps
+            self.state.result = result
+            self._chosen.wrong = result.wrong
+
+    def _spend(self, now: float, seconds: float) -> None:
+        self.state.spent = spend(self.state.spent, now, watts=self._config.resources.watts, seconds=seconds)
 
     def _judge(self, now: float, mode: Mode) -> None:
-        newest = self._store.newest_sample("judge", self._trunk)
+        assert self.experience is not None
+        newest = self._store.newest_sample("judge", self.experience.trunk)
         if newest == self._judged_up_to and now - self.state.since < self._config.gate.max_wait_s:
             return  # nothing new to judge by
         self._judged_up_to = newest
@@ -363,39 +503,82 @@ class Adaptation:
         except (EdgeError, OSError) as error:
             self._fail(now, f"the challenger is lost: {error}")
             return
-        verdict = self._without_small_scores(self._verdict(challenger, now))
-        detail = {**msgspec.structs.asdict(verdict), "trigger": self.state.reason, "steps": self.state.steps}
+        full = self._verdict(challenger, now)
+        verdict = self._without_small_scores(full)
+        detail = {**msgspec.structs.asdict(verdict), "trigger": self.state.reason, "steps": self.state.result.steps}
         if verdict.outcome == "need_more":
             self.state.waits = verdict.reason
             self._supersede(now)
             return
-        if verdict.outcome == "promote" and mode == "adapt":
-            number = self._slots.write_head(self._version.slot, challenger)
+        promotes = verdict.outcome == "promote"
+        # labels that led to a worse head may be to blame: they are not summed up for good
+        fold = promotes or verdict.reason.startswith("not proven")
+        if promotes and mode == "adapt":
+            number = self._slots.write_head(self._version.slot, challenger, self._consolidated(challenger))
             self._slots.promote(number)
             with self._transition():
-                self._consolidate()
+                self._consolidate(fold=fold)
                 self._begin("probation", now=now)
+                self.state.superseded = 0
+                self.state.skew, self.state.promoted_at = self.state.trained, now
                 self._emit("promoted", {**detail, "to": number, "parent": self._version.head})
+                self._record("promoted", msgspec.structs.asdict(full), head=number)
         else:
+            # shadow: what would have been done is told, and not done
+            outcome = "would_promote" if promotes else "rejected"
             with self._transition():
-                self._consolidate()
+                self._consolidate(fold=fold)
                 self._begin("idle", now=now)
+                self.state.superseded = 0
                 self.state.last_ended = now
-                # shadow: what would have been done is told, and not done
-                self._emit("would_promote" if verdict.outcome == "promote" else "rejected", detail)
+                self._emit(outcome, detail)
+                self._record(outcome, msgspec.structs.asdict(full))
         self._discard_job()
+
+    def _consolidated(self, challenger: Head) -> Importance | None:
+        """What EWC will hold on to once the challenger serves; None: what the checkpoint came with."""
+        assert self.experience is not None
+        learn = self._config.learn
+        if learn.consolidation == "checkpoint":
+            return None
+        job = LearnJob.load(self._job_folder)
+        fisher = fisher_diagonal(challenger, dequantize(job.fresh.latents, job.latent), task=job.task)
+        return consolidate(self._importance(), challenger.weights, fisher, mode=learn.consolidation, decay=learn.decay)
+
+    def _record(self, outcome: str, verdict: dict[str, Any], head: int | None = None) -> None:
+        """Note how the challenger came to be; inside a transaction."""
+        state, result = self.state, self.state.result
+        parent = state.parent or self._version
+        detail = {
+            **verdict,
+            "trigger": state.reason,
+            "fresh": state.rows,
+            "used": result.rows,
+            "wrong": len(result.wrong),
+            "replayed": state.replayed,
+            "seed": self._config.seed * 1_000_003 + state.attempts - 1,
+            "steps": result.steps,
+            "first_loss": result.first_loss,
+            "last_loss": result.last_loss,
+            "cpu_s": result.seconds,
+            "config": msgspec.to_builtins(self._config.learn),
+        }
+        self._store.record_lineage(Lineage(state.since, parent.release, parent.head, head, outcome, detail))
 
     def _supersede(self, now: float) -> None:
         """Let a challenger that proves nothing give way to one that knows twice as many samples.
 
         Its own stay fresh.
         """
-        waiting = self._store.count_samples("fresh", self._trunk, since=self._since) - self.state.rows
+        assert self.experience is not None
+        waiting = self.experience.fresh_rows(self._since) - self.state.rows
         if waiting < max(self.state.rows, self._config.policy.min_fresh_rows):
             return
         with self._transition():
             self._emit("superseded", {"reason": self.state.waits, "rows": self.state.rows, "new": waiting})
+            self._record("superseded", {"reason": self.state.waits})
             self._begin("idle", now=now)
+            self.state.superseded += 1
             self.state.demand = "more samples than the challenger before knew"
         self._discard_job()
 
@@ -403,32 +586,73 @@ class Adaptation:
         """Scores over so few rows that they say too much about single samples do not leave the device."""
         few = self._config.report.min_count
         if verdict.rows < few:
-            verdict = msgspec.structs.replace(verdict, champion=0.0, challenger=0.0)
+            verdict = msgspec.structs.replace(
+                verdict, champion=0.0, challenger=0.0, champion_calibration=0.0, challenger_calibration=0.0
+            )
+        if min(verdict.rows, self._config.gate.min_class_rows) < few:
+            verdict = msgspec.structs.replace(verdict, worst_group=0.0, worst_slice=0.0)
         if verdict.factory_rows < few:
             verdict = msgspec.structs.replace(verdict, champion_factory=0.0, challenger_factory=0.0)
         return verdict
 
     def _verdict(self, challenger: Head, now: float) -> Verdict:
-        champion = self._slots.head(self._version)
-        latents, labels = self.judge_rows
-        number = {label: i for i, label in enumerate(sorted(set(labels)))}
-        factory = dequantize(self.memory.judge_latents, self._manifest.latent)
-        features = dequantize(latents, self._manifest.latent)
+        assert self.experience is not None
+        champion, rows = self._slots.head(self._version), self.experience.judge_rows
+        names = (*champion.labels, *(label for label in challenger.labels if label not in champion.labels))
+        groups = group_names(rows.truths, names, self._manifest)
+        before, after = (self._outcomes(head, rows.latents, rows.truths, groups) for head in (champion, challenger))
+        self._measure(challenger, after)
+        weights: DoubleArray | None = rows.weights if len(set(rows.weights.tolist())) > 1 else None
         return judge(
-            _said(champion, features, number),
-            _said(challenger, features, number),
-            np.array([number[label] for label in labels], dtype=np.int64),
-            _right(champion, factory, self.memory.judge_labels),
-            _right(challenger, factory, self.memory.judge_labels),
+            before,
+            after,
+            groups=groups,
+            members=members(rows.truths, groups, self._manifest),
+            factory_champion=self.experience.factory.right(champion),
+            factory_challenger=self.experience.factory.right(challenger),
             waited_s=now - self.state.since,
             config=self._config.gate,
+            slices=rows.slices,
+            weights=weights,
+            challengers_before=self.state.superseded,
+            latency_ms=self._latency(champion, challenger),
         )
+
+    def _measure(self, challenger: Head, judged: Outcomes) -> None:
+        """The challenger's scores on what it was trained on and on what it is judged by."""
+        trained = self.state.trained
+        if not trained.training.rows:
+            keys = set(self._chosen.fresh)
+            assert self.experience is not None
+            samples = [
+                sample
+                for sample in self._store.samples("fresh", self.experience.trunk)
+                if sample.key in keys and sample.weight > 0
+            ]
+            dim = self._manifest.latent.dim
+            latents = np.frombuffer(b"".join(s.latent for s in samples), dtype=np.uint8).reshape(len(samples), dim)
+            right = self._outcomes(challenger, latents, [s.label for s in samples]).right
+            trained = Skew().add("training", right)
+        self.state.trained = msgspec.structs.replace(Skew(), training=trained.training).add("judge", judged.right)
+
+    def _latency(self, champion: Head, challenger: Head) -> tuple[float, float] | None:
+        """Median time of one row in each head, in milliseconds, taken in turns; None in simulations."""
+        if self._config.learn.executor == "inline":
+            return None
+        row = np.zeros((1, champion.latent_dim), dtype=np.float32)
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(_LATENCY_RUNS):
+            for head, found in zip((champion, challenger), times, strict=True):
+                started = time.perf_counter()
+                head.logits(row)
+                found.append(time.perf_counter() - started)
+        return float(np.median(times[0]) * 1e3), float(np.median(times[1]) * 1e3)
 
     def _watch(self, now: float) -> None:
         gate = self._config.gate
         verdict = watch(
-            np.array(self.state.before, dtype=bool),
-            np.array(self.state.after, dtype=bool),
+            np.array(self.state.before),
+            np.array(self.state.after),
             waited_s=now - self.state.since,
             healthy=is_healthy(self.state.errors, self.state.predictions),
             alpha=gate.alpha,
@@ -443,49 +667,35 @@ class Adaptation:
             self._begin("idle", now=now)
             self.state.last_ended = now
             if verdict.outcome == "rollback":
+                if self.experience is not None:
+                    self.experience.unfold()
                 self._emit("head_rolled_back", {"reason": verdict.reason, "to": back.head})
             else:
                 self._emit("confirmed", {"reason": verdict.reason})
 
-    def _consolidate(self) -> None:
+    def _consolidate(self, *, fold: bool) -> None:
         """What was learned from moves into the replay buffer; inside a transaction."""
-        chosen = set(self.state.fresh_keys)
-        gone = []
-        for sample in self._store.samples("fresh", self._trunk):
-            if sample.key not in chosen:
-                continue
-            latent = np.frombuffer(sample.latent, dtype=np.uint8)
-            slot = self.buffer.add(latent, self._label_number(sample.label))
-            if slot is None:
-                gone.append(sample.key)
-            else:
-                self._store.move_to_replay(sample.key, slot, self._trunk)
-        self._store.delete_samples(gone)
-        seen = {self._buffer_labels[number]: count for number, count in self.buffer.seen.items()}
-        self._store.put(self._seen_key, json.dumps(seen).encode())
+        assert self.experience is not None
+        self.experience.consolidate(self._chosen, fold=fold)
+        self._chosen = Chosen()
 
     def _fail(self, now: float, reason: str) -> None:
         self._discard_job()
         with self._transition():
             self._begin("idle", now=now)
             self.state.last_ended = now
+            self.state.superseded = 0
+            self._chosen = Chosen()
             self._emit("learn_failed", {"reason": reason})
+            self._record("learn_failed", {"reason": reason})
 
     def _begin(self, phase: Literal["idle", "training", "judging", "probation"], *, now: float) -> None:
         self._judged_up_to = -1
         self.state.phase, self.state.since = phase, now
         self.state.before, self.state.after, self.state.waits = [], [], ""
         self.state.predictions = self.state.errors = 0
-
-    def _label_number(self, label: str) -> int:
-        """Buffers know labels by number, which grow with the labels that come."""
-        if label not in self._buffer_labels:
-            self._buffer_labels.append(label)
-        return self._buffer_labels.index(label)
-
-    @property
-    def _seen_key(self) -> str:
-        return f"seen:{self._trunk[:16]}"
+        if phase == "training":
+            self.state.trained, self.state.result = Skew(), LearnResult()
 
     @property
     def _job_folder(self) -> Path:
@@ -495,20 +705,7 @@ class Adaptation:
         remove_tree(self._job_folder)
 
 
-def _said(head: Head, features: FloatArray, number: dict[str, int]) -> IndexArray:
-    """The number of the label that the head gives each row; -1 for a label without one. int64 [N]."""
-    if not len(features):
-        return np.zeros(0, dtype=np.int64)
-    numbers = np.array([number.get(label, -1) for label in head.labels], dtype=np.int64)
-    result: IndexArray = numbers[head.predict(features)]
-    return result
-
-
-def _right(head: Head, features: FloatArray, labels: list[str]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Whether the head gives each row its label; a label it does not know is always wrong. bool [N]."""
-    if not labels:
-        return np.zeros(0, dtype=bool)
-    known = {label: i for i, label in enumerate(head.labels)}
-    wanted = np.array([known.get(label, -1) for label in labels])
-    result: np.ndarray[Any, np.dtype[np.bool_]] = head.predict(features) == wanted
-    return result
+def is_on_probation(store: Store) -> bool:
+    """Whether the state says that a promoted head is being watched: known before any model is loaded."""
+    data = store.get(_STATE)
+    return data is not None and msgspec.json.decode(data, type=AdaptState).phase == "probation"

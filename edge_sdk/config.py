@@ -46,6 +46,8 @@ class JoinConfig(_Section, frozen=True):
     """A label that comes later is counted as unmatched."""
     max_pending: Count = 100_000
     """Rows and labels kept in memory between two flushes; beyond it the oldest are dropped and counted."""
+    log_fraction: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Share of predictions that wait for a label; each counts for as many as it stands for when it is learned from."""
 
 
 class DriftConfig(_Section, frozen=True):
@@ -64,12 +66,16 @@ class DriftConfig(_Section, frozen=True):
 class ReplayConfig(_Section, frozen=True):
     """What is remembered of labelled samples."""
 
-    kind: Literal["balanced", "reservoir"] = "balanced"
-    """Keep labels balanced, or a uniform sample."""
-    max_bytes: Count = 100_000
-    """For the replay buffer; the judge rows have half as much again."""
+    kind: Literal["balanced", "reservoir", "herding", "recent"] = "balanced"
+    """Keep labels balanced, a uniform sample, the rows nearest to each label's mean, or the newest."""
+    max_bytes: Annotated[int, Meta(ge=0)] = 100_000
+    """For the replay buffer; the judge rows have half as much again. 0: no row is replayed but the factory's."""
+    factory_rows: Annotated[int, Meta(ge=0)] = 1_000_000
+    """Most rows of the checkpoint's own memory that are replayed."""
     judge_share: Share = 0.3
     """Share of labelled samples kept to judge challengers, never to train them."""
+    retain_days: NonNegative = 0.0
+    """Labelled samples older than this are erased; 0: kept as long as there is room."""
 
 
 class LearnConfig(_Section, frozen=True):
@@ -77,64 +83,151 @@ class LearnConfig(_Section, frozen=True):
 
     executor: Literal["process", "inline"] = "process"
     """A child process at low priority, or in place (simulations)."""
-    learning_rate: Positive = 2.0
-    """Relative to the mean square of the latents."""
+    learner: str = "hybrid"
+    """slda: streaming discriminant analysis, in closed form; hybrid: that, refined on fresh and replayed rows; sgd:
+    gradient steps on all layers with replay and EWC; torch: the same in torch (extra `train`); module:function: your
+    own, see `edge_sdk.learn.base.Learner`."""
+    learning_rate: Positive = 1.0
+    """Relative to the mean square of the features."""
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.9
     """Of stochastic gradient descent."""
+    anchor_rows: NonNegative = 50.0
+    """How many rows the closed form counts for when it is refined (hybrid)."""
     ewc_lambda: NonNegative = 10.0
-    """Strength of elastic weight consolidation; any value is stable."""
+    """Strength of elastic weight consolidation (sgd, torch); any value is stable."""
+    consolidation: Literal["checkpoint", "offline", "online"] = "checkpoint"
+    """What EWC holds on to: the checkpoint's weights; those and each promoted head's (offline); or the latest promoted
+    head's, with Fisher information that fades (online)."""
+    decay: Share = 0.9
+    """What is left, at each consolidation, of older statistics learned here (slda, hybrid) and of older Fisher
+    information (online EWC); 1: nothing fades."""
     new_per_batch: Count = 8
-    """Fresh samples in a batch."""
+    """Fresh samples in a batch (sgd, torch)."""
     replayed_per_batch: Annotated[int, Meta(ge=0)] = 56
-    """Replayed samples in a batch."""
+    """Replayed samples in a batch (sgd, torch)."""
     passes: Count = 24
-    """Times that every fresh sample is seen."""
+    """Times that every fresh sample is seen; of hybrid, times that each label's rows are seen."""
+    balanced_passes: Annotated[int, Meta(ge=0)] = 0
+    """Further passes at the end over as many rows, fresh and replayed, drawn so that every label comes as often (sgd,
+    torch)."""
+    loss: Literal["squared", "huber"] = "squared"
+    """Of a regression."""
+    huber_delta: Positive = 1.0
+    """Where the Huber loss becomes linear, in standard deviations of the target."""
+    label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    """Share of a label's weight that is spread over all labels."""
+    filter_share: Annotated[float, Meta(ge=0, le=0.5)] = 0.0
+    """Most of the fresh samples that may be left out because their label contradicts what the others say; 0: none."""
+    window: Literal["all", "fixed", "dynamic"] = "all"
+    """Which fresh samples are learned from: all, the newest `window_rows`, or as many of the newest as score best."""
+    window_rows: Count = 2_000
+    """Length of a fixed window; the longest that a dynamic one may have."""
+    max_rows: Count = 5_000
+    """Of more fresh samples a representative part is taken."""
+    scratch_every: Annotated[int, Meta(ge=0)] = 0
+    """Every so many learning jobs start from the checkpoint's head instead of the one in use; 0: none does."""
     max_labels: Annotated[int, Meta(ge=2)] = 64
     """Most labels the head may grow to."""
-    new_labels: Literal["allow", "refuse"] = "allow"
-    """Whether a label that the model does not know may become one."""
+    new_labels: Literal["allow", "ask", "refuse"] = "allow"
+    """Whether a label that the model does not know may become one: yes, once `accept_label` says so, or no."""
     max_seconds: Positive = 120.0
-    """A learner that takes longer is stopped; the champion stays."""
+    """A learner that works longer is stopped; the champion stays. Pauses do not count."""
+
+
+class FeedbackConfig(_Section, frozen=True):
+    """What a label is worth, by where it comes from, and which labels are asked for."""
+
+    sources: dict[str, Share] = {}
+    """Weight of the labels of each source; 0: they are counted and never learned from."""
+    default_weight: Share = 1.0
+    """Of a source that is not named, and of labels without one."""
+    max_per_source_hour: Annotated[int, Meta(ge=0)] = 0
+    """Labels of one source that are learned from in an hour; 0: no limit."""
+    requests_per_day: Annotated[int, Meta(ge=0)] = 20
+    """Most labels that `label_requests` asks for in 24 hours."""
+    request_ttl_s: Positive = 86_400.0
+    """A request that is not answered within this time has expired."""
+
+
+Trigger = Literal["drift", "accuracy", "calibration", "volume", "schedule"]
 
 
 class PolicyConfig(_Section, frozen=True):
     """When to learn."""
 
+    triggers: tuple[tuple[Trigger, ...], ...] = (
+        ("drift",),
+        ("accuracy",),
+        ("calibration",),
+        ("volume",),
+        ("schedule",),
+    )
+    """Learn when all triggers of one of these lists call for it; `learn_now` needs none."""
     min_fresh_rows: Count = 60
     """Fewer new labelled samples than this are never learned from, whatever the reason."""
     volume_rows: Count = 2_000
     """So many new labelled samples are reason enough."""
     accuracy_target: Share = 0.0
     """Below this recent accuracy the device learns; 0: no target."""
+    calibration_target: Share = 0.0
+    """Above this recent calibration error (expected, 10 bins) the device learns; 0: no target."""
     schedule_s: NonNegative = 0.0
     """Learn at least this often if there is anything new; 0: no schedule."""
     cooldown_s: NonNegative = 3_600.0
     """Between the end of one learning transaction and the start of the next."""
+
+
+class ResourceConfig(_Section, frozen=True):
+    """What learning may take. What a platform does not tell never forbids."""
+
     min_battery: Share = 0.3
     """On battery below this share, learning waits."""
+    require_mains: bool = False
+    """Learn only while plugged in."""
     max_temperature_c: Positive = 85.0
     """On a hotter machine, learning waits."""
     min_free_mb: NonNegative = 64.0
     """With less free memory, learning waits."""
+    max_cpu_load: Positive = 0.9
+    """Load over the last minute, by number of cores, above which learning waits."""
+    quiet_hours: tuple[str, ...] = ()
+    """Local times at which nothing is learned, as "22:00-06:30"."""
+    seconds_per_day: NonNegative = 0.0
+    """CPU time of learning in a day; 0: no limit."""
+    joules_per_day: NonNegative = 0.0
+    """Energy of learning in a day, estimated as CPU time times `watts`; 0: no limit."""
+    watts: Positive = 3.0
+    """What a busy core takes."""
+    flash_bytes_per_day: Annotated[int, Meta(ge=0)] = 0
+    """Bytes written to the disk in a day, by everything here, beyond which learning waits; 0: no limit."""
 
 
 class GateConfig(_Section, frozen=True):
     """What a challenger must prove."""
 
     alpha: Annotated[float, Meta(gt=0, lt=1)] = 0.05
-    """Chance that a challenger no better than the champion is promoted, however often the gate looks."""
+    """Chance that challengers no better than the champion lead to a promotion, however often the gate looks and
+    however many of them follow each other in one learning transaction."""
     class_margin: Share = 0.1
     """Harm to one label: its rows missed and others' taken for it, more than the champion did, by its rows."""
+    slice_margin: Share = 0.1
+    """Harm to one slice: loss of accuracy on its rows."""
     factory_margin: Share = 0.05
     """Loss of accuracy on the factory's own data that counts as harm: forgetting."""
+    calibration_margin: Share = 0.1
+    """Rise of the expected calibration error on judge rows that counts as harm."""
+    max_latency_ratio: Annotated[float, Meta(ge=1)] = 1.5
+    """A challenger's head that takes longer than so many times the champion's, and 0.1 ms more, is rejected."""
     min_class_rows: Count = 20
-    """Classes with fewer judge rows are pooled."""
+    """Classes and slices with fewer judge rows are pooled."""
     max_wait_s: Positive = 86_400.0
     """A challenger that has not proved itself by then is rejected."""
     probation_rows: Count = 60
     """Labelled live rows after which a promotion is confirmed."""
     probation_s: Positive = 86_400.0
     """Without enough labels, a healthy version is kept after this time, as unproven."""
+    max_boots: Count = 3
+    """Starts without a healthy step in between, after which a head on probation is rolled back."""
 
 
 class ReportConfig(_Section, frozen=True):
@@ -192,12 +285,17 @@ class DeviceConfig(_Section, frozen=True):
     """full: an acknowledged label survives a power cut; normal: it survives a crash of the process."""
     seed: int = 0
     """Of all chance in learning and replay."""
+    holdout_share: Share = 0.0
+    """Share of predictions flagged `holdout`: the app acts as if there were none, so that their labels are free of the
+    model's own influence. They judge, and never train."""
     broker: BrokerConfig = BrokerConfig()
     join: JoinConfig = JoinConfig()
     drift: DriftConfig = DriftConfig()
     replay: ReplayConfig = ReplayConfig()
     learn: LearnConfig = LearnConfig()
+    feedback: FeedbackConfig = FeedbackConfig()
     policy: PolicyConfig = PolicyConfig()
+    resources: ResourceConfig = ResourceConfig()
     gate: GateConfig = GateConfig()
     report: ReportConfig = ReportConfig()
     update: UpdateConfig = UpdateConfig()

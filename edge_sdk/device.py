@@ -20,18 +20,24 @@ from weakref import WeakValueDictionary
 import msgspec
 import numpy as np
 
-from edge_sdk.adapt import Adaptation
+from edge_sdk.adapt import Adaptation, is_on_probation
+from edge_sdk.ask import LabelRequest
+from edge_sdk.asking import Asking
 from edge_sdk.clock import Clock, SystemClock, is_due
 from edge_sdk.config import DeviceConfig
 from edge_sdk.errors import (
     ArtifactError,
+    ConfigError,
     EdgeError,
+    LabelError,
     ModelError,
+    RollbackRefusedError,
     StoreError,
 )
 from edge_sdk.files import lock_folder
 from edge_sdk.front import Front
 from edge_sdk.join import Joined, Joiner
+from edge_sdk.labelling import LabellingFunctions
 from edge_sdk.learn.executor import LearnExecutor, new_executor
 from edge_sdk.manifest import verify_checkpoint
 from edge_sdk.memory import trim_memory
@@ -39,13 +45,15 @@ from edge_sdk.messages import check_name
 from edge_sdk.model import Arrays, Trunks
 from edge_sdk.monitoring import Monitoring
 from edge_sdk.pending import Pending
+from edge_sdk.policy import check_policy
 from edge_sdk.reporter import Identity, Reporter
-from edge_sdk.resources import PsutilReader, ResourceReader
+from edge_sdk.resources import PsutilReader, ResourceReader, SafeReader
 from edge_sdk.selftest import read_choice
 from edge_sdk.serving import Served, load_served
+from edge_sdk.skew import Skew
 from edge_sdk.slots import Slots, Version
 from edge_sdk.status import STATUS_KEY, Status, StepReport
-from edge_sdk.store import HistoryEntry, Store
+from edge_sdk.store import HistoryEntry, Lineage, Store
 from edge_sdk.transport import NoTransport, Transport
 from edge_sdk.types import Mode, Prediction, Truth
 from edge_sdk.update import UpdateClient
@@ -69,6 +77,7 @@ class EdgeDevice:
         executor: Where learning runs; None: as configured.
         resources: What the machine can spare.
         trunks: Loaded trunks to share with other devices of this process.
+        labelling: Rules that label samples, for `apply_rules`.
         rng: Source of chance for names; None: the system's.
 
     Raises:
@@ -93,14 +102,17 @@ class EdgeDevice:
         executor: LearnExecutor | None = None,
         resources: ResourceReader | None = None,
         trunks: Trunks | None = None,
+        labelling: LabellingFunctions | None = None,
         rng: np.random.Generator | None = None,
     ) -> None:
         self.config = config or DeviceConfig()
+        check_policy(self.config)
         self.name = check_name(self.config.device)
         self._home = Path(home)
         self._home.mkdir(parents=True, exist_ok=True)
         self._clock = clock or SystemClock()
-        self._resources = resources or PsutilReader()
+        self._resources = SafeReader(resources or PsutilReader(), self._clock)
+        self._labelling = labelling
         self._executor = executor or new_executor(self.config.learn.executor)
         self._trunks: Trunks = WeakValueDictionary() if trunks is None else trunks  # what no version serves is freed
         self._step_lock = threading.RLock()
@@ -139,7 +151,7 @@ class EdgeDevice:
         prefix = f"{self.store_id[:8]}-"
         self._pending = Pending(self.config.join.max_pending, f"{prefix}{self.boot}-")
         self._pending.reserve(self._store.waiting_ids(not_like=prefix))
-        self._front = Front(self._pending, self._clock, self.config.learn)
+        self._front = Front(self._pending, self._clock, self.config)
         self._joiner = Joiner(self._store, self._pending, self.config)
         self._reporter = Reporter(
             self._store,
@@ -155,6 +167,7 @@ class EdgeDevice:
         if self._store.replaced:
             with self._store.transaction():
                 emit("store_lost", {"reason": "the database was damaged; it was put aside and begun anew"})
+        self._asking = Asking(self._store, self.config, emit)
         self._monitoring = Monitoring(self._store, self.config.drift, emit)
         client = UpdateClient(
             self._home / "incoming",
@@ -169,6 +182,7 @@ class EdgeDevice:
         """Load what serves, or install the checkpoint that came with the app if it is newer or nothing else works."""
         now = self._clock.now()
         self._upgrade.count_boot()
+        self._count_boot()
         installed = self._slots.pointer.current
         try:
             self._load_or_go_back(now)
@@ -187,6 +201,15 @@ class EdgeDevice:
             if self._served is None:
                 raise
             self._upgrade.note_refusal(error)
+
+    def _count_boot(self) -> None:
+        """Note a start on a head on probation; one that keeps crashing the app is left, before it is loaded."""
+        if not is_on_probation(self._store) or self._upgrade.state.watching:
+            return
+        if self._slots.count_boot() > self.config.gate.max_boots:
+            logger.error("%s: the head in use is left: too many starts without a healthy step", self.name)
+            with suppress(RollbackRefusedError):
+                self._slots.rollback()
 
     def _load_or_go_back(self, now: float) -> None:
         """Serve the version in use; one that is damaged is left for the one before."""
@@ -244,7 +267,14 @@ class EdgeDevice:
         """What the model in use can say."""
         return self._model().labels
 
-    def predict(self, x: Any, *, id: str | None = None, state: Arrays | None = None) -> Prediction:  # noqa: A002 - the word users know
+    def predict(
+        self,
+        x: Any,
+        *,
+        id: str | None = None,  # noqa: A002 - the word users know
+        state: Arrays | None = None,
+        slice: str = "",  # noqa: A002
+    ) -> Prediction:
         """Predict one sample. Thread-safe.
 
         Args:
@@ -252,19 +282,29 @@ class EdgeDevice:
                 A tabular model also takes a mapping of column names, a model with several inputs one of input names.
             id: The app's own name for the prediction; it must not be waiting for a label already.
             state: For a recurrent model: the `state` of the prediction before; None starts anew.
+            slice: The app's own name for the part of the world that it comes from (a camera, a site), at most 64
+                characters; no challenger may harm one. It never leaves the device.
 
         Raises:
             InputError: Wrong dtype, shape, NaN/Inf or out of range; the message says which.
             DuplicateIdError: The id is in use.
             ModelError: There is no model yet, or the engine failed.
         """
-        return self._front.predict(self._model(), x, id, state)
+        return self._front.predict(self._model(), x, id, state, slice)
 
-    def predict_batch(self, x: Any) -> list[Prediction]:
+    def predict_batch(self, x: Any, *, slice: str = "") -> list[Prediction]:  # noqa: A002
         """Predict samples stacked in the first dimension, or a list of rows. Thread-safe. Errors as in `predict`."""
-        return self._front.predict_batch(self._model(), x)
+        return self._front.predict_batch(self._model(), x, slice)
 
-    def observe(self, id: str, truth: Truth, *, durable: bool = False, timeout_s: float = 10.0) -> None:  # noqa: A002
+    def observe(
+        self,
+        id: str,  # noqa: A002
+        truth: Truth,
+        *,
+        source: str = "",
+        durable: bool = False,
+        timeout_s: float = 10.0,
+    ) -> None:
         """Give the truth about a prediction, at any time after it. Thread-safe.
 
         It is acknowledged (it survives whatever happens next) at the next `step`, or when this returns if
@@ -274,6 +314,7 @@ class EdgeDevice:
             id: The prediction's.
             truth: The true label; of a multi-label model the list of labels that applied; of a regression the number,
                 or one for each target.
+            source: Where it comes from, at most 64 characters: `feedback.sources` says what it is worth.
             durable: Wait until it is on disk.
             timeout_s: How long to wait at most.
 
@@ -282,23 +323,64 @@ class EdgeDevice:
             LabelError: It is of another task, or not finite.
             StoreError: `durable`, and it could not be written in time; it is kept and tried again.
         """
-        self._front.observe(self._model(), id, truth)
+        self._front.observe(self._model(), id, truth, source)
         if durable:
             self._wait_for_flush(timeout_s)
 
-    def learn(self, x: Any, y: list[str]) -> None:
+    def reward(self, id: str, value: float, *, source: str = "") -> None:  # noqa: A002
+        """Say how right a prediction proved, without knowing the truth: clicked, accepted, ignored. Thread-safe.
+
+        It is learned from, in proportion to how clear it is, and never judges.
+
+        Args:
+            id: The prediction's.
+            value: 1: its label was right; 0: it was wrong; 0.5 says nothing.
+            source: As in `observe`.
+
+        Raises:
+            LabelError: The value is not in [0, 1], or the model is no classification.
+        """
+        self._front.reward(self._model(), id, value, source)
+
+    def apply_rules(self, id: str, x: Any, *, source: str = "rules") -> str | None:  # noqa: A002
+        """Let the labelling functions vote on a sample. Thread-safe as far as they are.
+
+        Their label is learned from, weighted by the share of the votes that it got, and never judges.
+
+        Args:
+            id: Of its prediction.
+            x: The sample, as the functions want it.
+            source: As in `observe`.
+
+        Returns:
+            The label, or None if they abstain or do not agree.
+
+        Raises:
+            ConfigError: The device was given no labelling functions.
+            UnknownLabelError: They voted for a label that the model may not learn.
+        """
+        if self._labelling is None:
+            raise ConfigError("this device has no labelling functions: give it some with `labelling=`")
+        vote = self._labelling.vote(x)
+        if vote is not None:
+            self._front.guess(self._model(), id, vote.label, vote.confidence, source)
+        return vote.label if vote else None
+
+    def learn(self, x: Any, y: Sequence[Truth], *, source: str = "", slice: str = "") -> None:  # noqa: A002
         """Give labelled samples that were never predicted. Thread-safe.
 
         Args:
             x: Samples stacked in the first dimension, or a list of rows.
-            y: One label for each.
+            y: The truth about each, as in `observe`.
+            source: Where the truths come from, as in `observe`.
+            slice: As in `predict`.
 
         Raises:
             InputError, UnknownLabelError, ModelError: As `predict` and `observe`.
             LabelError: Not as many labels as samples.
             IncompatibleError: The release in use is served, not learned on.
         """
-        self._front.learn(self._model(), x, y)
+        self._front.learn(self._model(), x, y, source, slice)
 
     def evaluate(self, x: Any, y: Sequence[Truth]) -> float:
         """Share of samples that the version in use gets right; they are neither logged nor learned from.
@@ -348,6 +430,8 @@ class EdgeDevice:
                 joined = self._flush(now)
             received = sent = 0
             with _recorded(problems):
+                self._asking.turn(now, joined.ids if joined else [])
+            with _recorded(problems):
                 received = self._reporter.listen(self._upgrade.client)
             with _recorded(problems):
                 self._upgrade.turn(now, self._adaptation)
@@ -384,6 +468,8 @@ class EdgeDevice:
         Monitors and probation see rows only once they are on disk, so that a second try counts nothing twice.
         """
         joined = None
+        adaptation = self._adaptation
+        self._joiner.judges_full = adaptation is not None and adaptation.judges_full
         if self._joiner.drain() or is_due(now, self._saved_at, _SAVE_S):
             with self._store.transaction():
                 joined = self._joiner.write(now, self._served, self._reporter.counters, self._reporter.window)
@@ -392,7 +478,7 @@ class EdgeDevice:
             self._joiner.written(joined)
             self._reporter.counters, self._reporter.window = joined.counters, joined.window
             if self._adaptation is not None:
-                self._adaptation.see(joined.live, predictions=len(joined.rows), errors=joined.errors)
+                self._adaptation.see(joined.live, now, predictions=len(joined.rows), errors=joined.errors)
             correct = [row.correct for row in joined.live]
             self._upgrade.see(correct, predictions=len(joined.rows), errors=joined.errors)
             self._monitoring.see(joined)
@@ -405,10 +491,9 @@ class EdgeDevice:
         """Counters, window and evidence; inside a transaction."""
         self._store.put("counters", msgspec.json.encode(joined.counters))
         self._store.put("window", msgspec.json.encode(joined.window))
-        if self._adaptation is not None and self._served is not None:
-            trunk = self._served.manifest.trunk_id
-            self._store.trim_samples("judge", trunk, self._adaptation.judge_capacity)
-            self._store.trim_samples("fresh", trunk, self.config.join.max_pending)
+        if self._adaptation is not None:
+            self._adaptation.trim()
+            self._adaptation.charge(now, flash_bytes=joined.written_bytes)
             self._adaptation.save()
         self._upgrade.save()
         if self._monitoring.save_if_due(now):
@@ -459,6 +544,7 @@ class EdgeDevice:
         self._monitoring.attach(served, self._slots.folder(current), now)
         if before is not None:
             self._adaptation.forget_recent()
+        self._front.refused = frozenset(self._adaptation.state.refused)
         with self._store.transaction():
             unreadable = self._store.keep_trunks(self._slots.trunk_ids())
         self._pending.release(unreadable)
@@ -488,7 +574,7 @@ class EdgeDevice:
         adaptation = self._adaptation
         return {
             "monitors": self._monitoring.states(),
-            "replay_rows": len(adaptation.buffer) if adaptation else 0,
+            "replay_rows": adaptation.replay_rows if adaptation else 0,
             "fresh_rows": adaptation.fresh_rows if adaptation else 0,
             "rss_mb": self._resources.rss_mb(),
         }
@@ -531,6 +617,92 @@ class EdgeDevice:
                 raise ModelError("no release is installed yet: there is nothing to learn on")
             self._adaptation.demand()
 
+    def label_requests(self, count: int) -> list[LabelRequest]:
+        """Ask which predictions' labels would be worth most; answer with `observe`.
+
+        Rows that were predicted since the last step are not among them.
+
+        Args:
+            count: Most of them; the day's budget (`feedback.requests_per_day`) may leave fewer.
+        """
+        with self._step_lock:
+            adaptation, served = self._adaptation, self._model()
+            if adaptation is None or adaptation.experience is None:
+                return []
+            return self._asking.ask(
+                count,
+                self._clock.now(),
+                experience=adaptation.experience,
+                head=self._slots.head(served.version),
+                manifest=served.manifest,
+            )
+
+    def forget(self, ids: Sequence[str]) -> int:
+        """Erase everything kept of these predictions: rows that wait, samples, and what they added to statistics.
+
+        A challenger that knows one of them is given up. What a head in use has learned stays in its weights, and what
+        the replay buffer had already dropped stays in sums over many rows: `forget_all` gives up both.
+
+        Args:
+            ids: Of predictions.
+
+        Returns:
+            How many rows were erased.
+
+        Raises:
+            StoreError: They could not be erased; nothing was.
+        """
+        with self._step_lock:
+            self.step()  # what is in memory is written first, or it would be written later
+            names = {*ids}
+            found = self._store.samples_of(sorted(names))
+            if self._adaptation is not None and found:
+                self._adaptation.erase(found, self._clock.now(), unlearn=True)
+            with self._store.transaction():
+                waiting = self._store.take_rows(sorted(names))
+                self._asking.forget(names)
+                self._store.record(self._clock.now(), "forgotten", {"rows": len(found) + len(waiting)})
+            self._store.compact()
+            return len(found) + len(waiting) + self._pending.forget(names)
+
+    def forget_all(self) -> Version:
+        """Erase every labelled sample, what was summed up of them, and the personal head: as new on its release."""
+        with self._step_lock:
+            self.step()
+            version = self.reset_to_base()
+            if self._adaptation is not None:
+                self._adaptation.erase_all(self._clock.now())
+            self._store.compact()
+            return version
+
+    def accept_label(self, label: str) -> None:
+        """A new label that samples ask for (`status().new_labels`) may be learned (`learn.new_labels = "ask"`)."""
+        self._decide_label(label, accept=True)
+
+    def refuse_label(self, label: str) -> None:
+        """A new label is none: its samples are erased, and further ones refused."""
+        self._decide_label(label, accept=False)
+
+    def _decide_label(self, label: str, *, accept: bool) -> None:
+        with self._step_lock:
+            if self._adaptation is None:
+                raise ModelError("no release is installed yet: there is nothing to learn on")
+            if label in self._model().labels:
+                raise LabelError(f"{label!r} is one of the model's labels already")
+            self.step()
+            self._adaptation.decide_label(label, self._clock.now(), accept=accept)
+            self._front.refused = frozenset(self._adaptation.state.refused)
+
+    def skew(self) -> Skew:
+        """Scores of the personal head on the rows it was trained on, on judge rows, and in use; see `edge_sdk.skew`."""
+        with self._step_lock:
+            return self._adaptation.state.skew if self._adaptation else Skew()
+
+    def lineage(self, *, limit: int = 100) -> list[Lineage]:
+        """How each head came to be, or why it did not, oldest first."""
+        with self._step_lock:
+            return self._store.lineage(limit=limit)
+
     def status(self) -> Status:
         """How the device is."""
         with self._step_lock:
@@ -552,8 +724,10 @@ class EdgeDevice:
                 warnings=self._monitoring.warnings,
                 accuracy=adaptation.accuracy if adaptation else None,
                 fresh_rows=adaptation.fresh_rows if adaptation else 0,
-                replay_rows=len(adaptation.buffer) if adaptation else 0,
-                judge_rows=len(adaptation.judge_rows[1]) if adaptation else 0,
+                replay_rows=adaptation.replay_rows if adaptation else 0,
+                judge_rows=adaptation.judge_rows if adaptation else 0,
+                asked=self._asking.waiting,
+                new_labels=adaptation.new_labels if adaptation else {},
                 connected=self.connected,
                 outbox_rows=self._reporter.outbox.pending,
                 fetching=fetching.release if fetching else None,

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from edge_sdk.clock import Clock
-from edge_sdk.config import LearnConfig
+from edge_sdk.config import DeviceConfig
 from edge_sdk.errors import IncompatibleError, InputError, LabelError, ModelError, UnknownLabelError
+from edge_sdk.feedback import check_source, from_reward
 from edge_sdk.model import Arrays
 from edge_sdk.pending import Label, LoggedPrediction, Pending, Taught
 from edge_sdk.serving import Served
+from edge_sdk.stats import share_of
 from edge_sdk.tasks import is_right, store_truth, stored_answer
 from edge_sdk.types import NO_VALUES, NOTHING, AnyArray, Prediction, Truth
 
@@ -24,15 +26,20 @@ class Front:
     Args:
         pending: Where that is left.
         clock: Source of time.
-        config: Which labels may be learned.
+        config: Of the device.
     """
 
-    def __init__(self, pending: Pending, clock: Clock, config: LearnConfig) -> None:
+    def __init__(self, pending: Pending, clock: Clock, config: DeviceConfig) -> None:
         self._pending, self._clock, self._config = pending, clock, config
+        self._holdout_share = config.holdout_share
+        self.refused: frozenset[str] = frozenset()
+        """Labels that a person said are none."""
 
-    def predict(self, served: Served, x: Any, name: str | None, state: Arrays | None) -> Prediction:
+    def predict(self, served: Served, x: Any, name: str | None, state: Arrays | None, slice_: str) -> Prediction:
         """One sample; see `EdgeDevice.predict`."""
         started = time.perf_counter()
+        if slice_:
+            _checked_slice(slice_)
         manifest = served.manifest
         try:
             main, more = served.take(x) if manifest.more_inputs else (x, NOTHING)
@@ -42,25 +49,41 @@ class Front:
         except InputError:
             self._pending.reject()
             raise
-        return self._answer(served, checked, more, [self._pending.new_id(name)], started)[0]
+        return self._answer(served, checked, more, [self._pending.new_id(name)], started, slice_)[0]
 
-    def predict_batch(self, served: Served, x: Any) -> list[Prediction]:
+    def predict_batch(self, served: Served, x: Any, slice_: str) -> list[Prediction]:
         """Several samples; see `EdgeDevice.predict_batch`."""
         started = time.perf_counter()
+        if slice_:
+            _checked_slice(slice_)
         try:
             checked = served.check_batch(x)
         except InputError:
             self._pending.reject()
             raise
-        return self._answer(served, checked, NOTHING, [self._pending.new_id(None) for _ in checked], started)
+        names = [self._pending.new_id(None) for _ in checked]
+        return self._answer(served, checked, NOTHING, names, started, slice_)
 
-    def observe(self, served: Served, name: str, truth: Truth) -> None:
+    def observe(self, served: Served, name: str, truth: Truth, source: str) -> None:
         """Keep a truth; see `EdgeDevice.observe`."""
-        if not isinstance(name, str) or not name:
-            raise LabelError(f"a prediction id is a string that `predict` returned, got {name!r}")
-        self._pending.label(Label(name, self._stored(served, truth), self._clock.now()))
+        stored = self._stored(served, truth)
+        self._pending.label(Label(_checked_id(name), stored, self._clock.now(), check_source(source)))
 
-    def learn(self, served: Served, x: Any, y: Sequence[Truth]) -> None:
+    def reward(self, served: Served, name: str, value: float, source: str) -> None:
+        """Keep implicit feedback; see `EdgeDevice.reward`."""
+        if served.manifest.task != "classification":
+            raise LabelError(f"{served.manifest.name} has task={served.manifest.task}: a reward says which label was "
+                             "right, and needs a classification")  # fmt: skip
+        from_reward("", value)
+        now = self._clock.now()
+        self._pending.label(Label(_checked_id(name), "", now, check_source(source), trusted=False, reward=float(value)))
+
+    def guess(self, served: Served, name: str, truth: Truth, weight: float, source: str) -> None:
+        """Keep a label that rules voted for; see `EdgeDevice.apply_rules`."""
+        stored = self._stored(served, truth)
+        self._pending.label(Label(_checked_id(name), stored, self._clock.now(), source, weight, trusted=False))
+
+    def learn(self, served: Served, x: Any, y: Sequence[Truth], source: str, slice_: str) -> None:
         """Keep labelled samples; see `EdgeDevice.learn`."""
         manifest = served.manifest
         if not manifest.learns:
@@ -70,7 +93,8 @@ class Front:
         labels = [self._stored(served, truth) for truth in y]
         latents = served.run(checked).latents
         now, trunk = self._clock.now(), manifest.trunk_id
-        self._pending.teach([Taught(latent, label, now, trunk) for latent, label in zip(latents, labels, strict=True)])
+        origin = (now, trunk, check_source(source), _checked_slice(slice_))
+        self._pending.teach([Taught(latent, label, *origin) for latent, label in zip(latents, labels, strict=True)])
 
     def evaluate(self, served: Served, x: Any, y: Sequence[Truth]) -> float:
         """Share of samples that are right; see `EdgeDevice.evaluate`."""
@@ -83,7 +107,7 @@ class Front:
         return float(np.mean([is_right(a, b, manifest) for a, b in zip(said, truths, strict=True)]))
 
     def _answer(
-        self, served: Served, checked: AnyArray, more: Arrays, names: list[str], started: float
+        self, served: Served, checked: AnyArray, more: Arrays, names: list[str], started: float, slice_: str
     ) -> list[Prediction]:
         """Run the model, and keep what was said until the next step."""
         seen = served.thumbnail(checked)  # before the model runs and takes the caches for itself
@@ -99,10 +123,25 @@ class Front:
         task, outputs, state = manifest.task, ran.outputs, ran.state
         now, elapsed = self._clock.now(), (time.perf_counter() - started) * 1e3 / len(names)
         logged, predictions = [], []
+        share = self._holdout_share
         for i, name in enumerate(names):
             row, (label, present) = scores[i], answers[i]
+            holdout = bool(share) and share_of(name, "holdout") < share
             logged.append(
-                LoggedPrediction(name, now, seen[i], ran.latents[i], row, label, present, version, manifest, elapsed)
+                LoggedPrediction(
+                    name,
+                    now,
+                    seen[i],
+                    ran.latents[i],
+                    row,
+                    label,
+                    present,
+                    version,
+                    manifest,
+                    elapsed,
+                    slice_,
+                    holdout,
+                )
             )
             probabilities = row if task in ("classification", "multilabel") else NO_VALUES
             values = row if task == "regression" else NO_VALUES
@@ -120,6 +159,7 @@ class Front:
                     values,
                     found,
                     state,
+                    holdout,
                 )
             )
         self._pending.log(logged)
@@ -127,17 +167,37 @@ class Front:
 
     def _stored(self, served: Served, truth: Truth) -> str:
         """The stored form of a truth, if the model knows its label or may learn it."""
-        stored, known, config = store_truth(truth, served.manifest), served.labels, self._config
+        stored, known, config = store_truth(truth, served.manifest), served.labels, self._config.learn
         if served.manifest.task != "classification" or stored in known:
             return stored
         unknown = f"unknown label {stored!r}; known: {', '.join(known)}"
         if not served.manifest.learns:
             raise UnknownLabelError(f"{unknown} (this release does not learn)")
+        if stored in self.refused:
+            raise UnknownLabelError(f"{unknown} (`refuse_label` was called for it)")
         if config.new_labels == "refuse":
             raise UnknownLabelError(f"{unknown} (learn.new_labels = refuse)")
         if len(known) >= config.max_labels:
             raise UnknownLabelError(f"label {stored!r} would be one more than learn.max_labels = {config.max_labels}")
         return stored
+
+
+def _checked_id(name: str) -> str:
+    if not isinstance(name, str) or not name:
+        raise LabelError(f"a prediction id is a string that `predict` returned, got {name!r}")
+    return name
+
+
+def _checked_slice(name: str) -> str:
+    """The slice itself, if it can be one: at most 64 printable characters; empty: none is named.
+
+    Raises:
+        LabelError: It cannot.
+    """
+    try:
+        return check_source(name)
+    except LabelError as error:
+        raise LabelError(str(error).replace("a source", "a slice")) from error
 
 
 def _as_many(checked: AnyArray, y: Sequence[Truth]) -> AnyArray:

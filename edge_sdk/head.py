@@ -39,6 +39,21 @@ def sigmoid(logits: FloatArray) -> FloatArray:
     return result
 
 
+def layer_inputs(weights: Weights, features: FloatArray) -> list[FloatArray]:
+    """What each dense layer is given for features [N, D]; the first is the features themselves."""
+    inputs = [features]
+    for i in range(len(weights) // 2 - 1):
+        inputs.append(np.maximum(inputs[-1] @ weights[f"W{i}"] + weights[f"b{i}"], 0))
+    return inputs
+
+
+def logits(weights: Weights, last_input: FloatArray) -> FloatArray:
+    """Scores from what the last layer is given; float32 [N, C]."""
+    last = len(weights) // 2 - 1
+    result: FloatArray = last_input @ weights[f"W{last}"] + weights[f"b{last}"]
+    return result
+
+
 @dataclass(frozen=True)
 class Head:
     """Dense layers with ReLU between them. Immutable; learning returns a new one.
@@ -85,12 +100,16 @@ class Head:
 
     def logits(self, features: FloatArray) -> FloatArray:
         """Scores before softmax. features: float32 [N, D] in model units; returns float32 [N, C]."""
-        x = features
-        for i in range(self.depth):
-            x = x @ self.weights[f"W{i}"] + self.weights[f"b{i}"]
-            if i < self.depth - 1:
-                x = np.maximum(x, 0)
-        return x
+        return logits(self.weights, layer_inputs(self.weights, features)[-1])
+
+    def hidden(self, features: FloatArray) -> FloatArray:
+        """What the last layer is given; float32 [N, F]. Of a linear head the features themselves."""
+        return layer_inputs(self.weights, features)[-1]
+
+    def with_last(self, w: FloatArray, b: FloatArray) -> Head:
+        """This head with another last layer. w: float32 [F, C]; b: float32 [C]."""
+        last = self.depth - 1
+        return Head({**self.weights, f"W{last}": w, f"b{last}": b}, self.labels)
 
     def predict(self, features: FloatArray) -> IndexArray:
         """Index of the best label for each row; int64 [N]."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,16 +10,19 @@ import msgspec
 import numpy as np
 
 from edge_sdk.config import DeviceConfig
+from edge_sdk.feedback import HourlyCap, from_reward, source_weight
 from edge_sdk.pending import Batch, Label, LoggedPrediction, Pending
 from edge_sdk.reporter import Counters, Window
 from edge_sdk.serving import Served
-from edge_sdk.store import LoggedRow, Role, Store
+from edge_sdk.stats import share_of
+from edge_sdk.store import LoggedRow, NewSample, Store
 from edge_sdk.tasks import is_right
 from edge_sdk.types import LatentArray
 
 _REMEMBERED_IDS = 10_000
 _ROW_BYTES = 120
 _SAMPLE_BYTES = 200
+_CAP = "cap"
 
 
 class Judged(NamedTuple):
@@ -29,6 +31,7 @@ class Judged(NamedTuple):
     latent: LatentArray
     label: str
     correct: bool
+    holdout: bool = False
 
 
 @dataclass
@@ -45,6 +48,13 @@ class Joined:
     gone: list[str] = field(default_factory=list)
     """Predictions whose label will not be waited for any longer."""
     live: list[Judged] = field(default_factory=list)
+    written_bytes: int = 0
+    """About so many, to the database."""
+    capped: int = 0
+    """Labels beyond what their source may contribute in an hour."""
+    samples: list[NewSample] = field(default_factory=list)
+    """What is learned from, or judged by."""
+    cap: HourlyCap = field(default_factory=HourlyCap)
 
 
 class Joiner:
@@ -59,6 +69,10 @@ class Joiner:
     def __init__(self, store: Store, pending: Pending, config: DeviceConfig) -> None:
         self._store, self._pending, self._config = store, pending, config
         self._unsaved: list[Batch] = []
+        saved = store.get(_CAP)
+        self._cap = msgspec.json.decode(saved, type=HourlyCap) if saved else HourlyCap()
+        self.judges_full = False
+        """No more rows may judge for now: new ones are learned from instead."""
         self._labelled: deque[str] = deque(maxlen=_REMEMBERED_IDS)
 
     @property
@@ -87,38 +101,50 @@ class Joiner:
             window: What the next report has so far.
         """
         joined = Joined(msgspec.structs.replace(counters), msgspec.structs.replace(window))
+        joined.cap = self._cap.copy()
         joined.rows = [row for batch in self._unsaved for row in batch.predictions]
-        self._store.add_rows(
-            [
-                LoggedRow(
-                    row.id,
-                    row.time,
-                    row.latent.tobytes(),
-                    row.said,
-                    row.version.release,
-                    row.version.head,
-                    row.manifest.trunk_id,
-                )
-                for row in joined.rows
-            ]
-        )
-        self._join([label for batch in self._unsaved for label in batch.labels], joined, current)
-        taught = [row for batch in self._unsaved for row in batch.taught]
-        for number, sample in enumerate(taught):
-            key = f"taught-{counters.labelled}-{number}"
-            self._keep(key, sample.label, sample.latent.tobytes(), sample.trunk, sample.time)
         join = self._config.join
-        joined.gone = self._store.trim_rows(older_than=now - join.window_s, max_bytes=join.max_bytes)
+        logged = joined.rows
+        if join.log_fraction < 1:
+            logged = [row for row in joined.rows if share_of(row.id, "log") < join.log_fraction]
+            joined.gone = list({row.id for row in joined.rows} - {row.id for row in logged})
+        self._store.add_rows([self._logged(row) for row in logged])
+        self._join([label for batch in self._unsaved for label in batch.labels], joined, current, now)
+        taught = [row for batch in self._unsaved for row in batch.taught]
+        for number, row in enumerate(taught):
+            weight = source_weight(row.source, self._config.feedback)
+            if weight and self._admitted(row.source, joined, now):
+                sample = NewSample(row.time, row.latent.tobytes(), row.label, "fresh", row.trunk,
+                                   source=row.source, slice=row.slice, weight=weight)  # fmt: skip
+                joined.samples.append(self._with_role(sample, f"taught-{counters.labelled}-{number}"))
+        self._store.add_samples(joined.samples)
+        self._store.put(_CAP, msgspec.json.encode(joined.cap))
+        joined.gone += self._store.trim_rows(older_than=now - join.window_s, max_bytes=join.max_bytes)
         self._tally(joined, len(taught))
         return joined
 
     def written(self, joined: Joined) -> None:
         """The transaction was committed."""
         self._unsaved = []
+        self._cap = joined.cap
         self._labelled.extend(joined.ids)
         self._pending.release([*joined.ids, *joined.gone])
 
-    def _join(self, labels: list[Label], joined: Joined, current: Served | None) -> None:
+    def _logged(self, row: LoggedPrediction) -> LoggedRow:
+        return LoggedRow(
+            row.id,
+            row.time,
+            row.latent.tobytes(),
+            row.said,
+            row.version.release,
+            row.version.head,
+            row.manifest.trunk_id,
+            row.slice,
+            1 / self._config.join.log_fraction,
+            row.holdout,
+        )
+
+    def _join(self, labels: list[Label], joined: Joined, current: Served | None, now: float) -> None:
         waiting = self._store.take_rows([label.id for label in labels])
         done = {*self._labelled}
         for label in labels:
@@ -131,18 +157,33 @@ class Joiner:
                 continue
             done.add(label.id)
             joined.ids.append(label.id)
-            if current is None:
+            if current is None or not self._admitted(label.source, joined, now):
                 continue
-            if (row.release, row.head) == (current.version.release, current.version.head):
+            if label.trusted and (row.release, row.head) == (current.version.release, current.version.head):
                 latent = np.frombuffer(row.latent, dtype=np.uint8)
-                joined.live.append(Judged(latent, label.label, is_right(row.predicted, label.label, current.manifest)))
-            if current.manifest.learns and row.latent:
-                self._keep(label.id, label.label, row.latent, row.trunk, row.time)
+                right = is_right(row.predicted, label.label, current.manifest)
+                joined.live.append(Judged(latent, label.label, right, row.holdout))
+            truth, weight = (
+                (label.label, label.weight) if label.reward is None else from_reward(row.predicted, label.reward)
+            )
+            weight *= row.weight * source_weight(label.source, self._config.feedback)
+            if current.manifest.learns and row.latent and weight:
+                sample = NewSample(row.time, row.latent, truth, "fresh", row.trunk, row.id, label.source, row.slice,
+                                   weight)  # fmt: skip
+                joined.samples.append(self._with_role(sample, row.id, row.holdout) if label.trusted else sample)
 
-    def _keep(self, key: str, label: str, latent: bytes, trunk: str, time: float) -> None:
-        """A labelled sample is to be learned from, or to judge by; its id decides, once and for all."""
-        role: Role = "judge" if _share_of(key) < self._config.replay.judge_share else "fresh"
-        self._store.add_sample(time=time, latent=latent, label=label, role=role, trunk=trunk)
+    def _admitted(self, source: str, joined: Joined, now: float) -> bool:
+        admitted = joined.cap.admit(source, now, self._config.feedback)
+        joined.capped += not admitted
+        return admitted
+
+    def _with_role(self, sample: NewSample, key: str, holdout: bool = False) -> NewSample:  # noqa: FBT001, FBT002
+        """A labelled sample is to be learned from, or to judge by; its id decides, once and for all.
+
+        What the app did not act on always judges: no other label is as free of the model's own influence.
+        """
+        judges = holdout or share_of(key) < self._config.replay.judge_share
+        return sample._replace(role="judge") if judges and not self.judges_full else sample
 
     def _tally(self, joined: Joined, taught: int) -> None:
         counters, window = joined.counters, joined.window
@@ -159,13 +200,10 @@ class Joiner:
         window.errors += joined.errors
         counters.predictions += len(joined.rows)
         counters.labelled += len(joined.ids) + taught
+        counters.capped += joined.capped
         for name in ("rejected_inputs", "errors", "rows_lost", "labels_lost"):
             setattr(counters, name, getattr(counters, name) + sum(getattr(batch, name) for batch in self._unsaved))
         size = sum(len(row.latent) + _ROW_BYTES for row in joined.rows) + _SAMPLE_BYTES * (len(joined.ids) + taught)
+        joined.written_bytes = size
         counters.written_bytes += size
         window.written_bytes += size
-
-
-def _share_of(key: str) -> float:
-    """A number in [0, 1) that depends on the key alone."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") / 2**32

@@ -27,6 +27,8 @@ HEAD_ONNX = "head.onnx"
 HEAD_NPZ = "head.npz"
 FISHER_NPZ = "fisher.npz"
 MEMORY_NPZ = "memory.npz"
+MOMENTS_NPZ = "moments.npz"
+"""Optional: without it the moments are those of the factory memory."""
 SELFTEST_NPZ = "selftest.npz"
 REFERENCE_NPZ = "reference.npz"
 CARD = "card.md"
@@ -133,7 +135,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @property
     def learns(self) -> bool:
         """Whether a device learns on it."""
-        return self.adapt == "head" and self.task == "classification"
+        return self.adapt == "head" and self.task != "raw"
 
     @property
     def required(self) -> tuple[str, ...]:

@@ -29,6 +29,8 @@ class LoggedPrediction(NamedTuple):
     version: Version
     manifest: Manifest
     latency_ms: float
+    slice: str = ""
+    holdout: bool = False
 
     @property
     def said(self) -> str:
@@ -37,11 +39,19 @@ class LoggedPrediction(NamedTuple):
 
 
 class Label(NamedTuple):
-    """A label that waits to be joined."""
+    """A label that waits to be joined.
+
+    `reward` says instead how right the prediction was, 0 to 1. A label that is not `trusted` is learned from, and
+    neither judges nor counts for the live accuracy: it was guessed.
+    """
 
     id: str
     label: str
     time: float
+    source: str = ""
+    weight: float = 1.0
+    trusted: bool = True
+    reward: float | None = None
 
 
 class Taught(NamedTuple):
@@ -51,6 +61,8 @@ class Taught(NamedTuple):
     label: str
     time: float
     trunk: str
+    source: str = ""
+    slice: str = ""
 
 
 @dataclass
@@ -141,6 +153,15 @@ class Pending:
                     self._taught.popleft()
                     self._labels_lost += 1
                 self._taught.append(row)
+
+    def forget(self, ids: set[str]) -> int:
+        """Drop predictions and labels of these ids; returns how many."""
+        with self._lock:
+            before = len(self._predictions) + len(self._labels)
+            self._predictions = deque(row for row in self._predictions if row.id not in ids)
+            self._labels = deque(row for row in self._labels if row.id not in ids)
+            self._given -= ids
+            return before - len(self._predictions) - len(self._labels)
 
     def reject(self) -> None:
         """An input was refused."""

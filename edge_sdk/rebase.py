@@ -6,12 +6,13 @@ rows stay valid, and both heads can be asked about the same rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from edge_sdk.head import Head
-from edge_sdk.types import FloatArray
+from edge_sdk.types import BoolArray
 
 
 @dataclass(frozen=True)
@@ -27,27 +28,23 @@ class Rebase:
     reason: str
 
 
-def choose_head(shipped: Head, personal: Head, features: FloatArray, labels: list[str]) -> Rebase:
+def choose_head(shipped: Head, personal: Head, right: Callable[[Head], BoolArray]) -> Rebase:
     """Keep what was learned, or take what was shipped, by accuracy on the device's and the factory's judge rows.
 
     Args:
         shipped: The new base's own head.
         personal: The head in use, on the same trunk.
-        features: float32 [N, D], dequantized latents of rows that neither head was trained on.
-        labels: The true label of each.
+        right: Whether a head is right on each of the rows that neither head was trained on.
 
     Returns:
         The personal head, grown by what it does not know of the new base's labels, unless the shipped one is better.
     """
     carried = with_labels_of(personal, shipped)
-    if not len(features):
+    own, new = right(carried), right(shipped)
+    if not len(own):
         return Rebase(carried, "kept: there are no judge rows to compare on")
-    scores = {}
-    for name, head in (("personal", carried), ("shipped", shipped)):
-        predicted = [head.labels[i] for i in head.predict(features)]
-        scores[name] = float(np.mean([p == y for p, y in zip(predicted, labels, strict=True)]))
-    numbers = f"personal head {scores['personal']:.3f}, shipped head {scores['shipped']:.3f} on {len(labels)} rows"
-    if scores["shipped"] > scores["personal"]:
+    numbers = f"personal head {own.mean():.3f}, shipped head {new.mean():.3f} on {len(own)} rows"
+    if new.mean() > own.mean():
         return Rebase(None, f"dropped: {numbers}")
     return Rebase(carried, f"kept: {numbers}")
 

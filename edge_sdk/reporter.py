@@ -43,6 +43,7 @@ class Counters(msgspec.Struct):
     labelled: int = 0
     unmatched: int = 0
     duplicates: int = 0
+    capped: int = 0
     labels_lost: int = 0
     rows_lost: int = 0
     rejected_inputs: int = 0

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import logging
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
+from typing import Any, Protocol, TypeVar
 
+from edge_sdk.clock import Clock
 from edge_sdk.policy import ResourceState
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class ResourceReader(Protocol):
     """A platform's way to tell; a seam for boards that psutil does not know, and for simulations."""
 
     def read(self) -> ResourceState:
-        """The state now."""
+        """The state now; None for what is unknown. `local_minute` may be left open."""
         ...
 
     def rss_mb(self) -> float:
@@ -20,20 +30,24 @@ class ResourceReader(Protocol):
 
 
 class PsutilReader:
-    """Reads battery, temperature and memory through psutil."""
+    """Reads battery, temperature, memory and load through psutil."""
 
     def read(self) -> ResourceState:
         """The state now; what the platform does not tell is None."""
         import psutil  # noqa: PLC0415 - not needed to predict
 
-        battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
-        sensors = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
-        hottest = max((entry.current for entries in sensors.values() for entry in entries), default=None)
+        battery = _told(psutil, "sensors_battery")
+        sensors = _told(psutil, "sensors_temperatures") or {}
+        memory = _told(psutil, "virtual_memory")
+        load = _told(psutil, "getloadavg")
+        cores = os.cpu_count() or 1
         return ResourceState(
             battery=battery.percent / 100 if battery else None,
             on_mains=battery.power_plugged if battery else None,
-            temperature_c=hottest,
-            free_mb=psutil.virtual_memory().available / 1e6,
+            temperature_c=max((entry.current for entries in sensors.values() for entry in entries), default=None),
+            free_mb=memory.available / 1e6 if memory else None,
+            cpu_load=load[0] / cores if load else None,
+            cores=cores,
         )
 
     def rss_mb(self) -> float:
@@ -57,3 +71,48 @@ class FixedReader:
     def rss_mb(self) -> float:
         """The memory given."""
         return self._rss_mb
+
+
+class SafeReader:
+    """A reader whose failures stop nothing: what it does not tell is unknown. The time of day comes from the clock.
+
+    Args:
+        reader: The platform's.
+        clock: Of the device; tells `local_minute` where the reader leaves it open.
+    """
+
+    def __init__(self, reader: ResourceReader, clock: Clock) -> None:
+        self._reader, self._clock = reader, clock
+        self._failed = False
+
+    def read(self) -> ResourceState:
+        """The state now; all unknown but the time of day if the reader raises, which is logged once."""
+        state = self._ask(self._reader.read, ResourceState())
+        return state if state.local_minute is not None else replace(state, local_minute=local_minute(self._clock.now()))
+
+    def rss_mb(self) -> float:
+        """Memory of this process, in MB; 0 if the reader raises."""
+        return self._ask(self._reader.rss_mb, 0.0)
+
+    def _ask(self, read: Callable[[], T], unknown: T) -> T:
+        try:
+            return read()
+        except Exception:  # a board's own code may raise anything
+            if not self._failed:
+                logger.exception("%s failed; what it reads counts as unknown", type(self._reader).__name__)
+            self._failed = True
+            return unknown
+
+
+def local_minute(now: float) -> int:
+    """Minutes since midnight, local time, of a time in seconds since the epoch."""
+    local = time.localtime(now)
+    return 60 * local.tm_hour + local.tm_min
+
+
+def _told(platform: ModuleType, name: str) -> Any:
+    """What the platform tells, or None if it does not: no such sensor, no such function, no permission."""
+    try:
+        return getattr(platform, name)()
+    except (OSError, AttributeError, ValueError):
+        return None

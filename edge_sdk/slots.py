@@ -19,9 +19,11 @@ import msgspec
 from edge_sdk.errors import ArtifactError, IntegrityError, RollbackRefusedError
 from edge_sdk.files import crashpoint, fsync_folder, remove_tree, replace_file, storage_error
 from edge_sdk.head import Head
+from edge_sdk.learn.ewc import Importance
 from edge_sdk.manifest import HEAD_NPZ, MANIFEST_NAME, Manifest, digest_of, parse_manifest, verify_checkpoint
 
 Slot = Literal["a", "b"]
+_EWC = ".ewc.npz"
 logger = logging.getLogger(__name__)
 
 
@@ -79,7 +81,7 @@ class Slots:
                 continue
             found.append(Version(slot, manifest.release, digest_of((self.root / slot / MANIFEST_NAME).read_bytes())))
         found.sort(key=lambda version: version.release)
-        heads = [int(file.stem) for slot in slots for file in (self.root / slot / "heads").glob("*.npz")]
+        heads = [int(file.name[:4]) for slot in slots for file in (self.root / slot / "heads").glob("*.npz")]
         before = found[0] if len(found) > 1 else None
         return Pointer(
             current=found[-1] if found else None, previous=before, fallback=before, heads=max(heads, default=0)
@@ -113,6 +115,15 @@ class Slots:
         """
         folder = self.folder(version)
         return Head.load(folder / "heads" / f"{version.head:04d}.npz" if version.head else folder / HEAD_NPZ)
+
+    def importance(self, version: Version) -> Importance | None:
+        """What EWC holds on to while a version serves; None: what its release came with.
+
+        Raises:
+            IntegrityError: It is damaged.
+        """
+        path = self.folder(version) / "heads" / f"{version.head:04d}{_EWC}"
+        return Importance.load(path) if version.head and path.exists() else None
 
     def held_files(self) -> dict[str, Path]:
         """Files of the installed releases by SHA-256: what need not be fetched again."""
@@ -177,8 +188,13 @@ class Slots:
         crashpoint("stage:renamed")
         return slot, parsed
 
-    def write_head(self, slot: Slot, head: Head) -> int:
+    def write_head(self, slot: Slot, head: Head, importance: Importance | None = None) -> int:
         """Store a personal head beside a release; returns its number. It does not serve yet.
+
+        Args:
+            slot: Of the release.
+            head: The head.
+            importance: What EWC is to hold on to once it serves, if not what the release came with.
 
         Raises:
             DiskFullError, StoreError: It cannot be written.
@@ -189,6 +205,8 @@ class Slots:
             folder.mkdir(exist_ok=True)
         except OSError as error:
             raise storage_error(error, f"no head can be written to slot {slot}") from error
+        if importance is not None:
+            replace_file(folder / f"{number:04d}{_EWC}", importance.to_bytes())
         replace_file(folder / f"{number:04d}.npz", head.to_bytes())
         self._flip(msgspec.structs.replace(self.pointer, heads=number))
         return number
@@ -244,7 +262,8 @@ class Slots:
         for slot in ("a", "b"):
             remove_tree(self.root / f"{slot}.new")
             for file in sorted((self.root / slot / "heads").glob("*")):
-                if not file.stem.isdigit() or (slot, int(file.stem)) not in kept:
+                number = file.name.partition(".")[0]
+                if not number.isdigit() or (slot, int(number)) not in kept:
                     file.unlink()
 
     def _return_to(self, version: Version, current: Version) -> Version:

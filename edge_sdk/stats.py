@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
 
@@ -9,7 +10,8 @@ import numpy as np
 
 from edge_sdk.types import AnyArray, DoubleArray
 
-_BETS = np.array([0.1, 0.25, 0.5, 0.75, 0.9])
+_BETS = np.append(np.arange(1, 10) / 10, 0.99)
+"""Near the best single bet for rows of -1, 0 and 1; the boldest one is for small differences, which ruin nobody."""
 
 
 class MeanEProcess:
@@ -70,6 +72,28 @@ def paired_evidence(differences: AnyArray, *, margin: float = 0.0) -> float:
     return process.evidence
 
 
+def calibration_error(confidence: AnyArray, right: AnyArray, *, bins: int = 10) -> float:
+    """Expected calibration error: how far confidence and success differ, over bins of like confidence.
+
+    Args:
+        confidence: float [N] in [0, 1]; rows of NaN are left out.
+        right: bool [N], or float [N] in [0, 1]: the share that was right.
+        bins: Of equal width.
+
+    Returns:
+        In [0, 1]; 0 for no rows. Noise alone gives about 0.08 with 100 rows and 10 bins.
+
+    Source:
+        Guo et al. 2017, "On calibration of modern neural networks", arXiv:1706.04599, equation 3.
+    """
+    told = np.isfinite(confidence)
+    if not told.any():
+        return 0.0
+    p = np.asarray(confidence, dtype=np.float64)[told]
+    gaps = np.bincount(np.minimum((p * bins).astype(np.int64), bins - 1), weights=p - np.asarray(right)[told])
+    return float(np.abs(gaps).sum() / len(p))
+
+
 def wilson_interval(successes: int, trials: int, *, z: float = 1.96) -> tuple[float, float]:
     """Confidence interval of a proportion; (0, 1) for no trials.
 
@@ -83,6 +107,25 @@ def wilson_interval(successes: int, trials: int, *, z: float = 1.96) -> tuple[fl
     spread = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+def difference_interval(first: tuple[int, int], second: tuple[int, int], *, z: float = 1.96) -> tuple[float, float]:
+    """Confidence interval of the difference of two independent proportions, first - second.
+
+    Args:
+        first: Successes and trials.
+        second: The same.
+        z: Standard normal quantile: 1.96 for 95 %.
+
+    Returns:
+        Bounds in [-1, 1].
+
+    Source:
+        Newcombe 1998, method 10, doi:10.1002/(SICI)1097-0258(19980430)17:8<873::AID-SIM779>3.0.CO;2-I.
+    """
+    p, q = (successes / trials if trials else 0.5 for successes, trials in (first, second))
+    (p_low, p_high), (q_low, q_high) = wilson_interval(*first, z=z), wilson_interval(*second, z=z)
+    return p - q - math.hypot(p - p_low, q_high - q), p - q + math.hypot(p_high - p, q - q_low)
 
 
 def entropy(probabilities: AnyArray) -> DoubleArray:
@@ -113,3 +156,8 @@ def suppress_small(counts: dict[str, int], *, min_count: int) -> dict[str, int]:
     if rest >= min_count:
         kept["other"] = kept.get("other", 0) + rest  # a label may bear that name
     return kept
+
+
+def share_of(key: str, purpose: str = "") -> float:
+    """A number in [0, 1) that depends on key and purpose alone: a sample by it is the same whenever it is drawn."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}{key}".encode()).digest()[:4], "big") / 2**32

@@ -53,6 +53,10 @@ class Status(msgspec.Struct, frozen=True):
     fresh_rows: int
     replay_rows: int
     judge_rows: int
+    asked: int
+    """Labels asked for by `label_requests` and not given yet."""
+    new_labels: dict[str, int]
+    """Labels that the model does not know, with so many samples each that it could; `accept_label` says whether."""
     connected: bool
     outbox_rows: int
     fetching: int | None

@@ -15,6 +15,8 @@ Role = Literal["fresh", "replay", "judge"]
 _ROW_BYTES = 120
 """What a logged row costs beside its latent."""
 _HISTORY_ROWS = 2_000
+_LINEAGE_ROWS = 500
+_SAMPLE = "key, time, latent, label, role, slot, slice, weight, mass"
 _ROWS_A_STATEMENT = 500
 
 
@@ -28,10 +30,34 @@ class LoggedRow(NamedTuple):
     release: int
     head: int
     trunk: str
+    slice: str = ""
+    """The app's own name for the part of the world it comes from."""
+    weight: float = 1.0
+    """How many predictions it stands for: above 1 if only some are logged."""
+    holdout: bool = False
+    """The app did not act on it."""
+
+
+class NewSample(NamedTuple):
+    """A labelled latent to keep. `id` is that of its prediction, "" if there was none."""
+
+    time: float
+    latent: bytes
+    label: str
+    role: Role
+    trunk: str
+    id: str = ""
+    source: str = ""
+    slice: str = ""
+    weight: float = 1.0
 
 
 class Sample(NamedTuple):
-    """A labelled latent, with the time of its input. `slot` is its place in the replay buffer, or None."""
+    """A labelled latent, with the time of its input.
+
+    `slot` is its place in the replay buffer, or None. `weight` is what it counts, below zero if the label is *not* this
+    one. `mass` is what it has added to the device's moments.
+    """
 
     key: int
     time: float
@@ -39,6 +65,24 @@ class Sample(NamedTuple):
     label: str
     role: Role
     slot: int | None
+    slice: str
+    weight: float
+    mass: float
+
+
+class Lineage(NamedTuple):
+    """How a head came to be: what it was learned from, and what the gate said."""
+
+    time: float
+    release: int
+    parent: int
+    """The head in use then."""
+    head: int | None
+    """Its number, if it was promoted."""
+    outcome: str
+    """promoted, would_promote, rejected, superseded or learn_failed."""
+    detail: dict[str, Any]
+    """Reason, trigger, rows, settings, seed, cost and the verdict's numbers."""
 
 
 class OutboxRow(NamedTuple):
@@ -81,7 +125,27 @@ def _first(db: Any) -> None:
     db["history"].create({"key": int, "time": float, "name": str, "detail": str}, pk="key")
 
 
-STEPS = (_first,)
+def _second(db: Any) -> None:
+    """Where labels come from, what they count, and how heads came to be."""
+    for table, columns in {
+        "rows": {"slice": (str, ""), "weight": (float, 1.0), "holdout": (int, 0)},
+        "samples": {
+            "id": (str, ""),
+            "source": (str, ""),
+            "slice": (str, ""),
+            "weight": (float, 1.0),
+            "mass": (float, 0.0),
+        },
+    }.items():
+        for name, (kind, default) in columns.items():
+            db[table].add_column(name, kind, not_null_default=default)
+    db["samples"].create_index(["id"])
+    db["lineage"].create(
+        {"key": int, "time": float, "release": int, "parent": int, "head": int, "outcome": str, "detail": str}, pk="key"
+    )
+
+
+STEPS = (_first, _second)
 
 
 class Store(Database):
@@ -112,6 +176,10 @@ class Store(Database):
         """Set the value under `key`."""
         self.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
 
+    def delete(self, key: str) -> None:
+        """Drop the value under `key`."""
+        self.execute("DELETE FROM meta WHERE key = ?", (key,))
+
     # ---- predictions that wait for labels
 
     def add_rows(self, rows: Sequence[LoggedRow]) -> None:
@@ -121,7 +189,7 @@ class Store(Database):
         """
         for start in range(0, len(rows), _ROWS_A_STATEMENT):
             part = rows[start : start + _ROWS_A_STATEMENT]
-            marks = ", ".join(["(?, ?, ?, ?, ?, ?, ?)"] * len(part))
+            marks = ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * len(part))
             values = [value for row in part for value in row]
             self.execute(f"INSERT OR REPLACE INTO rows VALUES {marks}", values)  # noqa: S608 - marks only
 
@@ -153,20 +221,52 @@ class Store(Database):
 
     # ---- labelled samples
 
-    def add_sample(self, *, time: float, latent: bytes, label: str, role: Role, trunk: str) -> None:
-        """Keep a labelled latent."""
-        self.execute(
-            "INSERT INTO samples (time, latent, label, role, trunk) VALUES (?, ?, ?, ?, ?)",
-            (time, latent, label, role, trunk),
+    def add_samples(self, samples: Iterable[NewSample]) -> None:
+        """Keep labelled latents."""
+        self.execute_many(
+            "INSERT INTO samples (time, latent, label, role, trunk, id, source, slice, weight)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            samples,
         )
+
+    def waiting_rows(self, trunk: str, *, limit: int) -> list[LoggedRow]:
+        """The newest logged predictions whose latents come from `trunk`, newest first."""
+        rows = self.execute("SELECT * FROM rows WHERE trunk = ? ORDER BY time DESC, id DESC LIMIT ?", (trunk, limit))
+        return [LoggedRow(*row) for row in rows]
 
     def samples(self, role: Role, trunk: str) -> list[Sample]:
         """The samples of a role whose latents come from `trunk`, by slot and then by age."""
         rows = self.execute(
-            "SELECT key, time, latent, label, role, slot FROM samples WHERE role = ? AND trunk = ? ORDER BY slot, key",
+            f"SELECT {_SAMPLE} FROM samples WHERE role = ? AND trunk = ? ORDER BY slot, key",  # noqa: S608 - constants
             (role, trunk),
         )
         return [Sample(*row) for row in rows]
+
+    def samples_of(self, ids: Sequence[str]) -> list[tuple[Sample, str]]:
+        """The samples of these predictions, each with the trunk of its latent."""
+        found: list[tuple[Sample, str]] = []
+        for start in range(0, len(ids), _ROWS_A_STATEMENT):
+            part = list(ids[start : start + _ROWS_A_STATEMENT])
+            marks = ",".join("?" * len(part))
+            rows = self.execute(f"SELECT {_SAMPLE}, trunk FROM samples WHERE id IN ({marks})", part)  # noqa: S608
+            found += [(Sample(*row[:-1]), row[-1]) for row in rows]
+        return found
+
+    def old_samples(self, *, before: float) -> list[tuple[Sample, str]]:
+        """Samples of inputs older than a time, each with the trunk of its latent."""
+        rows = self.execute(f"SELECT {_SAMPLE}, trunk FROM samples WHERE time < ?", (before,))  # noqa: S608
+        return [(Sample(*row[:-1]), row[-1]) for row in rows]
+
+    def count_labels(self, role: Role, trunk: str) -> dict[str, int]:
+        """How many samples of a role each label has."""
+        rows = self.execute(
+            "SELECT label, count(*) FROM samples WHERE role = ? AND trunk = ? GROUP BY label", (role, trunk)
+        )
+        return {label: int(count) for label, count in rows}
+
+    def delete_label(self, label: str) -> int:
+        """Forget all samples of a label; returns how many there were."""
+        return int(self.execute("DELETE FROM samples WHERE label = ?", (label,)).rowcount)
 
     def count_samples(self, role: Role, trunk: str, *, since: float = 0.0) -> int:
         """How many samples of a role there are, whose inputs came at `since` or later."""
@@ -180,10 +280,18 @@ class Store(Database):
         newest = self.execute("SELECT max(key) FROM samples WHERE role = ? AND trunk = ?", (role, trunk))
         return int(newest.fetchone()[0] or 0)
 
-    def move_to_replay(self, key: int, slot: int, trunk: str) -> None:
+    def move_to_replay(self, key: int, slot: int, trunk: str, *, mass: float = 0.0) -> None:
         """A fresh sample takes a slot of the replay buffer; the one that was there is deleted."""
         self.execute("DELETE FROM samples WHERE role = 'replay' AND slot = ? AND trunk = ?", (slot, trunk))
-        self.execute("UPDATE samples SET role = 'replay', slot = ? WHERE key = ?", (slot, key))
+        self.execute("UPDATE samples SET role = 'replay', slot = ?, mass = ? WHERE key = ?", (slot, mass, key))
+
+    def move_slot(self, trunk: str, old: int, new: int) -> None:
+        """A replayed sample changes its place."""
+        self.execute("UPDATE samples SET slot = ? WHERE role = 'replay' AND slot = ? AND trunk = ?", (new, old, trunk))
+
+    def fade_mass(self, trunk: str, factor: float) -> None:
+        """What samples have added to the device's moments has faded."""
+        self.execute("UPDATE samples SET mass = mass * ? WHERE trunk = ? AND mass > 0", (factor, trunk))
 
     def delete_samples(self, keys: Iterable[int]) -> None:
         """Forget samples."""
@@ -198,11 +306,30 @@ class Store(Database):
         )
 
     def keep_trunks(self, trunks: Sequence[str]) -> list[str]:
-        """Drop samples and logged predictions whose latents no installed trunk can read; returns the latter's ids."""
+        """Drop samples, sums over them and logged predictions whose latents no installed trunk can read.
+
+        Returns:
+            Ids of the predictions.
+        """
         marks = ",".join("?" * len(trunks))
         self.execute(f"DELETE FROM samples WHERE trunk NOT IN ({marks})", list(trunks))  # noqa: S608 - marks only
+        for (key,) in self.read("SELECT key FROM meta WHERE key LIKE 'moments:%' OR key LIKE 'undo:%'"):
+            if key.partition(":")[2] not in {trunk[:16] for trunk in trunks}:
+                self.delete(key)
         dropped = self.execute(f"DELETE FROM rows WHERE trunk NOT IN ({marks}) RETURNING id", list(trunks))  # noqa: S608
         return [row[0] for row in dropped.fetchall()]
+
+    def delete_learned(self) -> None:
+        """Forget all samples, rows that wait, and what was summed up of them."""
+        self.execute("DELETE FROM samples")
+        self.execute("DELETE FROM rows")
+        for kind in ("moments", "undo", "buffer", "strata"):
+            self.execute("DELETE FROM meta WHERE key LIKE ?", (f"{kind}:%",))
+
+    def compact(self) -> None:
+        """Give up the pages of deleted rows, so that nothing of them is left in the file; outside a transaction."""
+        self.execute("VACUUM")
+        self.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     # ---- outbox
 
@@ -255,6 +382,23 @@ class Store(Database):
             "SELECT key, time, name, detail FROM history WHERE key > ? ORDER BY key DESC LIMIT ?", (after, limit)
         ).fetchall()
         return [HistoryEntry(row[0], row[1], row[2], msgspec.json.decode(row[3])) for row in reversed(rows)]
+
+    # ---- how heads came to be
+
+    def record_lineage(self, entry: Lineage) -> None:
+        """Note how a head came to be, or why it did not; the oldest notes are dropped."""
+        cursor = self.execute(
+            "INSERT INTO lineage (time, release, parent, head, outcome, detail) VALUES (?, ?, ?, ?, ?, ?)",
+            (*entry[:-1], msgspec.json.encode(entry.detail).decode()),
+        )
+        self.execute("DELETE FROM lineage WHERE key <= ?", (int(cursor.lastrowid or 0) - _LINEAGE_ROWS,))
+
+    def lineage(self, *, limit: int = 100) -> list[Lineage]:
+        """The latest of these notes, oldest first."""
+        rows = self.execute(
+            "SELECT time, release, parent, head, outcome, detail FROM lineage ORDER BY key DESC LIMIT ?", (limit,)
+        ).fetchall()
+        return [Lineage._make((*row[:5], msgspec.json.decode(row[5]))) for row in reversed(rows)]
 
 
 def stack(latents: Sequence[bytes], dim: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

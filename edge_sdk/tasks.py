@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from edge_sdk.errors import LabelError, UnknownLabelError
+from edge_sdk.head import sigmoid, softmax
 from edge_sdk.manifest import Manifest
-from edge_sdk.types import FloatArray, Task, Truth
+from edge_sdk.types import AnyArray, BoolArray, FloatArray, Task, Truth
 
 
 def present_labels(probabilities: FloatArray, labels: Sequence[str], thresholds: Sequence[float]) -> tuple[str, ...]:
@@ -81,7 +82,50 @@ def is_right(predicted: str, truth: str, manifest: Manifest) -> bool:
     return all(abs(value - true) <= target.tolerance for value, true, target in pairs)
 
 
-def rows_right(scores: FloatArray, truths: Any, manifest: Manifest) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def as_targets(truths: Sequence[str], labels: Sequence[str], manifest: Manifest) -> AnyArray:
+    """Truths in stored form as a learner reads them.
+
+    Args:
+        truths: N of them.
+        labels: Of the head; a classification's may be more than the manifest's.
+        manifest: Task and targets.
+
+    Returns:
+        int64 [N], numbers of labels, -1 for one that is not among them (classification); float32 0/1 [N, C]
+        (multi-label); float32 [N, T], standardised (regression).
+    """
+    if manifest.task == "classification":
+        number = {label: i for i, label in enumerate(labels)}
+        return np.array([number.get(truth, -1) for truth in truths], dtype=np.int64)
+    parsed = [json.loads(truth) for truth in truths]
+    if manifest.task == "multilabel":
+        return np.array([[label in present for label in labels] for present in parsed], np.float32).reshape(
+            len(truths), len(labels)
+        )
+    return standardise(np.array(parsed, dtype=np.float64).reshape(len(truths), len(labels)), manifest)
+
+
+def standardise(values: AnyArray, manifest: Manifest) -> FloatArray:
+    """Values of a regression [N, T] in the targets' units, as its head puts them out; float32."""
+    means, stds = (np.array([getattr(target, name) for target in manifest.targets]) for name in ("mean", "std"))
+    result: FloatArray = ((values - means) / stds).astype(np.float32)
+    return result
+
+
+def as_scores(logits: FloatArray, manifest: Manifest) -> FloatArray:
+    """A head's outputs [N, C] as the model tells them: probabilities, or values in the targets' units; float32."""
+    match manifest.task:
+        case "multilabel":
+            return sigmoid(logits)
+        case "regression":
+            means, stds = (np.array([getattr(target, name) for target in manifest.targets]) for name in ("mean", "std"))
+            result: FloatArray = (logits * stds + means).astype(np.float32)
+            return result
+        case _:
+            return softmax(logits)
+
+
+def rows_right(scores: FloatArray, truths: Any, manifest: Manifest) -> BoolArray:
     """`is_right` for many rows at once; bool [N].
 
     Args:
@@ -101,7 +145,7 @@ def rows_right(scores: FloatArray, truths: Any, manifest: Manifest) -> np.ndarra
             right = (np.abs(scores.astype(np.float64) - truths.reshape(scores.shape)) <= tolerance).all(axis=1)
         case _:
             right = scores.argmax(axis=1) == truths
-    result: np.ndarray[Any, np.dtype[np.bool_]] = right
+    result: BoolArray = right
     return result
 
 

@@ -19,6 +19,7 @@ LatentArray = NDArray[np.uint8]
 """uint8 [N, D]: what the trunk puts out and the replay buffer holds."""
 IndexArray = NDArray[np.int64]
 """int64 [N]: positions in the label list."""
+BoolArray = NDArray[np.bool_]
 AnyArray = NDArray[Any]
 
 Task = Literal["classification", "multilabel", "regression", "raw"]
@@ -55,6 +56,7 @@ class Prediction(msgspec.Struct, frozen=True):
         values: float32 [T], in the targets' units (regression); otherwise empty.
         outputs: What a raw model put out, by name and without the batch dimension; otherwise empty.
         state: What a recurrent model carries on: give it to the next `predict`. Otherwise empty.
+        holdout: Act as if there were no prediction (`holdout_share`): its label is then free of the model's influence.
     """
 
     id: str
@@ -68,6 +70,7 @@ class Prediction(msgspec.Struct, frozen=True):
     values: FloatArray = msgspec.field(default_factory=lambda: NO_VALUES)
     outputs: Mapping[str, AnyArray] = msgspec.field(default_factory=lambda: NOTHING)
     state: Mapping[str, AnyArray] = msgspec.field(default_factory=lambda: NOTHING)
+    holdout: bool = False
 
     @property
     def confidence(self) -> float:

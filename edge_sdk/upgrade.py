@@ -9,19 +9,22 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from edge_sdk.adapt import Adaptation, FactoryMemory
+from edge_sdk.adapt import Adaptation
 from edge_sdk.config import DeviceConfig
 from edge_sdk.drift.features import Thumbnail
 from edge_sdk.drift.monitors import DriftMonitors
 from edge_sdk.drift.reference import Reference, output_names
 from edge_sdk.errors import ArtifactError, IntegrityError, ModelError, RollbackRefusedError, StoreError
+from edge_sdk.experience import FactoryMemory
 from edge_sdk.files import load_npz
 from edge_sdk.gate import is_healthy, watch_release
 from edge_sdk.head import Head, dequantize
+from edge_sdk.learn.moments import Moments
 from edge_sdk.manifest import (
     FISHER_NPZ,
     HEAD_NPZ,
     MANIFEST_NAME,
+    MOMENTS_NPZ,
     REFERENCE_NPZ,
     SELFTEST_NPZ,
     Manifest,
@@ -29,10 +32,13 @@ from edge_sdk.manifest import (
     verify_checkpoint,
 )
 from edge_sdk.model import Trunks
+from edge_sdk.outcomes import group_names, outcomes
 from edge_sdk.rebase import Rebase, choose_head
 from edge_sdk.selftest import Choice, choose_variant, read_choice, write_choice
 from edge_sdk.slots import Slot, Slots, Version
 from edge_sdk.store import Store
+from edge_sdk.tasks import as_scores
+from edge_sdk.types import AnyArray, BoolArray
 from edge_sdk.update import FetchedRelease, UpdateClient
 
 Emit = Callable[[str, dict[str, Any]], None]
@@ -256,10 +262,17 @@ class Upgrade:
             return Rebase(None, "dropped: the new release has another trunk")
         folder = self._slots.root / slot
         memory = FactoryMemory(folder, manifest)
-        latents, labels = adaptation.judge_rows
-        features = dequantize(np.concatenate([latents, memory.judge_latents]), manifest.latent)
-        shipped = Head.load(folder / HEAD_NPZ)
-        return choose_head(shipped, self._slots.head(current), features, [*labels, *memory.judge_labels])
+        rows = None if adaptation.experience is None else adaptation.experience.judge_rows
+
+        def right(head: Head) -> BoolArray:
+            factory = memory.right(head)
+            if rows is None or not len(rows.latents):
+                return factory
+            scores = as_scores(head.logits(dequantize(rows.latents, manifest.latent)), manifest)
+            groups = group_names(rows.truths, head.labels, manifest)
+            return np.concatenate([outcomes(scores, head.labels, rows.truths, groups, manifest).right, factory])
+
+        return choose_head(Head.load(folder / HEAD_NPZ), self._slots.head(current), right)
 
     def leave(self, reason: str) -> bool:
         """Go back to the release before, if there is one; False if this one must go on serving."""
@@ -284,6 +297,21 @@ class Upgrade:
             with self._store.transaction():
                 self._emit(name, {"release": release, "reason": reason})
             self._complaints.add(key)
+
+
+def _are_truths(truths: AnyArray, manifest: Manifest) -> bool:
+    count = len(manifest.labels)
+    if manifest.task == "classification":
+        return truths.ndim == 1 and bool(((truths >= 0) & (truths < count)).all())
+    return truths.reshape(len(truths), -1).shape == (len(truths), count) and bool(np.isfinite(truths).all())
+
+
+def _are_moments(folder: Path, manifest: Manifest, head: Head) -> bool:
+    if MOMENTS_NPZ not in manifest.files:
+        return True
+    moments = Moments.load(folder / MOMENTS_NPZ)
+    last = head.weights[f"W{head.depth - 1}"]
+    return set(moments.labels) == set(manifest.labels) and len(moments.x) == len(last)
 
 
 def rehearse(folder: Path, manifest: Manifest) -> None:
@@ -312,13 +340,10 @@ def rehearse(folder: Path, manifest: Manifest) -> None:
         problems = {
             "the head's labels are not the manifest's": list(head.labels) != manifest.labels,
             "the head is not of the latent's width": head.latent_dim != manifest.latent.dim,
-            "the factory memory does not hold latents": any(
-                rows.dtype != np.uint8 or rows.shape != (len(labels), manifest.latent.dim)
-                for rows, labels in (
-                    (memory.replay_latents, memory.replay_labels),
-                    (memory.judge_latents, memory.judge_labels),
-                )
-            ),
+            "the factory memory does not hold latents": memory.latents.dtype != np.uint8
+            or memory.latents.shape != (len(memory.truths), manifest.latent.dim),
+            "the factory memory's truths are not the head's": not _are_truths(memory.truths, manifest),
+            "the moments are not the head's": not _are_moments(folder, manifest, head),
             "the Fisher information is not the head's": {key: value.shape for key, value in fisher.items()}
             != {key: value.shape for key, value in head.weights.items()},
             "the Fisher information is not finite": not all(np.isfinite(value).all() for value in fisher.values()),

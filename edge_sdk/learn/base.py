@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -10,11 +12,12 @@ import msgspec
 import numpy as np
 
 from edge_sdk.config import LearnConfig
-from edge_sdk.errors import IntegrityError
+from edge_sdk.errors import ConfigError, EmptyBufferError, IntegrityError
 from edge_sdk.files import load_npz, npz_bytes, replace_file
 from edge_sdk.head import Head, Weights
+from edge_sdk.learn.moments import Moments
 from edge_sdk.manifest import LatentSpec
-from edge_sdk.types import IndexArray, LatentArray
+from edge_sdk.types import AnyArray, FloatArray, LatentArray, Task
 
 JOB_NPZ = "job.npz"
 JOB_JSON = "job.json"
@@ -23,46 +26,82 @@ RESULT_JSON = "result.json"
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Labelled samples.
+
+    Attributes:
+        latents: uint8 [N, D].
+        targets: int64 [N], numbers of labels (classification); float32 [N, C], 0 or 1 (multi-label); float32 [N, T],
+            standardised (regression).
+        weights: float32 [N], how much each counts. Below zero, of a classification alone: the label is *not* this one.
+    """
+
+    latents: LatentArray
+    targets: AnyArray
+    weights: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def take(self, rows: AnyArray) -> Rows:
+        """Some of them, by position or mask."""
+        return Rows(self.latents[rows], self.targets[rows], self.weights[rows])
+
+
+@dataclass(frozen=True)
 class LearnJob:
     """Everything a learner needs; a pure function of it gives the challenger.
 
     Attributes:
         champion: Where learning starts, already grown to all labels.
+        base: The checkpoint's own head, grown likewise.
         anchor: Weights that EWC holds on to, same shapes.
         fisher: Importance of each of them, >= 0.
-        fresh_latents: uint8 [N, D], what is new.
-        fresh_labels: int64 [N].
-        replay_latents: uint8 [M, D], what must not be forgotten; M may be 0.
-        replay_labels: int64 [M].
+        fresh: What is new.
+        replay: What must not be forgotten; may be empty.
+        moments: Of all that was known before the fresh rows, for the same labels; what the last layer of `base` is
+            given are its features.
+        fresh_mass: float32 [N], how much each fresh row adds to the moments, >= 0.
         latent: How latents are read.
-        config: Learning rate, lambda, batch mix, passes.
+        task: What the outputs mean.
+        config: Which learner, and its settings.
         seed: Of all chance in the learner.
     """
 
     champion: Head
+    base: Head
     anchor: Weights
     fisher: Weights
-    fresh_latents: LatentArray
-    fresh_labels: IndexArray
-    replay_latents: LatentArray
-    replay_labels: IndexArray
+    fresh: Rows
+    replay: Rows
+    moments: Moments
+    fresh_mass: FloatArray
     latent: LatentSpec
+    task: Task
     config: LearnConfig
     seed: int
 
+    def counted(self) -> LearnJob:
+        """The job without the rows whose weight is 0: to a learner they are as if they were not there.
+
+        Raises:
+            EmptyBufferError: No fresh row counts.
+        """
+        fresh, replay = (np.flatnonzero(rows.weights) for rows in (self.fresh, self.replay))
+        if not len(fresh):
+            raise EmptyBufferError("there are no fresh rows to learn from")
+        return replace(
+            self, fresh=self.fresh.take(fresh), replay=self.replay.take(replay), fresh_mass=self.fresh_mass[fresh]
+        )
+
     def save(self, folder: Path) -> None:
         """Write the job as two files, for a learner in another process."""
-        arrays = {f"champion.{key}": value for key, value in self.champion.weights.items()}
-        arrays |= {f"anchor.{key}": value for key, value in self.anchor.items()}
-        arrays |= {f"fisher.{key}": value for key, value in self.fisher.items()}
-        rows = {
-            "fresh_latents": self.fresh_latents,
-            "fresh_labels": self.fresh_labels,
-            "replay_latents": self.replay_latents,
-            "replay_labels": self.replay_labels,
-        }
-        replace_file(folder / JOB_NPZ, npz_bytes({**arrays, **rows}))
-        header = JobHeader(list(self.champion.labels), self.latent, self.config, self.seed)
+        parts = {"champion": self.champion.weights, "base": self.base.weights, "anchor": self.anchor,
+                 "fisher": self.fisher, "fresh": vars(self.fresh), "replay": vars(self.replay),
+                 "moments": self.moments.arrays()}  # fmt: skip
+        arrays = {f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()}
+        replace_file(folder / JOB_NPZ, npz_bytes({**arrays, "fresh_mass": self.fresh_mass}))
+        header = _Header(list(self.champion.labels), self.latent, self.task, self.config, self.seed)
         replace_file(folder / JOB_JSON, msgspec.json.encode(header))
 
     @classmethod
@@ -73,26 +112,27 @@ class LearnJob:
             IntegrityError: A file is missing or damaged, or its parts do not fit each other.
         """
         try:
-            header = msgspec.json.decode((folder / JOB_JSON).read_bytes(), type=JobHeader)
-            arrays = load_npz(folder / JOB_NPZ)
-            parts: dict[str, Weights] = {"champion": {}, "anchor": {}, "fisher": {}}
-            for key, value in arrays.items():
+            header = msgspec.json.decode((folder / JOB_JSON).read_bytes(), type=_Header)
+            parts: dict[str, dict[str, AnyArray]] = {}
+            for key, value in load_npz(folder / JOB_NPZ).items():
                 part, _, name = key.partition(".")
-                if name:
-                    parts[part][name] = value
+                parts.setdefault(part, {})[name] = value
+            labels = tuple(header.labels)
             job = cls(
-                champion=Head(parts["champion"], tuple(header.labels)),
+                champion=Head(parts["champion"], labels),
+                base=Head(parts["base"], labels),
                 anchor=parts["anchor"],
                 fisher=parts["fisher"],
-                fresh_latents=arrays["fresh_latents"],
-                fresh_labels=arrays["fresh_labels"],
-                replay_latents=arrays["replay_latents"],
-                replay_labels=arrays["replay_labels"],
+                fresh=Rows(**parts["fresh"]),
+                replay=Rows(**parts["replay"]),
+                moments=Moments.of_arrays(parts["moments"], labels),
+                fresh_mass=parts["fresh_mass"][""],
                 latent=header.latent,
+                task=header.task,
                 config=header.config,
                 seed=header.seed,
             )
-        except (OSError, KeyError, msgspec.MsgspecError) as error:
+        except (OSError, KeyError, TypeError, ValueError, msgspec.MsgspecError) as error:
             raise IntegrityError(f"the learning job in {folder.name} is damaged: {error}") from error
         if not job.fits:
             raise IntegrityError(f"the learning job in {folder.name} is damaged: its rows do not fit its head")
@@ -100,23 +140,34 @@ class LearnJob:
 
     @property
     def fits(self) -> bool:
-        """Whether rows, labels, anchor and Fisher information are those of the champion."""
-        shapes = {key: value.shape for key, value in self.champion.weights.items()}
-        rows = ((self.fresh_latents, self.fresh_labels), (self.replay_latents, self.replay_labels))
-        return all(
-            {key: value.shape for key, value in part.items()} == shapes for part in (self.anchor, self.fisher)
-        ) and all(
-            latents.shape == (len(labels), self.champion.latent_dim)
-            and bool(((labels >= 0) & (labels < len(self.champion.labels))).all())
-            for latents, labels in rows
+        """Whether base, anchor, Fisher information, rows and moments are those of the champion."""
+        champion = self.champion
+        shapes = {key: value.shape for key, value in champion.weights.items()}
+        others = (self.base.weights, self.anchor, self.fisher)
+        width = champion.weights[f"W{champion.depth - 1}"].shape
+        return (
+            all({key: value.shape for key, value in part.items()} == shapes for part in others)
+            and all(self._reads(rows) for rows in (self.fresh, self.replay))
+            and self.fresh_mass.shape == (len(self.fresh),)
+            and self.moments.xy.shape == width
         )
 
+    def _reads(self, rows: Rows) -> bool:
+        count, outputs = len(rows), len(self.champion.labels)
+        if rows.latents.shape != (count, self.champion.latent_dim) or rows.weights.shape != (count,):
+            return False
+        if self.task == "classification":
+            targets = rows.targets
+            return targets.shape == (count,) and bool(((targets >= 0) & (targets < outputs)).all())
+        return rows.targets.shape == (count, outputs)
 
-class JobHeader(msgspec.Struct, frozen=True):
+
+class _Header(msgspec.Struct, frozen=True):
     """The part of a job that is not arrays."""
 
     labels: list[str]
     latent: LatentSpec
+    task: Task
     config: LearnConfig
     seed: int
 
@@ -131,29 +182,58 @@ class LearnResult(msgspec.Struct, frozen=True):
     last_loss: float = 0.0
     seconds: float = 0.0
     """CPU time."""
+    rows: int = 0
+    """Fresh rows learned from, of those that the job has."""
+    wrong: list[int] = []
+    """Positions of fresh rows left out because their label contradicts what the others say."""
+
+
+Between = Callable[[], None]
+"""Called between micro-batches: learning pauses there."""
+
+
+def nothing_between() -> None:
+    """No pause."""
 
 
 class Learner(Protocol):
-    """Trains a challenger. Pure: the same job gives the same bytes."""
+    """Trains a challenger. Pure: the same job gives the same bytes.
 
-    def __call__(self, job: LearnJob) -> tuple[Head, LearnResult]:
+    Contract (held by `edge_sdk.checks.check_learner`): the challenger has the champion's labels and shapes; the job is
+    only read; rows of weight 0 have no influence; `between` is called before every micro-batch and may raise.
+    """
+
+    def __call__(self, job: LearnJob, *, between: Between = nothing_between) -> tuple[Head, LearnResult]:
         """The challenger and how it came about.
 
         Raises:
-            EmptyBufferError: The job has no fresh rows.
+            EmptyBufferError: The job has no fresh rows that count.
             DivergedError: Loss or weights became non-finite.
         """
         ...
 
 
-def batch_indices(
-    fresh: int, replay: int, config: LearnConfig, rng: np.random.Generator
-) -> list[tuple[IndexArray, IndexArray]]:
-    """The micro-batches of one pass: every fresh row once, each batch filled up with replayed rows drawn at random."""
-    order = rng.permutation(fresh)
-    batches = []
-    for start in range(0, fresh, config.new_per_batch):
-        new = order[start : start + config.new_per_batch]
-        old = rng.integers(replay, size=config.replayed_per_batch) if replay else np.empty(0, dtype=np.int64)
-        batches.append((new, old))
-    return batches
+LEARNERS = {
+    "slda": "edge_sdk.learn.slda:train_slda",
+    "hybrid": "edge_sdk.learn.hybrid:train_hybrid",
+    "sgd": "edge_sdk.learn.sgd:train_sgd",
+    "torch": "edge_sdk.learn.torch_learner:train_torch",
+}
+"""By the name used in the configuration."""
+
+
+def load_learner(name: str) -> Learner:
+    """The learner of a configuration: one of `LEARNERS`, or `module:function` of the app's own.
+
+    Raises:
+        ConfigError: There is none of this name, or it cannot be imported.
+        MissingExtraError: It needs torch, which is not installed.
+    """
+    module, _, function = LEARNERS.get(name, name).partition(":")
+    if not (module and function):
+        raise ConfigError(f"learn.learner: {name!r} is none of {', '.join(LEARNERS)} and no module:function")
+    try:
+        found: Learner = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, TypeError) as error:  # TypeError: a relative name
+        raise ConfigError(f"learn.learner: {name!r} cannot be imported: {error}") from error
+    return found

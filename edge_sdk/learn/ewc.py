@@ -6,30 +6,115 @@ Source:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
 import numpy as np
 
-from edge_sdk.errors import EmptyBufferError
-from edge_sdk.head import Head, Weights, sigmoid, softmax
+from edge_sdk.errors import EmptyBufferError, IntegrityError
+from edge_sdk.files import load_npz, npz_bytes
+from edge_sdk.head import Head, Weights, layer_inputs, sigmoid, softmax
 from edge_sdk.types import FloatArray, Task
 
+_MOST = 1e30
+"""Strength that single precision can hold: infinity times no importance is not a number."""
+_FIRM = 1e8
+"""Pull beyond which a weight is on its anchor as far as single precision can tell."""
 
-def backward(head: Head, features: FloatArray, delta: FloatArray) -> list[tuple[FloatArray, FloatArray]]:
+
+@dataclass(frozen=True)
+class Importance:
+    """What elastic weight consolidation holds on to.
+
+    Attributes:
+        anchor: Weights, as they were when the Fisher information was taken.
+        fisher: Diagonal Fisher information, same names and shapes, all >= 0.
+    """
+
+    anchor: Weights
+    fisher: Weights
+
+    def to_bytes(self) -> bytes:
+        """As .npz."""
+        parts = {"anchor": self.anchor, "fisher": self.fisher}
+        return npz_bytes({f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()})
+
+    @classmethod
+    def load(cls, source: Path | bytes) -> Importance:
+        """Read what `to_bytes` wrote.
+
+        Raises:
+            IntegrityError: It is damaged.
+        """
+        parts: dict[str, Weights] = {"anchor": {}, "fisher": {}}
+        for name, value in load_npz(source).items():
+            part, _, key = name.partition(".")
+            if part not in parts:
+                raise IntegrityError(f"{name} is neither anchor nor Fisher information")
+            if value.dtype.kind != "f" or not np.isfinite(value).all() or (part == "fisher" and (value < 0).any()):
+                raise IntegrityError(f"{name} holds something else than finite numbers, or importance below 0")
+            parts[part][key] = value.astype(np.float32)
+        anchor, fisher = ({key: value.shape for key, value in values.items()} for values in parts.values())
+        if anchor != fisher:
+            raise IntegrityError("anchor and Fisher information are not of the same weights")
+        return cls(**parts)
+
+
+def consolidate(
+    known: Importance,
+    weights: Weights,
+    fisher: Weights,
+    *,
+    mode: Literal["checkpoint", "offline", "online"],
+    decay: float,
+) -> Importance:
+    """What to hold on to after another experience has been learned.
+
+    Offline, every experience keeps an anchor of its own. The sum of their quadratic penalties is, up to a constant, one
+    quadratic penalty: with the sum of the Fisher information around the mean of the anchors that it weighs. So the
+    memory needed does not grow. Online, the latest weights are the anchor and older Fisher information fades.
+
+    Args:
+        known: So far.
+        weights: Of the head that has been learned, with at least the outputs of `known`.
+        fisher: Its Fisher information on the new experience.
+        mode: "checkpoint" holds on to `known` alone.
+        decay: Of older Fisher information (online).
+
+    Source:
+        Kirkpatrick et al. 2017 (offline: one penalty a task); Schwarz et al. 2018, "Progress & Compress",
+        arXiv:1805.06370, section 3.2 (online).
+    """
+    anchor, importance = grown_like(known.anchor, weights), grown_like(known.fisher, weights)
+    if mode == "checkpoint":
+        return Importance(anchor, importance)
+    if mode == "online":
+        return Importance(dict(weights), {key: np.float32(decay) * importance[key] + fisher[key] for key in weights})
+    total = {key: importance[key] + fisher[key] for key in weights}
+    mean = {}
+    for key, value in weights.items():
+        # what nothing depends on follows the latest weights
+        share = np.divide(fisher[key], total[key], out=np.ones_like(value), where=total[key] > 0)
+        mean[key] = anchor[key] + share * (value - anchor[key])
+    return Importance(mean, total)
+
+
+def backward(weights: Weights, inputs: list[FloatArray], delta: FloatArray) -> list[tuple[FloatArray, FloatArray]]:
     """Each layer's input and the gradient at its output, for the loss gradient `delta` at the logits.
 
     Args:
-        head: The head.
-        features: float32 [N, D].
+        weights: Of the head.
+        inputs: What each layer was given, from `edge_sdk.head.layer_inputs`.
         delta: float32 [N, C], gradient of each sample's loss by its logits.
 
     Returns:
         One (input [N, in], gradient [N, out]) a layer: a sample's weight gradient is their outer product.
     """
-    inputs = [features]
-    for i in range(head.depth - 1):
-        inputs.append(np.maximum(inputs[-1] @ head.weights[f"W{i}"] + head.weights[f"b{i}"], 0))
-    pairs: list[tuple[FloatArray, FloatArray]] = [(inputs[-1], delta)]
-    for i in range(head.depth - 1, 0, -1):
-        delta = (delta @ head.weights[f"W{i}"].T) * (inputs[i] > 0)
+    last = len(inputs) - 1
+    pairs: list[tuple[FloatArray, FloatArray]] = [(inputs[last], delta)]
+    for i in range(last, 0, -1):
+        delta = (delta @ weights[f"W{i}"].T) * (inputs[i] > 0)
         pairs.insert(0, (inputs[i - 1], delta))
     return pairs
 
@@ -57,6 +142,7 @@ def fisher_diagonal(head: Head, features: FloatArray, *, task: Task = "classific
     """
     if not len(features):
         raise EmptyBufferError("Fisher information needs at least one sample")
+    inputs = layer_inputs(head.weights, features)
     logits = head.logits(features)
     probabilities = softmax(logits) if task == "classification" else sigmoid(logits)
     total = {key: np.zeros(value.shape, np.float64) for key, value in head.weights.items()}
@@ -66,9 +152,9 @@ def fisher_diagonal(head: Head, features: FloatArray, *, task: Task = "classific
         delta[:, label] += 1
         if task == "regression":
             weight = np.ones_like(p)
-        for i, (inputs, gradient) in enumerate(backward(head, features, delta)):
+        for i, (given, gradient) in enumerate(backward(head.weights, inputs, delta)):
             squared = gradient**2 * weight
-            total[f"W{i}"] += (inputs**2).T @ squared
+            total[f"W{i}"] += (given**2).T @ squared
             total[f"b{i}"] += squared.sum(axis=0)
     return {key: (value / len(features)).astype(np.float32) for key, value in total.items()}
 
@@ -94,9 +180,10 @@ def proximal_step(weights: Weights, anchor: Weights, fisher: Weights, *, strengt
     Source:
         Parikh & Boyd 2014, "Proximal algorithms", section 6.1.1 (quadratic functions), doi:10.1561/2400000003.
     """
-    result = {}
+    result, strong = {}, np.float32(min(strength, _MOST))
     for key, value in weights.items():
-        pull = np.float32(strength) * fisher[key]
+        with np.errstate(over="ignore"):
+            pull = np.minimum(strong * fisher[key], _FIRM)
         result[key] = (value + pull * anchor[key]) / (1 + pull)
     return result
 

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from edge_quantize.errors import CalibrationWarning, DataError, ExportError, LeakageWarning, ParityError
     from edge_quantize.export import export_onnx
     from edge_quantize.graph import Split, load_onnx, split
+    from edge_quantize.learning import Memory
     from edge_quantize.levels import Assessment, assess
-    from edge_quantize.pack import Memory, pack_checkpoint, pack_whole, repack_checkpoint
+    from edge_quantize.pack import pack_checkpoint, pack_whole, repack_checkpoint
     from edge_quantize.quantize import QuantRecipe, Trunks, quantize_trunk, quantize_whole
     from edge_quantize.recipe import Recipe, load_recipe, run_recipe
     from edge_quantize.search import Budget, SearchResult
@@ -45,7 +46,7 @@ _HOME = {
     "Dataset": "data",
     "ExportError": "errors",
     "LeakageWarning": "errors",
-    "Memory": "pack",
+    "Memory": "learning",
     "ParityError": "errors",
     "QuantRecipe": "quantize",
     "Recipe": "recipe",

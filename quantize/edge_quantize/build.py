@@ -23,9 +23,10 @@ from edge_quantize.edges import activated, answer_of, fix_inputs, in_units
 from edge_quantize.errors import DataError, ExportError, LeakageWarning
 from edge_quantize.export import Exporter, check_parity, export_onnx
 from edge_quantize.graph import Split, canonical_bytes, load_onnx, split
+from edge_quantize.learning import Memory
 from edge_quantize.levels import Assessment, TensorFacts, assess
 from edge_quantize.metrics import sqnr_db
-from edge_quantize.pack import Making, Memory, pack_checkpoint, pack_whole, refuse_existing
+from edge_quantize.pack import Making, pack_checkpoint, pack_whole, refuse_existing
 from edge_quantize.quantize import QuantRecipe, Trunks, quantize_trunk, quantize_whole
 from edge_quantize.rewrite import session_of
 from edge_quantize.search import Budget, Progress, SearchResult, hold_back, search
@@ -134,7 +135,7 @@ def build_checkpoint(
         exporter: Of a torch network: torch's current exporter, or the classic one.
         seed: For the samples drawn.
         quantization: A recipe, or a search for one; None takes the default recipe.
-        memory: How much factory memory ships.
+        memory: How much ships of what the head was trained on.
         card: What only a person can say about the model.
         progress: Told the steps of a search.
         measure_memory: Whether the comparison starts a process for each variant to see what it takes.

@@ -37,6 +37,9 @@ class CardFacts(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         train_rows: Rows the head was trained on; 0 where none were given.
         memory_rows: Of these, how many ship as latents.
+        moments_rows: Of these, how many the moments are sums over; 0: no moments ship.
+        no_moments: Why not.
+        learning_bytes: Size of each file that learning starts from, beside the head.
         int8: On the held-out rows. A bare `Accuracy` will do for classification. None: raw, or no INT8 variant.
         fp32: Likewise.
         agreement: Share of held-out rows on which the two say the same, best with its interval; None: not compared.
@@ -60,6 +63,9 @@ class CardFacts(msgspec.Struct, frozen=True, kw_only=True):
     agreement: float | Accuracy | None
     by_label: Mapping[str, Accuracy | Score]
     by_slice: Mapping[str, Accuracy | Score] = {}
+    moments_rows: int = 0
+    no_moments: str = ""
+    learning_bytes: Mapping[str, int] = {}
     label_rows: Mapping[str, int] = {}
     holdout_rows: int = 0
     sqnr_db: Mapping[str, float | None] = {}
@@ -103,6 +109,8 @@ def _counts(manifest: Manifest, facts: CardFacts) -> str:
     parts.append(f"{held_out} held-out rows, used for the figures below and as the monitors' reference")
     if manifest.adapt != "none":
         parts.append(f"{facts.memory_rows} training rows ship as latents (factory memory)")
+        if facts.moments_rows:
+            parts.append(f"{facts.moments_rows} training rows go into sums that ship (moments)")
     some = "up to 32" if facts.selftest_rows is None else str(facts.selftest_rows)
     parts.append(f"{some} held-out rows ship as they are, for the self-test on the device")
     counts = "; ".join(parts) + "."
@@ -274,12 +282,7 @@ def _making(manifest: Manifest, facts: CardFacts) -> Iterator[str]:
     for state in manifest.state:
         yield f"state {state.input!r}: {state.dtype} {state.shape}, carried from call to call, zeros at first"
     if manifest.adapt != "none":
-        hidden = "".join(f", {width}" for width in manifest.head.hidden)
-        yield (
-            f"latent: {manifest.latent.dim} x uint8, scale {manifest.latent.scale:g}, "
-            f"zero point {manifest.latent.zero_point}"
-        )
-        yield f"head: dense layers {manifest.latent.dim}{hidden}, {len(manifest.labels)}"
+        yield from _head(manifest, facts)
     reason = f": {facts.adapt_reason}" if facts.adapt_reason else ""
     yield f"adapt level {manifest.adapt}{reason}"
     if manifest.labels:
@@ -297,6 +300,20 @@ def _making(manifest: Manifest, facts: CardFacts) -> Iterator[str]:
         yield f"calibration: on {facts.calibration_rows} rows"
     yield "made with " + ", ".join(f"{tool} {version}" for tool, version in sorted(manifest.toolchain.items()))
     yield f"made from checkpoint {manifest.parent}" if manifest.parent else "first of its line"
+
+
+def _head(manifest: Manifest, facts: CardFacts) -> Iterator[str]:
+    hidden = "".join(f", {width}" for width in manifest.head.hidden)
+    yield (
+        f"latent: {manifest.latent.dim} x uint8, scale {manifest.latent.scale:g}, "
+        f"zero point {manifest.latent.zero_point}"
+    )
+    yield f"head: dense layers {manifest.latent.dim}{hidden}, {len(manifest.labels)}"
+    if facts.learning_bytes:
+        sizes = (f"{name} {size / 1000:.1f} kB" for name, size in sorted(facts.learning_bytes.items()))
+        yield f"learning starts from {', '.join(sizes)}"
+    if facts.no_moments:
+        yield f"no moments ship ({facts.no_moments}): devices take them from the factory memory"
 
 
 def _input(spec: InputSpec) -> Iterator[str]:

@@ -133,13 +133,15 @@ def _inspect_onnx(path: Path, *, as_json: bool) -> None:
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 def verify(folder: Path) -> None:
-    """Check every hash of checkpoint FOLDER, then replay its self-test with each variant."""
+    """Check every hash of checkpoint FOLDER, then what learning starts from, then the self-test with each variant."""
+    from edge_quantize.learning import check_learning
     from edge_sdk.selftest import self_test
 
     manifest = verify_checkpoint(folder)
+    learns = f", learns from {check_learning(folder, manifest)}" if manifest.learns else ""
     for variant in manifest.model_files:
         self_test(folder, manifest, variant=variant)
-    click.echo(f"ok: {manifest.name} release {manifest.release}, {len(manifest.files)} files, self-test passed")
+    click.echo(f"ok: {manifest.name} release {manifest.release}, {len(manifest.files)} files, self-test passed{learns}")
 
 
 @main.command()

@@ -47,8 +47,8 @@ class Dataset:
     """Labelled rows in the app's units, before the declared preprocessing.
 
     Attributes:
-        train_x: [N, ...], or a list of dict rows: what the head was trained on; Fisher information and factory
-            memory come from it. None for a model that does not learn.
+        train_x: [N, ...], or a list of dict rows: what the head was trained on; Fisher information, factory
+            memory and moments come from it. None for a model that does not learn.
         train_y: Classification: int [N], positions in the label list, or the labels' names. Multi-label: 0 or 1
             [N, C]. Regression: float [N, T], or [N] for one target, in the targets' units. Raw: None.
         holdout_x: [M, ...], M >= 200: rows nobody trained on; metrics, self-test and monitor reference come from it.

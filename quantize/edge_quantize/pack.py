@@ -19,6 +19,7 @@ from edge_quantize.card import CardFacts, CardText, render_card
 from edge_quantize.compare import VARIANTS, contrast_outputs, encode, judge, predict
 from edge_quantize.data import Dataset
 from edge_quantize.errors import ParityError
+from edge_quantize.learning import Memory, Start, check_learning, learning_start
 from edge_quantize.metrics import Score, Terms
 from edge_quantize.quantize import Trunks, head_graph
 from edge_sdk import __version__
@@ -27,14 +28,11 @@ from edge_sdk.drift.reference import Reference
 from edge_sdk.errors import ConfigError, IncompatibleError
 from edge_sdk.files import fsync_folder, npz_bytes, replace_file, storage_error
 from edge_sdk.head import Head, dequantize
-from edge_sdk.learn.ewc import fisher_diagonal
 from edge_sdk.manifest import (
     CARD,
-    FISHER_NPZ,
     HEAD_NPZ,
     HEAD_ONNX,
     MANIFEST_NAME,
-    MEMORY_NPZ,
     MODEL_FP32,
     MODEL_INT8,
     REFERENCE_NPZ,
@@ -57,34 +55,12 @@ from edge_sdk.selftest import self_test
 from edge_sdk.tasks import rows_right
 from edge_sdk.types import AnyArray, FloatArray, IndexArray, Task, Variant
 
-MIN_PER_CLASS = 40
-"""The device splits factory memory into rows to replay and rows to judge by, and needs 20 of each."""
 SELFTEST_ROWS = 32
 SELFTEST_BYTES = 2_000_000
 """Of stored inputs: large images must not outweigh the model. Two rows are kept in any case."""
-FISHER_ROWS = 4096
-_REGRESSION_CELLS = 10
-"""Factory memory of a regression has as many rows of each tenth of its first target as others have of a label."""
 _TOLERANCE = 0.9
 """Without a stated tolerance, the error that so many held-out rows stay below."""
 _TOOLS = ("numpy", "onnx", "onnxruntime", "torch")
-
-
-class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How much factory memory ships."""
-
-    per_class: int = MIN_PER_CLASS
-    """Rows of each label; all of them where there are fewer."""
-    max_bytes: int = 1 << 20
-
-    def __post_init__(self) -> None:
-        """Check the bound.
-
-        Raises:
-            ValueError: Fewer than 40 rows a class.
-        """
-        if self.per_class < MIN_PER_CLASS:
-            raise ValueError(f"per_class must be at least {MIN_PER_CLASS}, got {self.per_class}")
 
 
 @dataclass(frozen=True)
@@ -146,7 +122,7 @@ def pack_checkpoint(
         serve: "fp32" if INT8 was found to lose too much; devices then serve float unless their settings insist.
         parent: Folder of the checkpoint this one replaces.
         seed: For the samples drawn.
-        memory: How much factory memory ships.
+        memory: How much ships of what the head was trained on.
         card: What only a person can say about the model.
         making: How the model came to be, for the card.
 
@@ -258,7 +234,7 @@ def repack_checkpoint(
 ) -> Manifest:
     """A new release on the same trunk: its files are byte-identical, so devices keep what they learned.
 
-    Fisher information, factory memory, self-test and reference are taken anew from `data`.
+    Fisher information, factory memory, moments, self-test and reference are taken anew from `data`.
 
     Args:
         parent: The checkpoint whose trunk, input contract, task and name are kept.
@@ -268,7 +244,7 @@ def repack_checkpoint(
         release: Above the parent's.
         created: When, as ISO 8601 text.
         seed: For the samples drawn.
-        memory: How much factory memory ships.
+        memory: How much ships of what the head was trained on.
         card: What only a person can say about the model.
 
     Raises:
@@ -351,6 +327,8 @@ def _publish(target: Path, fill: Callable[[Path], Manifest]) -> Manifest:
     try:
         manifest = fill(staging)
         verify_checkpoint(staging)
+        if manifest.learns:
+            check_learning(staging, manifest)
         for variant in manifest.model_files:
             self_test(staging, manifest, variant=variant)
         staging.chmod(0o755)
@@ -381,11 +359,9 @@ class _Packer:
         replace_file(folder / HEAD_NPZ, head.to_bytes())
 
         train_latents = encode(folder, data.train_x, spec=draft.input)
-        chosen = rng.permutation(len(train_latents))[:FISHER_ROWS]
-        fisher = fisher_diagonal(head, dequantize(train_latents[chosen], trunks.latent), task=draft.task)
-        replace_file(folder / FISHER_NPZ, npz_bytes(fisher))
-        kept = memory_rows(data.train_y, train_latents.shape[1], draft.task, memory, rng)
-        replace_file(folder / MEMORY_NPZ, npz_bytes({"latents": train_latents[kept], "labels": data.train_y[kept]}))
+        start = learning_start(head, train_latents, data.train_y, manifest=draft, memory=memory, rng=rng)
+        for name, content in start.files.items():
+            replace_file(folder / name, content)
 
         latents = {v: encode(folder, data.holdout_x, spec=draft.input, variant=v) for v in VARIANTS}
         scores = {variant: predict(folder, latents[variant]) for variant in VARIANTS}
@@ -397,7 +373,7 @@ class _Packer:
         )
         features = {variant: dequantize(latents[variant], trunks.latent) for variant in VARIANTS}
         apart = [[{"latent": features[v], "logits": head.logits(features[v])}] for v in VARIANTS]
-        return self._finish(folder, draft, scores, apart, memory=len(kept), selftest=len(rows))
+        return self._finish(folder, draft, scores, apart, start=start, selftest=len(rows))
 
     def whole(self, folder: Path, draft: Manifest, files: Mapping[str, bytes]) -> Manifest:
         for name, content in files.items():
@@ -432,7 +408,7 @@ class _Packer:
         stored |= {"x": main[alike], "scores": alone[variants[0]][0][alike]}
         replace_file(folder / SELFTEST_NPZ, npz_bytes(stored))
         apart = [[{"output": found} for found in firsts[v]] for v in variants]
-        return self._finish(folder, draft, scores, apart, memory=0, selftest=len(alike))
+        return self._finish(folder, draft, scores, apart, start=Start(), selftest=len(alike))
 
     def _finish(
         self,
@@ -441,7 +417,7 @@ class _Packer:
         scores: Mapping[Variant, FloatArray],
         apart: list[list[dict[str, AnyArray]]],
         *,
-        memory: int,
+        start: Start,
         selftest: int,
     ) -> Manifest:
         """Reference, card and manifest."""
@@ -458,7 +434,10 @@ class _Packer:
         contrasts = contrast_outputs(*apart)[0] if both else {}
         facts = CardFacts(
             train_rows=0 if data.train_x is None else len(data.train_x),
-            memory_rows=memory,
+            memory_rows=start.memory_rows,
+            moments_rows=start.moments_rows,
+            no_moments=start.no_moments,
+            learning_bytes={name: len(content) for name, content in start.files.items()},
             int8=judged["int8"][0] if both and judged else None,
             fp32=judged["fp32"][0] if judged else None,
             agreement=agreement,
@@ -513,38 +492,6 @@ def _label_rows(y: AnyArray, draft: Manifest) -> dict[str, int]:
         return {}
     counts = np.bincount(y, minlength=len(draft.labels)) if draft.task == "classification" else y.sum(axis=0)
     return {label: int(count) for label, count in zip(draft.labels, counts, strict=True)}
-
-
-def memory_rows(y: AnyArray, dim: int, task: Task, memory: Memory, rng: np.random.Generator) -> IndexArray:
-    """Which training rows ship as factory memory, drawn at random; int64, sorted.
-
-    Classification: the same number of each label. Multi-label: so many that have each label, and so many that have
-    none. Regression: so many of each tenth of the first target.
-
-    Args:
-        y: As `Dataset.checked` returns it.
-        dim: Width of the latent.
-        task: What y means.
-        memory: How many, and how large at most.
-        rng: Draws them.
-
-    Raises:
-        ConfigError: They do not fit the bound.
-    """
-    if task == "classification":
-        groups = [np.flatnonzero(y == label) for label in range(int(y.max()) + 1)]
-    elif task == "multilabel":
-        groups = [np.flatnonzero(y[:, label]) for label in range(y.shape[1])] + [np.flatnonzero(~y.any(axis=1))]
-    else:
-        groups = np.array_split(np.argsort(y[:, 0], kind="stable"), _REGRESSION_CELLS)
-    kept = np.unique(np.concatenate([rng.permutation(rows)[: memory.per_class] for rows in groups]))
-    size = len(kept) * (dim + y[:1].nbytes)
-    if size > memory.max_bytes:
-        raise ConfigError(
-            f"factory memory of {memory.per_class} rows a class takes {size} bytes, max_bytes is "
-            f"{memory.max_bytes}; raise it, or lower per_class (not below {MIN_PER_CLASS})"
-        )
-    return kept.astype(np.int64)
 
 
 def selftest_rows(x: Any, scores: Mapping[Variant, FloatArray], task: Task, rng: np.random.Generator) -> IndexArray:

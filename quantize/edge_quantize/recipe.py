@@ -11,7 +11,7 @@ from edge_quantize.build import BuildResult, Search, build_checkpoint
 from edge_quantize.card import CardText
 from edge_quantize.data import DataFormat, Dataset
 from edge_quantize.export import Exporter, load_model
-from edge_quantize.pack import Memory
+from edge_quantize.learning import Memory
 from edge_quantize.quantize import QuantRecipe
 from edge_quantize.search import Progress
 from edge_sdk.errors import ConfigError

@@ -89,6 +89,16 @@ def test_how_it_was_made_stands_there():
     assert "32 held-out rows ship as they are" in text
 
 
+def test_what_learning_starts_from_stands_with_its_size():
+    sizes = {"memory.npz": 6400, "fisher.npz": 2350}
+    text = card(moments_rows=900, learning_bytes={**sizes, "moments.npz": 10_049})
+    assert "80 training rows ship as latents (factory memory); 900 training rows go into sums that ship" in text
+    assert "- learning starts from fisher.npz 2.4 kB, memory.npz 6.4 kB, moments.npz 10.0 kB" in text.splitlines()
+    without = card(no_moments="too wide", learning_bytes=sizes)
+    assert "(moments)" not in without
+    assert "- no moments ship (too wide): devices take them from the factory memory" in without.splitlines()
+
+
 def test_tabular_preprocessing_names_its_columns():
     text = card(of=manifest(input=TABLE))
     assert "- columns: age (number), site (category)" in text

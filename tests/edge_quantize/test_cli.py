@@ -14,7 +14,15 @@ from click.testing import CliRunner
 from edge_quantize import Recipe, load_recipe
 from edge_quantize.cli import main
 from edge_sdk.errors import ConfigError
-from edge_sdk.manifest import MANIFEST_NAME, TRUNK_INT8, parse_manifest
+from edge_sdk.learn.moments import Moments
+from edge_sdk.manifest import (
+    MANIFEST_NAME,
+    MOMENTS_NPZ,
+    TRUNK_INT8,
+    describe_folder,
+    manifest_bytes,
+    parse_manifest,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """
@@ -242,12 +250,14 @@ def test_inspect_prints_json(base):
     assert facts["latent"]["dim"] == 64
     assert facts["trunk_id"] == base.manifest.trunk_id
     assert facts["metrics"] == base.manifest.metrics
+    assert facts["files"][MOMENTS_NPZ] == (base.folder / MOMENTS_NPZ).stat().st_size
 
 
 @pytest.mark.torch
 def test_verify_accepts_the_checkpoint_and_tells_damage_by_exit_code(base, tmp_path):
     result = invoke("verify", base.folder)
-    assert (result.exit_code, result.stdout) == (0, "ok: digits release 1, 9 files, self-test passed\n")
+    told = "10 files, self-test passed, learns from 320 rows of factory memory, moments of 1000\n"
+    assert (result.exit_code, result.stdout) == (0, f"ok: digits release 1, {told}")
     folder = shutil.copytree(base.folder, tmp_path / "copy")
     data = (folder / TRUNK_INT8).read_bytes()
     (folder / TRUNK_INT8).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
@@ -255,6 +265,18 @@ def test_verify_accepts_the_checkpoint_and_tells_damage_by_exit_code(base, tmp_p
     assert result.exit_code == 3
     assert result.stderr.startswith("Error: trunk.int8.onnx has SHA-256")
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.torch
+def test_verify_finds_moments_of_another_head_though_every_hash_is_right(base, tmp_path):
+    folder = shutil.copytree(base.folder, tmp_path / "copy")
+    (folder / MOMENTS_NPZ).write_bytes(Moments.none(base.manifest.labels, 5).to_bytes())
+    entry = describe_folder(folder, [MOMENTS_NPZ])
+    manifest = msgspec.structs.replace(base.manifest, files={**base.manifest.files, **entry})
+    (folder / MANIFEST_NAME).write_bytes(manifest_bytes(manifest))
+    result = invoke("verify", folder)
+    assert result.exit_code == 3
+    assert result.stderr.startswith("Error: moments.npz: 0 rows of 5 values")
 
 
 @pytest.mark.torch

@@ -17,6 +17,7 @@ from edge_sdk.manifest import (
     HEAD_NPZ,
     MANIFEST_NAME,
     MEMORY_NPZ,
+    MOMENTS_NPZ,
     REFERENCE_NPZ,
     REQUIRED,
     SELFTEST_NPZ,
@@ -50,7 +51,7 @@ def repacked(base, target, **changes):
 
 
 def test_checkpoint_holds_every_file_and_passes_the_devices_own_checks(base):
-    assert set(contents(base.folder)) == {*REQUIRED, MANIFEST_NAME}
+    assert set(contents(base.folder)) == {*REQUIRED, MOMENTS_NPZ, MANIFEST_NAME}
     manifest = verify_checkpoint(base.folder)
     assert manifest == base.manifest
     for variant in ("int8", "fp32"):
@@ -130,7 +131,7 @@ def test_card_states_what_was_measured_and_marks_what_a_person_must_fill(base, t
 
 
 def test_flipped_byte_truncation_absence_and_altered_manifest_are_found(base, tmp_path):
-    for name in REQUIRED:
+    for name in (*REQUIRED, MOMENTS_NPZ):
         folder = copied(base, tmp_path)
         path, data = folder / name, (folder / name).read_bytes()
         path.write_bytes(data[:50] + bytes([data[50] ^ 1]) + data[51:])

@@ -4,7 +4,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_sdk.adapt import FactoryMemory
+from edge_sdk.experience import FactoryMemory
 from edge_sdk.errors import DiskFullError
 from edge_sdk.files import load_npz
 from edge_sdk.head import Head
