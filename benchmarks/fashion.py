@@ -52,7 +52,7 @@ class Images:
         return Images(self.x[rows], self.y[rows])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """Where the images come from, and how many rows of each class serve for what.
 

@@ -19,15 +19,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from edge_sdk.ask import LabelRequest
     from edge_sdk.clock import Clock, ManualClock, SystemClock
     from edge_sdk.config import DeviceConfig, load_config
     from edge_sdk.device import EdgeDevice
     from edge_sdk.errors import EdgeError
     from edge_sdk.head import Head
+    from edge_sdk.labelling import LabellingFunction, LabellingFunctions
+    from edge_sdk.learn.base import Learner, LearnJob, LearnResult, Rows
+    from edge_sdk.learn.moments import Moments
     from edge_sdk.manifest import Manifest, verify_checkpoint
     from edge_sdk.mqtt import MqttTransport
     from edge_sdk.simulate import Fleet, FleetReport, SimulatedDevice
+    from edge_sdk.skew import Skew
     from edge_sdk.status import Status, StepReport
+    from edge_sdk.store import Lineage
     from edge_sdk.transport import MemoryBroker, MemoryTransport, Transport
     from edge_sdk.types import Mode, Prediction
 
@@ -39,14 +45,24 @@ _HOME = {
     "Fleet": "simulate",
     "FleetReport": "simulate",
     "Head": "head",
+    "LabelRequest": "ask",
+    "LabellingFunction": "labelling",
+    "LabellingFunctions": "labelling",
+    "LearnJob": "learn.base",
+    "LearnResult": "learn.base",
+    "Learner": "learn.base",
+    "Lineage": "store",
     "Manifest": "manifest",
     "ManualClock": "clock",
     "MemoryBroker": "transport",
     "MemoryTransport": "transport",
     "Mode": "types",
+    "Moments": "learn.moments",
     "MqttTransport": "mqtt",
     "Prediction": "types",
+    "Rows": "learn.base",
     "SimulatedDevice": "simulate",
+    "Skew": "skew",
     "Status": "status",
     "StepReport": "status",
     "SystemClock": "clock",
@@ -63,14 +79,24 @@ __all__ = [
     "Fleet",
     "FleetReport",
     "Head",
+    "LabelRequest",
+    "LabellingFunction",
+    "LabellingFunctions",
+    "LearnJob",
+    "LearnResult",
+    "Learner",
+    "Lineage",
     "Manifest",
     "ManualClock",
     "MemoryBroker",
     "MemoryTransport",
     "Mode",
+    "Moments",
     "MqttTransport",
     "Prediction",
+    "Rows",
     "SimulatedDevice",
+    "Skew",
     "Status",
     "StepReport",
     "SystemClock",

@@ -561,6 +561,7 @@ class Adaptation:
             "first_loss": result.first_loss,
             "last_loss": result.last_loss,
             "cpu_s": result.seconds,
+            "note": result.note,
             "config": msgspec.to_builtins(self._config.learn),
         }
         self._store.record_lineage(Lineage(state.since, parent.release, parent.head, head, outcome, detail))

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,11 @@ from edge_sdk.errors import ArtifactError, ConfigError, EdgeError, MissingExtraE
 
 if TYPE_CHECKING:
     from edge_sdk.config import DeviceConfig
+    from edge_sdk.device import EdgeDevice
     from edge_sdk.installed import Use
+    from edge_sdk.skew import Skew
+    from edge_sdk.slots import Version
+    from edge_sdk.store import HistoryEntry, Lineage, Store
     from edge_sdk.transport import Transport
 
 T = TypeVar("T")
@@ -349,48 +353,156 @@ def export(
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def status(home: Path | None, as_json: bool) -> None:
     """Show how the device was when it last saved its state (once a minute, and when it stops)."""
-    from edge_sdk.status import STATUS_KEY
-
     with _open_store(home) as store:
-        data = store.get(STATUS_KEY)
-    if data is None:
-        raise ConfigError("the device has not run yet")
-    found = json.loads(data)
+        found = _saved_status(store)
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
     counters = found.pop("counters")
-    for key, value in {**found, **counters}.items():
-        click.echo(f"{key:22} {', '.join(value) if isinstance(value, list) else value}")
+    for part in found, counters:
+        for key, value in part.items():
+            click.echo(f"{key:22} {_listed(value) if isinstance(value, list | dict) else value}")
+        if part is found:
+            click.echo("\nsince the database was made")
+
+
+def _listed(value: list[str] | dict[str, int]) -> str:
+    return ", ".join([f"{name} ({count})" for name, count in value.items()] if isinstance(value, dict) else value)
 
 
 @main.command()
 @home_option
+@click.option("--heads", is_flag=True, help="How each learned head came to be, or why it did not.")
 @click.option("--limit", default=50, show_default=True, type=click.IntRange(1), help="Entries.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON lines.")
-def history(home: Path | None, limit: int, as_json: bool) -> None:
+@click.option(
+    "--json", "as_json", is_flag=True, help="As JSON lines; of heads with all settings and the whole verdict."
+)
+def history(home: Path | None, heads: bool, limit: int, as_json: bool) -> None:
     """Show what happened: drift, learning, verdicts, releases, rollbacks."""
     with _open_store(home) as store:
-        for entry in store.history(limit=limit):
-            if as_json:
-                click.echo(json.dumps(entry._asdict()))
-            else:
-                when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(entry.time))
-                click.echo(f"{when}  {entry.name:20} " + "  ".join(f"{k}={v}" for k, v in entry.detail.items()))
+        made = store.lineage(limit=limit) if heads else []
+        happened = [] if heads else store.history(limit=limit)
+    if as_json:
+        for line in [*(entry._asdict() for entry in made), *(entry._asdict() for entry in happened)]:
+            click.echo(json.dumps(line))
+    elif heads:
+        _echo_table(_HEAD_COLUMNS, [_head_line(entry) for entry in made])
+    else:
+        for entry in happened:
+            click.echo(_event_line(entry))
+
+
+def _event_line(entry: HistoryEntry) -> str:
+    detail = "  ".join(f"{key}={value}" for key, value in entry.detail.items())
+    return f"{_when(entry.time)}  {entry.name:20} {detail}"
+
+
+_HEAD_COLUMNS = ("time", "release", "parent", "head", "outcome", "rows", "seed", "before", "after", "evidence", "cpu s",
+                 "reason")  # fmt: skip
+"""Before and after: accuracy on the judge rows."""
+
+
+def _head_line(entry: Lineage) -> list[str]:
+    detail = entry.detail
+    judged = bool(detail.get("rows"))
+    verdict = [f"{detail.get(key, 0):.3f}" if judged else "-" for key in ("champion", "challenger", "evidence")]
+    return [
+        _when(entry.time),
+        str(entry.release),
+        str(entry.parent),
+        "-" if entry.head is None else str(entry.head),
+        entry.outcome,
+        str(detail["fresh"]),
+        str(detail["seed"]),
+        *verdict,
+        f"{detail['cpu_s']:.1f}",
+        f"{detail['trigger']}: {detail['reason']}",
+    ]
+
+
+@main.command()
+@home_option
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def skew(home: Path | None, as_json: bool) -> None:
+    """Show where the learned head's score falls between training and use, and what that says."""
+    from edge_sdk.skew import findings
+
+    with _open_store(home) as store:
+        scores = _saved_skew(store)
+    table, found = scores.table(), findings(scores)
+    if as_json:
+        click.echo(json.dumps({"scores": [row._asdict() for row in table], "findings": found}, indent=2))
+        return
+    if not table:
+        click.echo("no score has 10 rows yet: they come with the first promotion, and with labels after it")
+        return
+    rows = [[row.name, f"{row.score:.3f}", str(row.rows), "{:.3f} to {:.3f}".format(*row.interval)] for row in table]
+    _echo_table(("rows", "right", "count", "95 % interval"), rows)
+    for line in found or ["nothing stands out"]:
+        click.echo(line)
+
+
+@main.command()
+@home_option
+@click.option("--accept", "accepted", multiple=True, metavar="LABEL", help="It may be learned; may be repeated.")
+@click.option("--refuse", "refused", multiple=True, metavar="LABEL", help="It is none: its samples are erased.")
+def labels(home: Path | None, accepted: tuple[str, ...], refused: tuple[str, ...]) -> None:
+    """List labels that the model does not know, with their samples, or say what becomes of them.
+
+    With --accept or --refuse the device must not be running.
+    """
+    if not (accepted or refused):
+        with _open_store(home) as store:
+            waiting = _saved_status(store)["new_labels"]
+        for label, count in waiting.items():
+            click.echo(f"{label}  {count} samples")
+        if not waiting:
+            click.echo("no new label waits")
+        return
+    with _stopped_device(home) as device:
+        for label in accepted:
+            device.accept_label(label)
+            click.echo(f"{label} may be learned")
+        for label in refused:
+            device.refuse_label(label)
+            click.echo(f"{label} is refused, and its samples are erased")
+
+
+@main.command()
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@home_option
+@click.option("--all", "everything", is_flag=True, help="All labelled samples, sums over them, and the learned head.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def forget(ids: tuple[str, ...], home: Path | None, everything: bool, yes: bool) -> None:
+    """Erase what is kept of the predictions ID, or with --all all that was learned (the device must not be running).
+
+    What a head in use has learned of single predictions stays in its weights; --all gives up the head as well.
+    """
+    if bool(ids) == everything:
+        raise click.UsageError("give either ids of predictions or --all")
+    if everything and not yes:
+        click.confirm("Erase all labelled samples, all sums over them, and the learned head?", abort=True)
+    with _stopped_device(home) as device:
+        if everything:
+            _echo_version(device.forget_all())
+        else:
+            click.echo(f"{device.forget(ids)} rows erased")
 
 
 @main.command()
 @home_option
 def rollback(home: Path | None) -> None:
     """Go back to the version before the last change (the device must not be running)."""
-    _change(home, "rollback")
+    with _stopped_device(home) as device:
+        _echo_version(device.rollback())
 
 
 @main.command()
 @home_option
 def reset(home: Path | None) -> None:
     """Drop the learned head and serve the release's own (the device must not be running)."""
-    _change(home, "reset_to_base")
+    with _stopped_device(home) as device:
+        _echo_version(device.reset_to_base())
 
 
 @main.command()
@@ -416,7 +528,11 @@ def privacy(home: Path | None) -> None:
 
     for kind in (messages.State, messages.Report, messages.MonitorState, messages.Event, messages.Gap, messages.Need):
         click.echo(f"{kind.__name__}: {', '.join(kind.__struct_fields__)}")
-    click.echo("No input, latent or label leaves the device; counts below report.min_count are merged or held back.")
+    click.echo(
+        "What the detail of each event holds: docs/protocol.md, section 7.\n"
+        "No input, latent or single label leaves the device; counts below report.min_count are merged or held back.\n"
+        "Names of labels leave it, new ones too; slices, sources, rewards, requests and ids of predictions do not."
+    )
     if ((home or _default_home()) / "edge.db").exists():
         with _open_store(home) as store:
             counters = json.loads(store.get("counters") or b"{}")
@@ -427,31 +543,66 @@ class _open_store:  # noqa: N801 - reads as a function
     """The device's database, which may be in use by the running device."""
 
     def __init__(self, home: Path | None) -> None:
-        path = (home or _default_home()) / "edge.db"
-        if not path.exists():
-            raise ConfigError(f"there is no device in {path.parent}: use --home, or run one first")
+        path = _device_home(home) / "edge.db"
         from edge_sdk.store import Store
 
         self._store = Store(path)
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Store:
         return self._store
 
     def __exit__(self, *_: object) -> None:
         self._store.close()
 
 
-def _change(home: Path | None, what: str) -> None:
-    from edge_sdk.config import DeviceConfig, load_config
-    from edge_sdk.device import EdgeDevice
-
+def _device_home(home: Path | None) -> Path:
     folder = home or _default_home()
     if not (folder / "edge.db").exists():
         raise ConfigError(f"there is no device in {folder}: use --home, or run one first")
+    return folder
+
+
+def _saved_status(store: Store) -> dict[str, Any]:
+    from edge_sdk.status import STATUS_KEY
+
+    data = store.get(STATUS_KEY)
+    if data is None:
+        raise ConfigError("the device has not run yet")
+    found: dict[str, Any] = json.loads(data)
+    return found
+
+
+def _saved_skew(store: Store) -> Skew:
+    from edge_sdk.adapt import AdaptState
+
+    data = store.get("adaptation")
+    return msgspec.json.decode(data or b"{}", type=AdaptState).skew
+
+
+@contextmanager
+def _stopped_device(home: Path | None) -> Iterator[EdgeDevice]:
+    """The device itself, to change it; refused while another process has its folder."""
+    from edge_sdk.config import DeviceConfig, load_config
+    from edge_sdk.device import EdgeDevice
+
+    folder = _device_home(home)
     path = folder / CONFIG_NAME
     device = EdgeDevice(folder, config=load_config(path) if path.exists() else DeviceConfig())
     try:
-        version = getattr(device, what)()
+        yield device
     finally:
         device.stop()
+
+
+def _echo_version(version: Version) -> None:
     click.echo(f"release {version.release}, head {version.head} will serve")
+
+
+def _echo_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    for row in (headers, *rows):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))

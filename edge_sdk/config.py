@@ -91,7 +91,7 @@ class LearnConfig(_Section, frozen=True):
     """Relative to the mean square of the features."""
     momentum: Annotated[float, Meta(ge=0, lt=1)] = 0.9
     """Of stochastic gradient descent."""
-    anchor_rows: NonNegative = 50.0
+    anchor_rows: NonNegative = 200.0
     """How many rows the closed form counts for when it is refined (hybrid)."""
     ewc_lambda: NonNegative = 10.0
     """Strength of elastic weight consolidation (sgd, torch); any value is stable."""
@@ -188,8 +188,9 @@ class ResourceConfig(_Section, frozen=True):
     """On a hotter machine, learning waits."""
     min_free_mb: NonNegative = 64.0
     """With less free memory, learning waits."""
-    max_cpu_load: Positive = 0.9
-    """Load over the last minute, by number of cores, above which learning waits."""
+    max_cpu_load: NonNegative = 0.0
+    """Load over the last minute, by number of cores, above which learning waits; 0: no limit. The learner runs at the
+    lowest priority, so that a busy device can learn."""
     quiet_hours: tuple[str, ...] = ()
     """Local times at which nothing is learned, as "22:00-06:30"."""
     seconds_per_day: NonNegative = 0.0

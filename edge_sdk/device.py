@@ -7,6 +7,7 @@ of things; `with device:` runs a thread that only calls `step`.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,7 @@ from edge_sdk.errors import (
     StoreError,
 )
 from edge_sdk.files import lock_folder
-from edge_sdk.front import Front
+from edge_sdk.front import Front, checked_id
 from edge_sdk.join import Joined, Joiner
 from edge_sdk.labelling import LabellingFunctions
 from edge_sdk.learn.executor import LearnExecutor, new_executor
@@ -544,6 +545,8 @@ class EdgeDevice:
         self._monitoring.attach(served, self._slots.folder(current), now)
         if before is not None:
             self._adaptation.forget_recent()
+            if self._adaptation.state.phase != "probation":  # on probation it is the head that was just promoted
+                self._adaptation.forget_learned()
         self._front.refused = frozenset(self._adaptation.state.refused)
         with self._store.transaction():
             unreadable = self._store.keep_trunks(self._slots.trunk_ids())
@@ -641,7 +644,8 @@ class EdgeDevice:
         """Erase everything kept of these predictions: rows that wait, samples, and what they added to statistics.
 
         A challenger that knows one of them is given up. What a head in use has learned stays in its weights, and what
-        the replay buffer had already dropped stays in sums over many rows: `forget_all` gives up both.
+        the replay buffer had already dropped stays in sums over many rows: `forget_all` gives up both. Samples given to
+        `learn` have no id, and only `forget_all` erases them.
 
         Args:
             ids: Of predictions.
@@ -650,11 +654,14 @@ class EdgeDevice:
             How many rows were erased.
 
         Raises:
-            StoreError: They could not be erased; nothing was.
+            LabelError: They are not a list of ids.
+            StoreError: They could not all be erased; call it again.
         """
+        if isinstance(ids, str):
+            raise LabelError(f"give a list of ids, got the string {ids!r:.80}")
+        names = {checked_id(name) for name in ids}
         with self._step_lock:
-            self.step()  # what is in memory is written first, or it would be written later
-            names = {*ids}
+            self._write(self._clock.now())
             found = self._store.samples_of(sorted(names))
             if self._adaptation is not None and found:
                 self._adaptation.erase(found, self._clock.now(), unlearn=True)
@@ -666,14 +673,34 @@ class EdgeDevice:
             return len(found) + len(waiting) + self._pending.forget(names)
 
     def forget_all(self) -> Version:
-        """Erase every labelled sample, what was summed up of them, and the personal head: as new on its release."""
+        """Erase every labelled sample, what was summed up of them, and the personal head: as new on its release.
+
+        Raises:
+            ModelError: No release is installed yet: there is nothing to forget.
+            StoreError: They could not all be erased; call it again.
+        """
         with self._step_lock:
-            self.step()
+            self._model()
+            self._write(self._clock.now())
             version = self.reset_to_base()
+            self._slots.promote(0)  # once more: what `rollback` goes back to is the release's own head, too
+            self._slots.collect_garbage()
+            with self._store.transaction():
+                gone = self._store.trim_rows(older_than=math.inf, max_bytes=1)
+                self._asking.forget({*gone})
+            self._pending.release(gone)
             if self._adaptation is not None:
                 self._adaptation.erase_all(self._clock.now())
             self._store.compact()
             return version
+
+    def _write(self, now: float) -> None:
+        """What is in memory goes to the disk before any of it is erased there, or it would be written later.
+
+        Not a whole `step`: that would learn from what is to be forgotten.
+        """
+        joined = self._flush(now)
+        self._asking.turn(now, joined.ids if joined else [])
 
     def accept_label(self, label: str) -> None:
         """A new label that samples ask for (`status().new_labels`) may be learned (`learn.new_labels = "ask"`)."""

@@ -295,10 +295,15 @@ class Experience:
     def _factory_moments(self) -> Moments:
         labels = self._manifest.labels
         if MOMENTS_NPZ in self._manifest.files:
-            return Moments.load(self._folder / MOMENTS_NPZ).aligned(labels)
-        rows = self.factory.replayed(len(self.factory.latents))
-        features = self.base.hidden(dequantize(rows.latents, self._manifest.latent))
-        return Moments.of(features, rows.targets, rows.weights, labels)
+            known = Moments.load(self._folder / MOMENTS_NPZ).aligned(labels)
+            judged = self._moments_of_factory(self.factory.judging)
+            enough = self._manifest.task == "regression" or (known.y > judged.y).all()
+            return known - judged if enough and known.rows > judged.rows else known
+        return self._moments_of_factory(~self.factory.judging)
+
+    def _moments_of_factory(self, rows: BoolArray) -> Moments:
+        features = self.base.hidden(dequantize(self.factory.latents[rows], self._manifest.latent))
+        return Moments.of(features, self.factory.targets[rows], np.ones(int(rows.sum())), self._manifest.labels)
 
     def _device_moments(self) -> Moments:
         data = self._store.get(self._key("moments"))

@@ -38,8 +38,10 @@ class Front:
     def predict(self, served: Served, x: Any, name: str | None, state: Arrays | None, slice_: str) -> Prediction:
         """One sample; see `EdgeDevice.predict`."""
         started = time.perf_counter()
-        if slice_:
+        if slice_ != "":
             _checked_slice(slice_)
+        if name is not None:
+            checked_id(name)
         manifest = served.manifest
         try:
             main, more = served.take(x) if manifest.more_inputs else (x, NOTHING)
@@ -54,7 +56,7 @@ class Front:
     def predict_batch(self, served: Served, x: Any, slice_: str) -> list[Prediction]:
         """Several samples; see `EdgeDevice.predict_batch`."""
         started = time.perf_counter()
-        if slice_:
+        if slice_ != "":
             _checked_slice(slice_)
         try:
             checked = served.check_batch(x)
@@ -67,7 +69,7 @@ class Front:
     def observe(self, served: Served, name: str, truth: Truth, source: str) -> None:
         """Keep a truth; see `EdgeDevice.observe`."""
         stored = self._stored(served, truth)
-        self._pending.label(Label(_checked_id(name), stored, self._clock.now(), check_source(source)))
+        self._pending.label(Label(checked_id(name), stored, self._clock.now(), check_source(source)))
 
     def reward(self, served: Served, name: str, value: float, source: str) -> None:
         """Keep implicit feedback; see `EdgeDevice.reward`."""
@@ -76,12 +78,13 @@ class Front:
                              "right, and needs a classification")  # fmt: skip
         from_reward("", value)
         now = self._clock.now()
-        self._pending.label(Label(_checked_id(name), "", now, check_source(source), trusted=False, reward=float(value)))
+        self._pending.label(Label(checked_id(name), "", now, check_source(source), trusted=False, reward=float(value)))
 
     def guess(self, served: Served, name: str, truth: Truth, weight: float, source: str) -> None:
         """Keep a label that rules voted for; see `EdgeDevice.apply_rules`."""
         stored = self._stored(served, truth)
-        self._pending.label(Label(_checked_id(name), stored, self._clock.now(), source, weight, trusted=False))
+        now = self._clock.now()
+        self._pending.label(Label(checked_id(name), stored, now, check_source(source), weight, trusted=False))
 
     def learn(self, served: Served, x: Any, y: Sequence[Truth], source: str, slice_: str) -> None:
         """Keep labelled samples; see `EdgeDevice.learn`."""
@@ -182,9 +185,18 @@ class Front:
         return stored
 
 
-def _checked_id(name: str) -> str:
+def checked_id(name: str) -> str:
+    """The id of a prediction itself, if it can be one: a string that is not empty and that the store can keep.
+
+    Raises:
+        LabelError: It cannot.
+    """
     if not isinstance(name, str) or not name:
-        raise LabelError(f"a prediction id is a string that `predict` returned, got {name!r}")
+        raise LabelError(f"a prediction id is a string that is not empty, got {name!r:.80}")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:  # at the next flush it would keep everything else from the disk, too
+        raise LabelError(f"a prediction id is UTF-8, got {name!r:.80}") from error
     return name
 
 

@@ -35,20 +35,35 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from edge_sdk.ask import LabelRequest
 from edge_sdk.errors import ConfigError, DuplicateIdError, EdgeError, InputError, LabelError, StoreError, TransportError
 from edge_sdk.openapi import (
+    BINARY_PARAMETERS,
     DTYPES,
+    MAX_LINEAGE,
+    MAX_NAME_CHARS,
+    AskReply,
+    AskRequest,
     BatchReply,
     ErrorDetail,
     ErrorReply,
+    ForgetReply,
+    ForgetRequest,
     Health,
+    LabelRuling,
+    LearnNowRequest,
+    LineageReply,
     ObserveRequest,
     PredictReply,
     PredictRequest,
+    RewardRequest,
+    SkewReply,
     document,
     read_state,
 )
+from edge_sdk.skew import Skew
 from edge_sdk.status import Status
+from edge_sdk.store import Lineage
 from edge_sdk.types import AnyArray, Prediction
 
 T = TypeVar("T")
@@ -68,14 +83,48 @@ class Device(Protocol):
     def ready(self) -> bool:
         """Whether there is a model to predict with."""
 
-    def predict(self, x: Any, *, id: str | None = None, state: Mapping[str, AnyArray] | None = None) -> Prediction:  # noqa: A002
+    def predict(
+        self,
+        x: Any,
+        *,
+        id: str | None = None,  # noqa: A002
+        state: Mapping[str, AnyArray] | None = None,
+        slice: str = "",  # noqa: A002
+    ) -> Prediction:
         """Predict one sample."""
 
-    def predict_batch(self, x: Any) -> list[Prediction]:
+    def predict_batch(self, x: Any, *, slice: str = "") -> list[Prediction]:  # noqa: A002
         """Predict several."""
 
-    def observe(self, id: str, truth: Any, /, *, durable: bool = False) -> None:  # noqa: A002
+    def observe(self, id: str, truth: Any, /, *, source: str = "", durable: bool = False) -> None:  # noqa: A002
         """Give the truth about a prediction."""
+
+    def reward(self, id: str, value: float, /, *, source: str = "") -> None:  # noqa: A002
+        """Say how right a prediction proved."""
+
+    def label_requests(self, count: int, /) -> list[LabelRequest]:
+        """Ask which predictions to label."""
+
+    def accept_label(self, label: str, /) -> None:
+        """A new label may be learned."""
+
+    def refuse_label(self, label: str, /) -> None:
+        """A new label is none."""
+
+    def learn_now(self) -> None:
+        """Learn as soon as there are enough rows."""
+
+    def forget(self, ids: list[str], /) -> int:
+        """Erase what is kept of predictions."""
+
+    def forget_all(self) -> object:
+        """Erase all that was learned."""
+
+    def skew(self) -> Skew:
+        """Scores of the head in use."""
+
+    def lineage(self, *, limit: int) -> list[Lineage]:
+        """How each head came to be."""
 
     def status(self) -> Status:
         """How the device is."""
@@ -175,6 +224,13 @@ def create_app(
         routes=[
             Route("/predict", api.predict, methods=["POST"]),
             Route("/observe", api.observe, methods=["POST"]),
+            Route("/reward", api.reward, methods=["POST"]),
+            Route("/label-requests", api.label_requests, methods=["POST"]),
+            Route("/labels", api.labels, methods=["POST"]),
+            Route("/learn-now", api.learn_now, methods=["POST"]),
+            Route("/forget", api.forget, methods=["POST"]),
+            Route("/skew", api.skew),
+            Route("/lineage", api.lineage),
             Route("/status", api.status),
             Route("/healthz", api.healthz),
             Route("/openapi.json", api.openapi),
@@ -195,7 +251,7 @@ class _Api:
     def __init__(self, device: Device, limits: Limits) -> None:
         self._device, self._limits = device, limits
         self._predictions = _Workers(limits.workers, limits.queue, "edge-predict")
-        # durable labels wait for a flush, status for a step: they must not keep predictions waiting
+        # what waits for a flush or a step (all but predictions and plain feedback) must not keep predictions waiting
         self._waits = _Workers(_WAITING_THREADS, limits.queue, "edge-wait")
         self._held_bytes = 0
         self._document = msgspec.json.encode(document())
@@ -208,23 +264,59 @@ class _Api:
             if kind == _JSON:
                 job = partial(_predict_json, self._device, self._limits, body)
             else:
-                job = partial(_predict_binary, self._device, self._limits, body, _query(request))
+                job = partial(_predict_binary, self._device, self._limits, body, _query(request, BINARY_PARAMETERS))
             return _json(await _unless_client_leaves(request, self._predictions.run(job)))
 
     async def observe(self, request: Request) -> Response:
-        self._check_ready()
-        _content_type(request, _JSON)
-        async with self._body(request) as body:
-            given = _decode(body, ObserveRequest)
+        given = await self._told(request, ObserveRequest)
         if not given.durable:
-            self._device.observe(given.id, given.given)  # touches memory only
+            self._device.observe(given.id, given.given, source=given.source)  # touches memory only
             return Response(status_code=202)
-        job = partial(self._device.observe, given.id, given.given, durable=True)
-        await _unless_client_leaves(request, self._waits.run(job))
+        await self._wait(
+            request, partial(self._device.observe, given.id, given.given, source=given.source, durable=True)
+        )
         return Response(status_code=204)
 
+    async def reward(self, request: Request) -> Response:
+        given = await self._told(request, RewardRequest)
+        self._device.reward(given.id, given.value, source=given.source)  # touches memory only
+        return Response(status_code=202)
+
+    async def label_requests(self, request: Request) -> Response:
+        given = await self._told(request, AskRequest)
+        return _json(_encode(AskReply(await self._wait(request, partial(self._device.label_requests, given.count)))))
+
+    async def labels(self, request: Request) -> Response:
+        given = await self._told(request, LabelRuling)
+        rule = self._device.accept_label if given.accept else self._device.refuse_label
+        await self._wait(request, partial(rule, given.label))
+        return Response(status_code=204)
+
+    async def learn_now(self, request: Request) -> Response:
+        await self._told(request, LearnNowRequest)
+        await self._wait(request, self._device.learn_now)
+        return Response(status_code=202)
+
+    async def forget(self, request: Request) -> Response:
+        given = await self._told(request, ForgetRequest)
+        if given.ids is UNSET:
+            await self._wait(request, self._device.forget_all)
+            return Response(status_code=204)
+        rows = await self._wait(request, partial(self._device.forget, given.ids))
+        return _json(_encode(ForgetReply(rows)))
+
+    async def skew(self, request: Request) -> Response:
+        return _json(await self._wait(request, lambda: _encode(SkewReply.of(self._device.skew()))))
+
+    async def lineage(self, request: Request) -> Response:
+        limit = _query(request, frozenset({"limit"})).get("limit", "100")
+        if not (limit.isascii() and limit.isdecimal() and len(limit) <= 9 and 1 <= int(limit) <= MAX_LINEAGE):
+            raise MalformedError(f"limit={limit[:32]!r}: a number from 1 to {MAX_LINEAGE}")
+        job = partial(self._device.lineage, limit=int(limit))
+        return _json(await self._wait(request, lambda: _encode(LineageReply.of(job()))))
+
     async def status(self, request: Request) -> Response:
-        return _json(await _unless_client_leaves(request, self._waits.run(lambda: _encode(self._device.status()))))
+        return _json(await self._wait(request, lambda: _encode(self._device.status())))
 
     async def healthz(self, _request: Request) -> Response:
         self._check_ready()
@@ -232,6 +324,17 @@ class _Api:
 
     async def openapi(self, _request: Request) -> Response:
         return _json(self._document)
+
+    async def _told(self, request: Request, kind: type[T]) -> T:
+        """The JSON body of a request to a device that is ready."""
+        self._check_ready()
+        _content_type(request, _JSON)
+        async with self._body(request) as body:
+            return _decode(body, kind)
+
+    async def _wait(self, request: Request, job: Callable[[], T]) -> T:
+        """What `job` gives, in a thread that may wait for the device's own turn."""
+        return await _unless_client_leaves(request, self._waits.run(job))
 
     def _check_ready(self) -> None:
         if not self._device.ready:
@@ -322,9 +425,9 @@ def _predict_json(device: Device, limits: Limits, body: bytearray) -> bytes:
     asked = _decode(body, PredictRequest)
     if asked.rows is not UNSET:
         _check_rows(len(asked.rows), limits)
-        return _tell_batch(device.predict_batch(asked.rows))
+        return _tell_batch(device.predict_batch(asked.rows, slice=asked.slice))
     state = None if asked.state is None else read_state(asked.state)
-    return _tell(device.predict(asked.x, id=asked.id, state=state))
+    return _tell(device.predict(asked.x, id=asked.id, state=state, slice=asked.slice))
 
 
 def _predict_binary(device: Device, limits: Limits, body: bytearray, query: dict[str, str]) -> bytes:
@@ -341,17 +444,19 @@ def _predict_binary(device: Device, limits: Limits, body: bytearray, query: dict
     if (needed := math.prod(shape) * dtype.itemsize) != len(body):
         raise MalformedError(f"shape {shape} of {name} takes {needed} bytes, the body has {len(body)}")
     x = np.frombuffer(body, dtype).reshape(shape)
-    batch, given = query.get("batch", "false"), query.get("id")
+    batch, given, part = query.get("batch", "false"), query.get("id"), query.get("slice", "")
+    if len(part) > MAX_NAME_CHARS:
+        raise MalformedError(f"the name of a slice has at most {MAX_NAME_CHARS} characters")
     if batch not in ("true", "false"):
         raise MalformedError(f"batch={batch[:32]!r}: true or false")
     if batch == "true":
         if given is not None:
             raise MalformedError("id goes with one sample, not with a batch")
         _check_rows(shape[0], limits)
-        return _tell_batch(device.predict_batch(x))
+        return _tell_batch(device.predict_batch(x, slice=part))
     if given is not None and not 1 <= len(given) <= 128:
         raise MalformedError("an id has 1 to 128 characters")
-    return _tell(device.predict(x, id=given))
+    return _tell(device.predict(x, id=given, slice=part))
 
 
 def _check_rows(rows: int, limits: Limits) -> None:
@@ -389,10 +494,10 @@ def _content_type(request: Request, *allowed: str) -> str:
     return found
 
 
-def _query(request: Request) -> dict[str, str]:
+def _query(request: Request, known: frozenset[str]) -> dict[str, str]:
     query = dict(request.query_params)
-    if unknown := query.keys() - {"shape", "dtype", "batch", "id"}:
-        raise MalformedError(f"unknown parameter {min(unknown)[:64]!r}; known here: shape, dtype, batch, id")
+    if unknown := query.keys() - known:
+        raise MalformedError(f"unknown parameter {min(unknown)[:64]!r}; known here: {', '.join(sorted(known))}")
     return query
 
 

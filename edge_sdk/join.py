@@ -147,7 +147,7 @@ class Joiner:
     def _join(self, labels: list[Label], joined: Joined, current: Served | None, now: float) -> None:
         waiting = self._store.take_rows([label.id for label in labels])
         done = {*self._labelled}
-        for label in labels:
+        for label in sorted(labels, key=lambda label: not label.trusted):  # of one row the truth, not a guess about it
             row = waiting.pop(label.id, None)
             if row is None:
                 duplicate = label.id in done
@@ -157,20 +157,26 @@ class Joiner:
                 continue
             done.add(label.id)
             joined.ids.append(label.id)
-            if current is None or not self._admitted(label.source, joined, now):
-                continue
-            if label.trusted and (row.release, row.head) == (current.version.release, current.version.head):
-                latent = np.frombuffer(row.latent, dtype=np.uint8)
-                right = is_right(row.predicted, label.label, current.manifest)
-                joined.live.append(Judged(latent, label.label, right, row.holdout))
-            truth, weight = (
-                (label.label, label.weight) if label.reward is None else from_reward(row.predicted, label.reward)
-            )
-            weight *= row.weight * source_weight(label.source, self._config.feedback)
-            if current.manifest.learns and row.latent and weight:
-                sample = NewSample(row.time, row.latent, truth, "fresh", row.trunk, row.id, label.source, row.slice,
-                                   weight)  # fmt: skip
-                joined.samples.append(self._with_role(sample, row.id, row.holdout) if label.trusted else sample)
+            counts = source_weight(label.source, self._config.feedback)
+            # a label that counts nothing is counted: it is to say nothing of the version in use, either
+            if current is not None and counts and self._admitted(label.source, joined, now):
+                self._use(label, row, counts, joined, current)
+
+    def _use(self, label: Label, row: LoggedRow, counts: float, joined: Joined, current: Served) -> None:
+        """A label that its source may give says how the version in use did, and is learned from or judges."""
+        if label.trusted and (row.release, row.head) == (current.version.release, current.version.head):
+            latent = np.frombuffer(row.latent, dtype=np.uint8)
+            right = is_right(row.predicted, label.label, current.manifest)
+            joined.live.append(Judged(latent, label.label, right, row.holdout))
+        truth, weight = label.label, label.weight
+        if label.reward is not None:
+            truth, weight = from_reward(row.predicted, label.reward)
+        weight *= row.weight * counts
+        never_learned = row.holdout and (self.judges_full or not label.trusted)  # and it cannot judge
+        if not (current.manifest.learns and row.latent and weight) or never_learned:
+            return
+        sample = NewSample(row.time, row.latent, truth, "fresh", row.trunk, row.id, label.source, row.slice, weight)
+        joined.samples.append(self._with_role(sample, row.id, row.holdout) if label.trusted else sample)
 
     def _admitted(self, source: str, joined: Joined, now: float) -> bool:
         admitted = joined.cap.admit(source, now, self._config.feedback)

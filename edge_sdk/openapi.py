@@ -10,12 +10,20 @@ from msgspec import UNSET, Meta, UnsetType
 from numpy.typing import NDArray
 
 from edge_sdk import __version__
+from edge_sdk.ask import LabelRequest
 from edge_sdk.errors import ShapeError
+from edge_sdk.skew import Skew, findings
 from edge_sdk.status import Status
+from edge_sdk.store import Lineage
 from edge_sdk.types import AnyArray, Prediction
 
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
 Label = Annotated[str, Meta(min_length=1, max_length=256)]
+MAX_NAME_CHARS = 64
+Name = Annotated[str, Meta(max_length=MAX_NAME_CHARS)]
+"""Of a slice or a source; empty: none."""
+MAX_LINEAGE = 500
+"""Heads that a device remembers the making of."""
 
 DTYPES = ("float32", "uint8", "int32", "int64")
 """Of a binary body, little-endian."""
@@ -32,6 +40,8 @@ class PredictRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The app's own name for the prediction of `x`."""
     state: dict[str, Any] | None = None
     """Of a recurrent model: what its last answer gave."""
+    slice: Name = ""
+    """The app's own name for the part of the world that it comes from; no challenger may harm one."""
 
     def __post_init__(self) -> None:
         if (self.x is UNSET) == (self.rows is UNSET):
@@ -59,6 +69,8 @@ class PredictReply(msgspec.Struct, frozen=True, omit_defaults=True):
     """Raw models: by output, numbers nested as its shape; null stands for NaN and infinity."""
     state: dict[str, Any] | UnsetType = UNSET
     """Recurrent models: give it to the next request."""
+    holdout: bool = False
+    """True: act as if there were no prediction; its label is then free of the model's influence."""
 
     @classmethod
     def of(cls, prediction: Prediction) -> PredictReply:
@@ -75,6 +87,7 @@ class PredictReply(msgspec.Struct, frozen=True, omit_defaults=True):
             values=_by_name(prediction.labels, prediction.values) if prediction.values.size else UNSET,
             outputs={name: value.tolist() for name, value in prediction.outputs.items()} or UNSET,
             state={name: value.tolist() for name, value in prediction.state.items()} or UNSET,
+            holdout=prediction.holdout,
         )
 
 
@@ -93,6 +106,8 @@ class ObserveRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Classification: a label. Multilabel: labels. Regression: a number, or one for each target."""
     durable: bool = False
     """Answer once it is on disk."""
+    source: Name = ""
+    """Where the truth comes from; the settings say what it is worth."""
 
     def __post_init__(self) -> None:
         if (self.label is UNSET) == (self.truth is UNSET):
@@ -102,6 +117,108 @@ class ObserveRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def given(self) -> Any:
         """Whichever of the two was given."""
         return self.truth if self.label is UNSET else self.label
+
+
+class RewardRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How right a prediction proved, without the truth being known."""
+
+    id: Id
+    value: Annotated[float, Meta(ge=0, le=1)]
+    """1: its label was right; 0: it was wrong; 0.5 says nothing."""
+    source: Name = ""
+
+
+class AskRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A wish for predictions to label."""
+
+    count: Annotated[int, Meta(ge=1)]
+    """Most of them; the day's budget may leave fewer."""
+
+
+class AskReply(msgspec.Struct, frozen=True):
+    """The predictions whose labels would be worth most, best first: answer with `observe`."""
+
+    requests: list[LabelRequest]
+
+
+class LabelRuling(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whether a new label may become one of the model's."""
+
+    label: Label
+    accept: bool
+    """False: its samples are erased, and further ones refused."""
+
+
+class LearnNowRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Nothing has to be said."""
+
+
+class ForgetRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What to erase: all that is kept of the predictions in `ids`, or with `all` everything that was learned from."""
+
+    ids: Annotated[list[Id], Meta(min_length=1)] | UnsetType = UNSET
+    all: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.ids is UNSET) != self.all:
+            raise ValueError("give either ids or all")
+
+
+class ForgetReply(msgspec.Struct, frozen=True):
+    """How many rows were erased."""
+
+    rows: int
+
+
+class SkewScore(msgspec.Struct, frozen=True):
+    """How often the head was right on one kind of rows."""
+
+    name: str
+    """training, judge, next_day, live or holdout."""
+    score: float
+    rows: int
+    low: float
+    high: float
+    """Interval of 95 %."""
+
+
+class SkewReply(msgspec.Struct, frozen=True):
+    """Scores of the head in use, those of fewer than 10 rows left out; and what differs between them, in words."""
+
+    scores: list[SkewScore]
+    findings: list[str]
+
+    @classmethod
+    def of(cls, skew: Skew) -> SkewReply:
+        """The reply that tells a device's scores."""
+        rows = [SkewScore(row.name, row.score, row.rows, *row.interval) for row in skew.table()]
+        return cls(rows, findings(skew))
+
+
+class LineageEntry(msgspec.Struct, frozen=True):
+    """How a head came to be, or why it did not."""
+
+    time: float
+    release: int
+    parent: int
+    """The head in use then."""
+    head: int | None
+    """Its number, if it was promoted."""
+    outcome: str
+    """promoted, would_promote, rejected, superseded or learn_failed."""
+    detail: dict[str, Any]
+    """Reason, trigger, rows, settings, seed, cost and the verdict's numbers."""
+
+
+class LineageReply(msgspec.Struct, frozen=True):
+    """The latest of them, oldest first."""
+
+    lineage: list[LineageEntry]
+
+    @classmethod
+    def of(cls, entries: list[Lineage]) -> LineageReply:
+        """The reply that tells what a device has noted."""
+        return cls([LineageEntry(*entry) for entry in entries])
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -161,19 +278,25 @@ _BINARY_QUERY = (
     ("dtype", False, {"type": "string", "enum": list(DTYPES), "default": "float32"}, "Little-endian."),
     ("batch", False, {"type": "boolean", "default": False}, "Whether the first size counts samples."),
     ("id", False, {"type": "string", "maxLength": 128}, "As in JSON."),
+    ("slice", False, {"type": "string", "maxLength": MAX_NAME_CHARS}, "As in JSON."),
 )
+BINARY_PARAMETERS = frozenset(name for name, *_ in _BINARY_QUERY)
+_REFUSED = (400, 403, 408, 413, 415, 429, 500, 503)
+"""What every request with a body may be answered."""
 
 
 def document() -> dict[str, Any]:
     """The OpenAPI 3.1 description of `edge serve`."""
-    kinds = (PredictRequest, PredictReply, BatchReply, ObserveRequest, Health, ErrorReply, Status)
+    kinds = (PredictRequest, PredictReply, BatchReply, ObserveRequest, RewardRequest, AskRequest, AskReply,
+             LabelRuling, LearnNowRequest, ForgetRequest, ForgetReply, SkewReply, LineageReply, Health, ErrorReply,
+             Status)  # fmt: skip
     _, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     binary = {"schema": {"type": "string", "format": "binary"}}
     predict = _operation(
         "predict",
         "Predict one sample or several",
-        {200: ("A prediction, or one for each row", [PredictReply, BatchReply])},
-        (400, 403, 408, 409, 413, 415, 422, 429, 500, 503),
+        {200: ("One prediction, or for `rows` one for each", [PredictReply, BatchReply])},
+        (*_REFUSED, 409, 422),
         body={"application/json": _schema(PredictRequest), "application/octet-stream": binary},
     )
     predict["parameters"] = [
@@ -186,19 +309,72 @@ def document() -> dict[str, Any]:
         }
         for name, needed, schema, text in _BINARY_QUERY
     ]
-    observe = _operation(
-        "observe",
-        "Tell the truth about a prediction",
-        {202: ("Taken; on disk at the next flush", []), 204: ("Durable, and on disk", [])},
-        (400, 403, 408, 413, 415, 422, 429, 500, 503),
-        body={"application/json": _schema(ObserveRequest)},
+    lineage = _operation(
+        "lineage", "How each head came to be", {200: ("The latest, oldest first", [LineageReply])}, (400, 429)
     )
+    schema = {"type": "integer", "minimum": 1, "maximum": MAX_LINEAGE, "default": 100}
+    lineage["parameters"] = [
+        {"name": "limit", "in": "query", "required": False, "schema": schema, "description": "Most of them."}
+    ]
     return {
         "openapi": "3.1.0",
         "info": {"title": "edge serve", "version": __version__, "description": "One device, for apps of its machine."},
         "paths": {
             "/predict": {"post": predict},
-            "/observe": {"post": observe},
+            "/observe": {
+                "post": _told(
+                    "observe",
+                    "Tell the truth about a prediction",
+                    ObserveRequest,
+                    {202: ("Taken; on disk at the next flush", []), 204: ("Durable, and on disk", [])},
+                )
+            },
+            "/reward": {
+                "post": _told(
+                    "reward",
+                    "Say how right a prediction proved",
+                    RewardRequest,
+                    {202: ("Taken; on disk at the next flush", [])},
+                )
+            },
+            "/label-requests": {
+                "post": _told(
+                    "labelRequests",
+                    "Ask which predictions to label",
+                    AskRequest,
+                    {200: ("Those whose labels would be worth most", [AskReply])},
+                )
+            },
+            "/labels": {
+                "post": _told(
+                    "ruleOnLabel", "Accept or refuse a new label", LabelRuling, {204: ("Done, and on disk", [])}
+                )
+            },
+            "/learn-now": {
+                "post": _told(
+                    "learnNow",
+                    "Learn as soon as there are enough new labelled rows",
+                    LearnNowRequest,
+                    {202: ("Taken; it begins at the next step for which there are enough", [])},
+                )
+            },
+            "/forget": {
+                "post": _told(
+                    "forget",
+                    "Erase what is kept of predictions, or all that was learned",
+                    ForgetRequest,
+                    {200: ("How many rows were erased", [ForgetReply]), 204: ("Everything was erased", [])},
+                )
+            },
+            "/skew": {
+                "get": _operation(
+                    "skew",
+                    "Where the score falls between training and use",
+                    {200: ("Scores and findings", [SkewReply])},
+                    (429,),
+                )
+            },
+            "/lineage": {"get": lineage},
             "/status": {"get": _operation("status", "How the device is", {200: ("Aggregates", [Status])}, (429,))},
             "/healthz": {
                 "get": _operation(
@@ -217,6 +393,11 @@ def document() -> dict[str, Any]:
     }
 
 
+def _told(name: str, summary: str, body: type, replies: dict[int, tuple[str, list[type]]]) -> dict[str, Any]:
+    """A request with a JSON body."""
+    return _operation(name, summary, replies, (*_REFUSED, 422), body={"application/json": _schema(body)})
+
+
 def _operation(
     name: str,
     summary: str,
@@ -230,7 +411,7 @@ def _operation(
         responses[str(code)] = {"description": description}
         if kinds:
             responses[str(code)]["content"] = {"application/json": _schema(*kinds)}
-    for code in errors:
+    for code in sorted(errors):
         responses[str(code)] = {
             "description": _ERRORS[code],
             "content": {"application/json": _schema(ErrorReply)},

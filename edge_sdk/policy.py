@@ -173,7 +173,7 @@ def obstacle(
         return f"{state.free_mb:.0f} MB free, learning needs {memory:.0f}"
     most = max(config.max_cpu_load - 0.1, config.max_cpu_load / 2) if waiting else config.max_cpu_load
     own = 1 / state.cores if learning and not waiting else 0.0
-    if state.cpu_load is not None and state.cpu_load - own > most:
+    if config.max_cpu_load and state.cpu_load is not None and state.cpu_load - own > most:
         return f"load of {state.cpu_load - own:.2f}, learning {stops} at {most:.2f}"
     return _quiet(state.local_minute, config) or _used_up(_today(spent, now), config)
 

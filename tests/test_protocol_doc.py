@@ -12,9 +12,11 @@ import pytest
 import edge_sdk
 import edge_server
 from edge_sdk import messages
+from edge_sdk.config import LearnConfig
 from edge_sdk.gate import Verdict
 from edge_sdk.messages import Need, Topics, block_count, cohort, from_bitmap, to_bitmap
 from edge_sdk.reporter import _TOTALS
+from edge_sdk.transport import MemoryBroker, MemoryTransport
 from edge_server import rollout
 
 ROOT = Path(__file__).parents[1]
@@ -119,6 +121,8 @@ class Emits(ast.NodeVisitor):
     def names(self, node):
         if isinstance(node, ast.IfExp):
             return self.names(node.body) + self.names(node.orelse)
+        if isinstance(node, ast.Name):
+            return self.names(self.assigned(node))
         assert isinstance(node, ast.Constant), self.where(node)
         return [node.value]
 
@@ -130,17 +134,21 @@ class Emits(ast.NodeVisitor):
                 found |= self.keys(value) if key is None else {key.value}  # None: **value
             return found
         if isinstance(node, ast.Name):
-            assigned = [
-                n.value
-                for n in ast.walk(self.scopes[-1])
-                if isinstance(n, ast.Assign)
-                and n.lineno < node.lineno
-                and any(isinstance(target, ast.Name) and target.id == node.id for target in n.targets)
-            ]
-            assert assigned, self.where(node)
-            return self.keys(max(assigned, key=lambda value: value.lineno))
+            return self.keys(self.assigned(node))
         assert ast.unparse(node) == "msgspec.structs.asdict(verdict)", self.where(node)
         return set(Verdict.__struct_fields__)
+
+    def assigned(self, name):
+        """What was last assigned to a name before, in the same function."""
+        values = [
+            node.value
+            for node in ast.walk(self.scopes[-1])
+            if isinstance(node, ast.Assign)
+            and node.lineno < name.lineno
+            and any(isinstance(target, ast.Name) and target.id == name.id for target in node.targets)
+        ]
+        assert values, self.where(name)
+        return max(values, key=lambda value: value.lineno)
 
     def where(self, node):
         return f"{self.path.name}:{node.lineno}: cannot read {ast.unparse(node)}"
@@ -278,6 +286,39 @@ def test_kinds_of_envelope_and_reasons_of_state_are_documented():
         assert f'"{word}"' in section("Envelope")
     for word in ("birth", "stopped", "lost"):
         assert f'"{word}"' in section("State")
+
+
+@pytest.mark.torch
+def test_what_the_privacy_section_keeps_on_the_device_is_in_no_message(make_device, digits, clock):
+    broker = MemoryBroker()
+    ear = MemoryTransport(broker)
+    ear.connect()
+    ear.subscribe("#")
+    device = make_device(
+        transport=MemoryTransport(broker), holdout_share=0.5, learn=LearnConfig(executor="inline", new_labels="ask")
+    )
+    device.connect()
+    x, y = digits.life.x[:400], [str(label) for label in digits.life.y[:400]]
+    device.learn(x[:300], y[:300], source="the-operator", slice="the-yard")
+    device.accept_label("8")
+    device.learn_now()
+    for number, (sample, label) in enumerate(zip(x[300:], y[300:], strict=True)):
+        device.predict(sample, id=f"the-sample-{number}", slice="the-yard")
+        if number % 2:
+            device.observe(f"the-sample-{number}", label, source="the-operator")
+    device.step()
+    device.reward("the-sample-0", 1.0, source="the-clicks")
+    device.label_requests(5)
+    device.step()
+    clock.advance(2 * 86_400)
+    device.step()
+    device.stop()
+    payloads = [message.payload for message in ear.receive()]
+    told = b"".join(payloads)
+    events = {name for name in EVENTS if name.encode() in told}
+    assert {"learn_started", "promoted", "label_asked", "requests_expired"} <= events
+    for private in (b"the-yard", b"the-operator", b"the-clicks", b"the-sample", b"holdout"):
+        assert private not in told
 
 
 @pytest.mark.parametrize("name", ["envelope", "ack", "need"])

@@ -32,6 +32,7 @@ import contextlib
 import ctypes
 import gc
 import io
+import itertools
 import json
 import math
 import resource
@@ -73,16 +74,17 @@ GRID: dict[str, tuple[float, ...]] = {
     "epochs": (1, 4),
     "shrinkage": (1e-4, 1e-2),
 }
-KNOBS = {  # in the order of the search; batches of old and new images together never gained by frozen statistics
-    "naive": ("lr", "freeze_bn", "epochs"),
-    "ewc": ("lr", "ewc_lambda", "freeze_bn", "epochs"),
-    "ewc-online": ("lr", "ewc_lambda", "freeze_bn", "epochs"),
-    "slda": ("shrinkage",),
-    "replay": ("lr", "epochs"),
-    "ewc+replay": ("lr", "ewc_lambda", "epochs"),
-    "der++": ("lr", "alpha", "epochs"),
-    "er-ace": ("lr", "freeze_bn", "epochs"),
-    "gdumb": ("lr", "epochs"),
+# Searched one group after the other. Batches of old and new images together never gained by frozen normalisation.
+KNOBS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "naive": (("lr", "freeze_bn"), ("epochs",)),
+    "ewc": (("lr", "freeze_bn"), ("ewc_lambda",), ("epochs",)),
+    "ewc-online": (("lr", "freeze_bn"), ("ewc_lambda",), ("epochs",)),
+    "slda": (("shrinkage",),),
+    "replay": (("lr",), ("epochs",)),
+    "ewc+replay": (("lr",), ("ewc_lambda",), ("epochs",)),
+    "der++": (("lr",), ("alpha",), ("epochs",)),
+    "er-ace": (("lr", "freeze_bn"), ("epochs",)),
+    "gdumb": (("lr",), ("epochs",)),
 }
 WITHOUT_BUFFER = {"naive", "ewc", "ewc-online", "slda"}
 SIZES = {"class-incremental": (0, 50, 200, 500, 1500), "domain-drift": (0, 50, 500)}
@@ -330,11 +332,12 @@ def measure(job: Job, name: str, mem_size: int, params: Params, seed: int) -> di
     }
 
 
-def search(knobs: Sequence[str], score: Callable[[Params], float]) -> Params:
-    """The best parameters, one knob after the other; ties go to the value that stands first."""
-    params = {knob: GRID[knob][0] for knob in knobs}
-    for knob in knobs:
-        params = max(({**params, knob: value} for value in GRID[knob]), key=score)
+def search(groups: Sequence[Sequence[str]], score: Callable[[Params], float]) -> Params:
+    """The best parameters of each group, the later ones at their first values; ties go to what stands first."""
+    params = {knob: GRID[knob][0] for group in groups for knob in group}
+    for group in groups:
+        cells = itertools.product(*(GRID[knob] for knob in group))
+        params = max(({**params, **dict(zip(group, values, strict=True))} for values in cells), key=score)
     return params
 
 

@@ -184,6 +184,8 @@ class LearnResult(msgspec.Struct, frozen=True):
     """CPU time."""
     rows: int = 0
     """Fresh rows learned from, of those that the job has."""
+    note: str = ""
+    """What else a person should know of the run."""
     wrong: list[int] = []
     """Positions of fresh rows left out because their label contradicts what the others say."""
 

@@ -96,7 +96,7 @@ def consolidate(
     for key, value in weights.items():
         # what nothing depends on follows the latest weights
         share = np.divide(fisher[key], total[key], out=np.ones_like(value), where=total[key] > 0)
-        mean[key] = anchor[key] + share * (value - anchor[key])
+        mean[key] = (1 - share) * anchor[key] + share * value
     return Importance(mean, total)
 
 

@@ -12,7 +12,7 @@ Source:
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -22,13 +22,16 @@ from edge_sdk.head import Head, dequantize
 from edge_sdk.learn.base import Between, LearnJob, LearnResult, nothing_between
 from edge_sdk.learn.loss import loss_and_delta
 from edge_sdk.learn.moments import Moments
+from edge_sdk.learn.sgd import train_sgd
 from edge_sdk.learn.slda import ClosedForm, closed_form, with_last_layer
-from edge_sdk.types import AnyArray, DoubleArray, FloatArray
+from edge_sdk.types import AnyArray, DoubleArray, FloatArray, Task
 
-_BATCH = 64
+_BATCH = 128
 _HOLD_OUT = 5
 """Every fifth row of each group finds the temperature."""
 _MIN_HELD = 20
+_WORSE, _WORSE_BY = 1.5, 0.05
+"""A closed form that errs more than so many times the checkpoint's head, and so much, is none to start from."""
 _TEMPERATURES = np.geomspace(0.5, 16.0, 41)
 
 
@@ -58,6 +61,9 @@ def train_hybrid(job: LearnJob, *, between: Between = nothing_between) -> tuple[
     The rows are drawn so that all labels come equally often, and within a label fresh and replayed rows alike. How
     many steps are taken follows from the number of rows, so that a small buffer is not learned by heart.
 
+    Where the closed form cannot stand for what is known (fewer rows than features, or much worse than the checkpoint's
+    head on the replayed rows), the job is `train_sgd`'s; the result says so.
+
     Raises:
         EmptyBufferError: The job has no fresh rows that count.
         DivergedError: Loss or weights became non-finite.
@@ -67,34 +73,76 @@ def train_hybrid(job: LearnJob, *, between: Between = nothing_between) -> tuple[
     between()
     rng = np.random.default_rng(job.seed)
     fresh, old = (job.base.hidden(dequantize(rows.latents, job.latent)) for rows in (job.fresh, job.replay))
+    if unsuited := _unsuited(job, old):
+        head, result = train_sgd(job, between=between)
+        return head, msgspec.structs.replace(result, note=unsuited)
     x = np.concatenate([fresh, old])
     targets = np.concatenate([job.fresh.targets, job.replay.targets])
     weights = np.concatenate([job.fresh.weights, job.replay.weights])
     mass = np.concatenate([job.fresh_mass, np.zeros(len(old), np.float32)])
     groups = _groups(targets, len(fresh), job)
-    complete = _complete(targets[weights > 0], job)
+    refines = _complete(targets[weights > 0], job)
 
-    def train(rows: AnyArray) -> tuple[DoubleArray, DoubleArray, list[float]]:
-        known = job.moments + Moments.of(x[rows], targets[rows], mass[rows], job.moments.labels)
+    def start(rows: AnyArray, temperature: float) -> ClosedForm:
+        found = closed_form(job.moments + Moments.of(x[rows], targets[rows], mass[rows], job.moments.labels), job.task)
+        return replace(found, w=found.w / temperature, b=found.b / temperature)
+
+    def refined(begin: ClosedForm, rows: AnyArray) -> tuple[DoubleArray, DoubleArray, list[float]]:
         chance, size = _chance(groups[rows], weights[rows])
         signs = np.sign(weights[rows]).astype(np.float32)
-        problem = _Problem(x[rows], targets[rows], signs, chance, size if complete else 0.0)
-        return _refine(closed_form(known, job.task), problem, job, rng, between)
+        problem = _Problem(x[rows], targets[rows], signs, chance, size if refines else 0.0)
+        return _refine(begin, problem, job, rng, between)
 
-    temperature = 1.0
+    def held_out(w: DoubleArray, b: DoubleArray) -> tuple[float, float]:
+        return _temperature((x[judged] @ w + b).astype(np.float32), targets[judged], groups[judged], job)
+
+    before = after = 1.0
     held = _held_out(groups, rng)
-    if job.task != "regression" and int((held[: len(fresh)] & (weights[: len(fresh)] > 0)).sum()) >= _MIN_HELD:
-        trial_w, trial_b, _ = train(np.flatnonzero(~held))
-        judged = held & (weights > 0)
-        logits = (x[judged] @ trial_w + trial_b).astype(np.float32)
-        temperature = _temperature(logits, targets[judged], groups[judged], job)
-    found_w, found_b, losses = train(np.arange(len(x)))
-    return with_last_layer(job, found_w / temperature, found_b / temperature), LearnResult(
+    if int((held[: len(fresh)] & (weights[: len(fresh)] > 0)).sum()) >= _MIN_HELD:
+        rest, judged = np.flatnonzero(~held), held & (weights > 0)
+        trial = start(rest, 1.0)
+        before, plain = held_out(trial.w, trial.b)  # one that is too sure of itself has no gradient to learn by
+        after, better = held_out(*refined(start(rest, before), rest)[:2])
+        if better > plain and job.task != "classification":  # rows drawn by label are not learned by heart so soon
+            refines, after = False, 1.0
+    everything = np.arange(len(x))
+    w, b, losses = refined(start(everything, before), everything)
+    return with_last_layer(job, w / after, b / after), LearnResult(
         steps=len(losses),
         first_loss=losses[0] if losses else 0.0,
         last_loss=float(np.mean(losses[-8:])) if losses else 0.0,
         seconds=time.process_time() - started,
     )
+
+
+def _unsuited(job: LearnJob, features: FloatArray) -> str:
+    """Why the closed form cannot stand for what is known; "" if it can. features: of the replayed rows."""
+    width = features.shape[1]
+    if job.moments.rows < width:
+        return f"trained by sgd: moments of {job.moments.rows:.0f} rows say too little of {width} features"
+    kept = job.replay.weights > 0
+    if kept.sum() < _MIN_HELD:
+        return ""
+    x, targets = features[kept], job.replay.targets[kept]
+    found, last = closed_form(job.moments, job.task), job.base.depth - 1
+    own = _error(x @ found.w + found.b, targets, job.task)
+    base = _error(x @ job.base.weights[f"W{last}"] + job.base.weights[f"b{last}"], targets, job.task)
+    if own > _WORSE * base + _WORSE_BY:
+        return (
+            f"trained by sgd: the closed form errs by {own:.3f} on replayed rows, the checkpoint's head by {base:.3f}"
+        )
+    return ""
+
+
+def _error(outputs: AnyArray, targets: AnyArray, task: Task) -> float:
+    """Share of wrong labels, or mean squared error of a regression."""
+    match task:
+        case "classification":
+            return float((outputs.argmax(axis=1) != targets).mean())
+        case "multilabel":
+            return float(((outputs > 0) != (targets > 0.5)).mean())
+        case _:
+            return float(((outputs - targets) ** 2).mean())
 
 
 def _complete(targets: AnyArray, job: LearnJob) -> bool:
@@ -175,12 +223,16 @@ def _held_out(groups: AnyArray, rng: np.random.Generator) -> AnyArray:
     return held
 
 
-def _temperature(logits: FloatArray, targets: AnyArray, groups: AnyArray, job: LearnJob) -> float:
-    """What the logits must be divided by to be as sure as they are right, on rows they were not trained on."""
+def _temperature(logits: FloatArray, targets: AnyArray, groups: AnyArray, job: LearnJob) -> tuple[float, float]:
+    """What the logits must be divided by to be as sure as they are right, on rows they were not trained on.
+
+    Returns:
+        The temperature (1 for a regression), and the mean loss at it.
+    """
     plain = msgspec.structs.replace(job.config, label_smoothing=0.0) if job.config.label_smoothing else job.config
     chance, _ = _chance(groups, np.ones(len(groups), np.float32))
     weights = (chance * len(chance)).astype(np.float32)
-    losses = [
-        loss_and_delta(logits / np.float32(t), targets, weights, task=job.task, config=plain)[0] for t in _TEMPERATURES
-    ]
-    return float(_TEMPERATURES[int(np.argmin(losses))])
+    tried = np.ones(1) if job.task == "regression" else _TEMPERATURES
+    losses = [loss_and_delta(logits / np.float32(t), targets, weights, task=job.task, config=plain)[0] for t in tried]
+    best = int(np.argmin(losses))
+    return float(tried[best]), losses[best]

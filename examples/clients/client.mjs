@@ -41,28 +41,41 @@ export class EdgeClient {
     Object.assign(this, { retries, timeoutMs });
   }
 
-  /** Predict one sample: nested arrays, or an object of columns. `state`: of the prediction before. */
-  predict(x, { id, state } = {}) {
-    return this.#json("POST", "/predict", { x, id, state });
+  /**
+   * Predict one sample: nested arrays, or an object of columns. `state`: of the prediction before. `slice`: your name for
+   * the part of the world that it comes from.
+   */
+  predict(x, { id, state, slice } = {}) {
+    return this.#json("POST", "/predict", { x, id, state, slice });
   }
 
   /** Predict several samples, in one call. */
-  async predictBatch(rows) {
-    return (await this.#json("POST", "/predict", { rows })).predictions;
+  async predictBatch(rows, { slice } = {}) {
+    return (await this.#json("POST", "/predict", { rows, slice })).predictions;
   }
 
   /** Predict one sample given as its bytes: the fast way for images. `array`: a typed array; `shape`: its sizes. */
-  predictBytes(array, shape, { id } = {}) {
+  predictBytes(array, shape, { id, slice } = {}) {
     if (endianness() !== "LE") throw new Error("binary bodies are little-endian: use predict on this machine");
     const query = new URLSearchParams({ shape: shape.join(","), dtype: DTYPES.get(array.constructor) });
-    if (id !== undefined) query.set("id", id);
+    for (const [name, value] of Object.entries({ id, slice })) if (value !== undefined) query.set(name, value);
     const bytes = Buffer.from(array.buffer, array.byteOffset, array.byteLength);
     return this.#send("POST", `/predict?${query}`, bytes, "application/octet-stream");
   }
 
-  /** Tell the truth about a prediction. `durable`: resolve once it is on disk. */
-  observe(id, truth, { durable = false } = {}) {
-    return this.#json("POST", "/observe", { id, truth, durable });
+  /** Tell the truth about a prediction. `durable`: resolve once it is on disk. `source`: where the truth comes from. */
+  observe(id, truth, { durable = false, source } = {}) {
+    return this.#json("POST", "/observe", { id, truth, durable, source });
+  }
+
+  /** Say how right a prediction proved, 0 (wrong) to 1 (right), without knowing the truth. */
+  reward(id, value, { source } = {}) {
+    return this.#json("POST", "/reward", { id, value, source });
+  }
+
+  /** Ask which predictions to label: `{ id, predicted, uncertainty, expires }`, answered with `observe`. */
+  async labelRequests(count) {
+    return (await this.#json("POST", "/label-requests", { count })).requests;
   }
 
   status() {

@@ -1,5 +1,6 @@
 """The device's command line: what it says, and with which exit code."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -10,12 +11,16 @@ import threading
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 from click.testing import CliRunner
 
+from edge_sdk.adapt import AdaptState
 from edge_sdk.cli import main
 from edge_sdk.config import load_config
 from edge_sdk.errors import IntegrityError
+from edge_sdk.skew import Score, Skew
+from edge_sdk.store import Lineage, Store
 
 BUNDLE = {
     "schema": 1,
@@ -58,6 +63,27 @@ def used(make_device, digits, home):
     slots.promote(slots.write_head(slots.pointer.current.slot, slots.head(slots.pointer.current)))
     device.stop()
     return home
+
+
+@pytest.fixture
+def learned(make_device, digits, home):
+    """A stopped device that serves a head it learned, with samples of a label it does not know."""
+    device = make_device(home.name)
+    x, y = digits.life.x[:300], [str(label) for label in digits.life.y[:300]]
+    device.learn(x, y)  # 8 and 9 are new to it
+    device.learn_now()
+    device.step()
+    device.learn(x[:40], ["comma"] * 40)
+    device.predict(x[0], id="mine")
+    device.predict(x[1], id="other")
+    device.stop()
+    (home / "device.toml").write_text("[join]\nwindow_s = 1e9\n")  # its clock has stood still for long
+    return home
+
+
+def last_line(result):
+    assert result.exit_code == 0, result.output
+    return result.output.splitlines()[-1]
 
 
 # ---- enrolment
@@ -137,9 +163,23 @@ def test_a_missing_bundle_is_a_usage_error(tmp_path, home):
 # ---- looking
 
 
-@pytest.mark.parametrize("command", ["status", "history", "rollback", "reset"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "status",
+        "history",
+        "history --heads",
+        "skew",
+        "labels",
+        "labels --accept 8",
+        "forget a",
+        "forget --all --yes",
+        "rollback",
+        "reset",
+    ],
+)
 def test_a_home_without_a_device_is_a_usage_error(home, command):
-    result = edge(command, "--home", home)
+    result = edge(*command.split(), "--home", home)
     assert result.exit_code == 2
     assert "there is no device in" in result.output
     assert not home.exists()
@@ -150,6 +190,7 @@ def test_status_shows_the_device_for_people_and_for_programs(used):
     text = edge("status", "--home", used)
     assert text.exit_code == 0
     assert "predictions            1" in text.output
+    assert "labels                 0, 1, 2, 3, 4, 5, 6, 7\n" in text.output
     found = json.loads(edge("status", "--json", "--home", used).output)
     assert (found["device"], found["release"], found["head"]) == ("dev-1", 1, 1)
     assert found["counters"]["labelled"] == 1
@@ -166,10 +207,58 @@ def test_history_shows_what_happened(used):
 
 
 @pytest.mark.torch
+def test_the_making_of_each_head_is_shown(learned):
+    headers, line = edge("history", "--heads", "--home", learned).output.splitlines()
+    assert headers.split()[:9] == ["time", "release", "parent", "head", "outcome", "rows", "seed", "before", "after"]
+    assert line.split()[2:6] == ["1", "0", "1", "promoted"]
+    assert "on demand: better on " in line
+    (entry,) = map(json.loads, edge("history", "--heads", "--json", "--home", learned).output.splitlines())
+    assert (entry["release"], entry["parent"], entry["head"], entry["outcome"]) == (1, 0, 1, "promoted")
+    detail = entry["detail"]
+    assert detail["challenger"] > detail["champion"]
+    assert detail["config"]["learner"] == "hybrid"
+    assert {"trigger", "fresh", "seed", "evidence", "alpha", "cpu_s"} <= set(detail)
+
+
+@pytest.mark.torch
+def test_a_challenger_that_was_never_judged_has_no_scores(used):
+    with contextlib.closing(Store(used / "edge.db")) as store, store.transaction():
+        detail = {"reason": "stopped after 1 s", "trigger": "volume", "fresh": 70, "seed": 3, "cpu_s": 1.25}
+        store.record_lineage(Lineage(0.0, 1, 1, None, "learn_failed", detail))
+    line = last_line(edge("history", "--heads", "--home", used))
+    assert line.split()[:11] == ["1970-01-01", "00:00:00", "1", "1", "-", "learn_failed", "70", "3", "-", "-", "-"]
+    assert line.split()[11:] == ["1.2", "volume:", "stopped", "after", "1", "s"]
+
+
+@pytest.mark.torch
+def test_skew_is_shown_for_people_and_for_programs(learned):
+    headers, training, *_ = edge("skew", "--home", learned).output.splitlines()
+    assert headers.split() == ["rows", "right", "count", "95", "%", "interval"]
+    assert training.startswith("training ")
+    found = json.loads(edge("skew", "--json", "--home", learned).output)
+    assert [row["name"] for row in found["scores"]] == ["training", "judge"]
+    assert found["scores"][0]["rows"] >= 100
+
+
+@pytest.mark.torch
+def test_without_a_learned_head_there_is_no_skew_to_show(used):
+    assert "no score has 10 rows yet" in edge("skew", "--home", used).output
+    assert json.loads(edge("skew", "--json", "--home", used).output) == {"scores": [], "findings": []}
+
+
+@pytest.mark.torch
+def test_skew_says_in_words_what_is_wrong(used):
+    scores = Skew(training=Score(100, 100), judge=Score(60, 100))
+    with contextlib.closing(Store(used / "edge.db")) as store, store.transaction():
+        store.put("adaptation", msgspec.json.encode(AdaptState(skew=scores)))
+    assert last_line(edge("skew", "--home", used)).startswith("overfits: 1.000 right on rows it was trained on, 0.600")
+
+
+@pytest.mark.torch
 def test_privacy_lists_what_leaves_the_device(used, tmp_path):
     result = edge("privacy", "--home", used)
     assert result.exit_code == 0
-    assert "No input, latent or label leaves the device" in result.output
+    assert "No input, latent or single label leaves the device" in result.output
     assert "sent so far: 0 bytes" in result.output
     assert "sent so far" not in edge("privacy", "--home", tmp_path / "none").output
 
@@ -196,12 +285,53 @@ def test_reset_drops_the_learned_head(used):
 
 
 @pytest.mark.torch
+def test_a_new_label_waits_until_it_is_accepted_or_refused(learned):
+    count = int(last_line(edge("labels", "--home", learned)).removeprefix("comma  ").removesuffix(" samples"))
+    assert 20 <= count <= 40
+    assert f"new_labels             comma ({count})\n" in edge("status", "--home", learned).output
+    assert last_line(edge("labels", "--accept", "comma", "--home", learned)) == "comma may be learned"
+    assert last_line(edge("labels", "--home", learned)) == "no new label waits"
+    assert "comma is refused" in last_line(edge("labels", "--refuse", "comma", "--home", learned))
+    assert json.loads(edge("status", "--json", "--home", learned).output)["fresh_rows"] == 0
+    result = edge("labels", "--accept", "3", "--home", learned)
+    assert result.exit_code == 1
+    assert "'3' is one of the model's labels already" in result.output
+
+
+@pytest.mark.torch
+def test_predictions_are_forgotten_by_their_ids(learned):
+    assert last_line(edge("forget", "mine", "unknown", "--home", learned)) == "1 rows erased"
+    assert last_line(edge("forget", "mine", "--home", learned)) == "0 rows erased"
+    assert json.loads(edge("status", "--json", "--home", learned).output)["head"] == 1
+
+
+@pytest.mark.torch
+def test_everything_is_forgotten_only_by_who_means_it(learned):
+    refused = CliRunner().invoke(main, ["forget", "--all", "--home", str(learned)], input="n\n")
+    assert refused.exit_code == 1
+    found = json.loads(edge("status", "--json", "--home", learned).output)
+    assert (found["head"], found["replay_rows"] > 0) == (1, True)
+    assert last_line(edge("forget", "--all", "--yes", "--home", learned)) == "release 1, head 0 will serve"
+    found = json.loads(edge("status", "--json", "--home", learned).output)
+    assert [found[key] for key in ("head", "replay_rows", "fresh_rows", "judge_rows")] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("arguments", [(), ("a", "--all")])
+def test_what_to_forget_must_be_said_in_one_way(home, arguments):
+    result = edge("forget", *arguments, "--home", home)
+    assert result.exit_code == 2
+    assert "either ids of predictions or --all" in result.output
+
+
+@pytest.mark.torch
 def test_a_device_that_runs_is_looked_at_but_not_changed(make_device, home):
     make_device(home.name).step()
-    assert edge("history", "--home", home).exit_code == 0
-    result = edge("reset", "--home", home)
-    assert result.exit_code == 1
-    assert "in use by another process" in result.output
+    for command in ("history", "history --heads", "skew"):
+        assert edge(*command.split(), "--home", home).exit_code == 0
+    for command in ("reset", "rollback", "forget a", "forget --all --yes", "labels --accept 8", "labels --refuse 8"):
+        result = edge(*command.split(), "--home", home)
+        assert result.exit_code == 1
+        assert "in use by another process" in result.output
 
 
 @pytest.mark.torch

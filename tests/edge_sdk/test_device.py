@@ -234,10 +234,25 @@ def test_a_label_that_is_no_text_is_refused(make_device, digits, label):
         device.observe(device.predict(digits.life.x[0]).id, label)
 
 
-@pytest.mark.parametrize("id", ["", 7, None])
-def test_a_prediction_id_that_is_no_text_is_refused(make_device, id):  # noqa: A002
-    with pytest.raises(LabelError, match="a prediction id is a string"):
-        make_device().observe(id, "7")
+@pytest.mark.parametrize("id", ["", 7, b"a", ["a"], "\ud800"])
+def test_an_id_that_the_store_cannot_keep_is_refused_and_keeps_nothing_else_from_the_disk(make_device, digits, id):  # noqa: A002
+    device = make_device()
+    for call in (
+        lambda: device.predict(digits.life.x[0], id=id),
+        lambda: device.observe(id, "7"),
+        lambda: device.reward(id, 1.0),
+        lambda: device.forget([id]),
+    ):
+        with pytest.raises(LabelError, match="a prediction id is"):
+            call()
+    device.observe(device.predict(digits.life.x[0]).id, "3")
+    report = device.step()
+    assert (report.labelled, report.problem) == (1, "")
+
+
+def test_a_label_for_nothing_is_refused(make_device):
+    with pytest.raises(LabelError, match="a prediction id is"):
+        make_device().observe(None, "7")
 
 
 def test_an_id_of_the_app_is_its_own_until_its_label_has_come(make_device, digits):

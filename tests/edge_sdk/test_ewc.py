@@ -7,9 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk.errors import EmptyBufferError
-from edge_sdk.head import Head, softmax
-from edge_sdk.learn.ewc import backward, fisher_diagonal, grown_like, penalty, proximal_step
+from edge_sdk.errors import EmptyBufferError, IntegrityError
+from edge_sdk.files import load_npz, npz_bytes
+from edge_sdk.head import Head, layer_inputs, softmax
+from edge_sdk.learn.ewc import (
+    Importance,
+    backward,
+    consolidate,
+    fisher_diagonal,
+    grown_like,
+    penalty,
+    proximal_step,
+)
 
 
 def flatten(weights):
@@ -126,7 +135,8 @@ def test_backward_gives_the_gradient_of_the_loss(head, features):
     delta = softmax(head.logits(features))
     delta[np.arange(len(features)), targets] -= 1
     step = 1e-5
-    for i, (inputs, gradient) in enumerate(backward(head, features, delta)):
+    pairs = backward(head.weights, layer_inputs(head.weights, features), delta)
+    for i, (inputs, gradient) in enumerate(pairs):
         for index in [(0, 0), (2, 1)]:
             sides = []
             for sign in (1, -1):
@@ -160,6 +170,16 @@ def test_proximal_step_of_huge_strength_lands_on_the_anchor_where_weights_matter
     fisher["b0"] = np.zeros_like(fisher["b0"])
     start = moved(head.weights, rng, size=1.0)
     weights = proximal_step(start, head.weights, fisher, strength=1e9)
+    np.testing.assert_allclose(weights["W0"], head.weights["W0"], atol=1e-5)
+    np.testing.assert_array_equal(weights["b0"], start["b0"])
+
+
+@pytest.mark.parametrize("strength", [1e30, 1e300, np.inf])
+def test_a_strength_beyond_single_precision_is_still_a_step_to_the_anchor(head, rng, strength):
+    fisher = {key: np.full_like(value, 1e20) for key, value in head.weights.items()}
+    fisher["b0"] = np.zeros_like(fisher["b0"])
+    start = moved(head.weights, rng, size=1.0)
+    weights = proximal_step(start, head.weights, fisher, strength=strength)
     np.testing.assert_allclose(weights["W0"], head.weights["W0"], atol=1e-5)
     np.testing.assert_array_equal(weights["b0"], start["b0"])
 
@@ -204,6 +224,119 @@ def test_new_outputs_are_free_to_move(head, features, rng):
     after = proximal_step(weights, grown.weights, fisher, strength=1e6)
     last = f"W{head.depth - 1}"
     np.testing.assert_array_equal(after[last][:, -1], weights[last][:, -1])
+
+
+# ---- after an experience has been learned
+
+
+def importance_of(seed, widths=(3, 4, 2), *, sparse=False):
+    rng = np.random.default_rng(seed)
+    weights = make_head(rng, *widths).weights
+    fisher = {key: rng.exponential(size=value.shape).astype(np.float32) for key, value in weights.items()}
+    if sparse:
+        fisher = {key: value * (rng.random(value.shape) < 0.5) for key, value in fisher.items()}
+    return Importance(weights, fisher)
+
+
+def exact(weights, importance):
+    # in double precision: the constant would drown the difference
+    return penalty(
+        {key: value.astype(np.float64) for key, value in weights.items()},
+        {key: value.astype(np.float64) for key, value in importance.anchor.items()},
+        {key: value.astype(np.float64) for key, value in importance.fisher.items()},
+        ewc_lambda=3.0,
+    )
+
+
+@given(seed=st.integers(0, 2**32), experiences=st.integers(1, 4))
+def test_offline_consolidation_equals_the_sum_of_the_separate_penalties_up_to_a_constant(seed, experiences):
+    parts = [importance_of(seed + i, sparse=True) for i in range(experiences + 1)]
+    known = parts[0]
+    for part in parts[1:]:
+        known = consolidate(known, part.anchor, part.fisher, mode="offline", decay=0.5)
+    rng = np.random.default_rng(seed)
+    gaps = []
+    for _ in range(4):
+        weights = moved(parts[0].anchor, rng, size=2.0)
+        gaps.append(sum(exact(weights, part) for part in parts) - exact(weights, known))
+    assert np.ptp(gaps) < 1e-4 * (1 + max(gaps))
+    assert min(gaps) > -1e-4  # the constant: how far the anchors are apart
+
+
+def test_what_no_experience_depends_on_is_anchored_where_it_was_last():
+    known, new = importance_of(1), importance_of(2)
+    nothing = {key: np.zeros_like(value) for key, value in known.fisher.items()}
+    merged = consolidate(Importance(known.anchor, nothing), new.anchor, nothing, mode="offline", decay=1.0)
+    for key, value in new.anchor.items():
+        np.testing.assert_array_equal(merged.anchor[key], value)
+    tiny = {key: np.full_like(value, 1e-38) for key, value in known.fisher.items()}
+    merged = consolidate(Importance(known.anchor, tiny), new.anchor, tiny, mode="offline", decay=1.0)
+    for key, value in new.anchor.items():
+        np.testing.assert_allclose(merged.anchor[key], (value + known.anchor[key]) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_online_consolidation_with_decay_1_sums_the_fisher_information_around_the_latest_weights():
+    known, new, last = importance_of(1), importance_of(2), importance_of(3)
+    for part in (new, last):
+        known = consolidate(known, part.anchor, part.fisher, mode="online", decay=1.0)
+    for key, value in last.fisher.items():
+        np.testing.assert_allclose(known.fisher[key], importance_of(1).fisher[key] + new.fisher[key] + value, rtol=1e-6)
+        np.testing.assert_array_equal(known.anchor[key], last.anchor[key])
+
+
+def test_older_fisher_information_fades_online():
+    known, new = importance_of(1), importance_of(2)
+    found = consolidate(known, new.anchor, new.fisher, mode="online", decay=0.25)
+    for key, value in found.fisher.items():
+        np.testing.assert_allclose(value, 0.25 * known.fisher[key] + new.fisher[key], rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "offline", "online"])
+def test_consolidation_grows_with_the_head_and_changes_no_argument(mode):
+    known, new = importance_of(1), importance_of(2, widths=(3, 4, 5))
+    before = flatten(known.anchor), flatten(known.fisher), flatten(new.anchor), flatten(new.fisher)
+    found = consolidate(known, new.anchor, new.fisher, mode=mode, decay=0.5)
+    after = flatten(known.anchor), flatten(known.fisher), flatten(new.anchor), flatten(new.fisher)
+    for first, second in zip(before, after, strict=True):
+        np.testing.assert_array_equal(first, second)
+    for part in (found.anchor, found.fisher):
+        assert {key: (v.shape, v.dtype) for key, v in part.items()} == {
+            key: (v.shape, v.dtype) for key, v in new.anchor.items()
+        }
+    grown = found.fisher["W1"][:, 2:]
+    np.testing.assert_array_equal(grown, 0 if mode == "checkpoint" else new.fisher["W1"][:, 2:])
+    if mode == "checkpoint":
+        np.testing.assert_array_equal(found.anchor["W0"], known.anchor["W0"])
+
+
+def test_importance_survives_saving(tmp_path):
+    importance = importance_of(1)
+    path = tmp_path / "importance.npz"
+    path.write_bytes(importance.to_bytes())
+    for source in (path, path.read_bytes()):
+        loaded = Importance.load(source)
+        for name in ("anchor", "fisher"):
+            for key, value in getattr(importance, name).items():
+                np.testing.assert_array_equal(getattr(loaded, name)[key], value, strict=True)
+        assert loaded.to_bytes() == importance.to_bytes()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda arrays: arrays.pop("anchor.W0"),
+        lambda arrays: arrays.update({"W0": arrays["anchor.W0"]}),
+        lambda arrays: arrays.update({"fisher.W0": arrays["fisher.W0"][:-1]}),
+        lambda arrays: arrays.update({"fisher.W0": -arrays["fisher.W0"]}),
+        lambda arrays: arrays.update({"anchor.b0": arrays["anchor.b0"] * np.nan}),
+        lambda arrays: arrays.update({"anchor.b0": np.array(["a", "b", "c", "d"])}),
+    ],
+)
+def test_damaged_importance_is_refused(damage):
+    arrays = load_npz(importance_of(1).to_bytes())
+    damage(arrays)
+    with pytest.raises(IntegrityError):
+        Importance.load(npz_bytes(arrays))
 
 
 # ---- other tasks than classification

@@ -7,7 +7,7 @@ import pytest
 
 from edge_sdk.errors import IncompatibleError, IntegrityError
 from edge_sdk.files import npz_bytes
-from edge_sdk.head import Head, dequantize, softmax
+from edge_sdk.head import Head, dequantize, layer_inputs, logits, sigmoid, softmax
 from edge_sdk.manifest import LatentSpec
 
 
@@ -48,6 +48,39 @@ def test_logits_of_a_linear_head_and_of_one_with_hidden_layers(rng):
     np.testing.assert_allclose(deep.logits(x), expected, rtol=1e-5)
     np.testing.assert_array_equal(deep.predict(x), expected.argmax(axis=1))
     assert (deep.depth, deep.latent_dim, deep.logits(x).dtype) == (2, 4, np.float32)
+
+
+@pytest.mark.parametrize("widths", [(4, 3), (4, 6, 3), (4, 6, 5, 3)], ids=str)
+def test_the_last_layer_can_be_seen_apart_from_those_before_it(rng, widths):
+    head, x = make_head(rng, *widths), rng.normal(size=(7, 4)).astype(np.float32)
+    inputs = layer_inputs(head.weights, x)
+    assert [given.shape for given in inputs] == [(7, width) for width in widths[:-1]]
+    np.testing.assert_array_equal(inputs[0], x)
+    assert all((given >= 0).all() for given in inputs[1:])
+    np.testing.assert_array_equal(head.hidden(x), inputs[-1])
+    np.testing.assert_array_equal(logits(head.weights, head.hidden(x)), head.logits(x))
+
+
+@pytest.mark.parametrize("widths", [(4, 3), (4, 6, 3)], ids=str)
+def test_a_head_with_another_last_layer_keeps_the_others_and_leaves_the_old_one_as_it_was(rng, widths):
+    head, x = make_head(rng, *widths), rng.normal(size=(7, 4)).astype(np.float32)
+    before = {key: value.copy() for key, value in head.weights.items()}
+    w, b = rng.normal(size=(widths[-2], 3)).astype(np.float32), rng.normal(size=3).astype(np.float32)
+    other = head.with_last(w, b)
+    np.testing.assert_array_equal(other.hidden(x), head.hidden(x))
+    np.testing.assert_array_equal(other.logits(x), head.hidden(x) @ w + b)
+    assert other.labels == head.labels
+    for key, value in before.items():
+        np.testing.assert_array_equal(head.weights[key], value)
+    with pytest.raises(IntegrityError, match=r"shapes do not fit|one output for each"):
+        head.with_last(w[:, :-1], b)
+
+
+def test_sigmoid_neither_overflows_nor_leaves_its_range():
+    p = sigmoid(np.array([[-1e30, -20.0, 0.0, 20.0, 1e30]], np.float32))
+    np.testing.assert_allclose(p, [[0, 0, 0.5, 1, 1]], atol=1e-6)
+    assert p.dtype == np.float32
+    assert ((p >= 0) & (p <= 1)).all()
 
 
 @pytest.mark.parametrize("widths", [(4, 3), (4, 6, 3)])

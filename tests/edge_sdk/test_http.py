@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from edge_sdk import http
+from edge_sdk.ask import LabelRequest
 from edge_sdk.cli import main
 from edge_sdk.errors import (
     ConfigError,
@@ -30,10 +31,13 @@ from edge_sdk.errors import (
 )
 from edge_sdk.openapi import Health, PredictReply, document
 from edge_sdk.reporter import Counters
+from edge_sdk.skew import Score, Skew
 from edge_sdk.status import Status
+from edge_sdk.store import Lineage
 from edge_sdk.types import Prediction
 
 EMPTY = np.empty(0, np.float32)
+POSTED = ("/predict", "/observe", "/reward", "/label-requests", "/labels", "/learn-now", "/forget")
 DEADLINE_S = 30
 
 
@@ -51,32 +55,71 @@ class FakeDevice:
     def __init__(self, answer=None, error=None, gate=None):
         self.ready, self.answer, self.error, self.gate = True, answer or prediction(), error, gate
         self.asked, self.observed, self.durable = [], [], []
+        self.slices, self.sources, self.calls = [], [], []
         self.entered = threading.Semaphore(0)
 
-    def predict(self, x, *, id=None, state=None):  # noqa: A002
+    def predict(self, x, *, id=None, state=None, slice=""):  # noqa: A002
         self.asked.append((x, id, state))
+        self.slices.append(slice)
         self._wait()
         return self.answer
 
-    def predict_batch(self, x):
+    def predict_batch(self, x, *, slice=""):  # noqa: A002
         self.asked.append(x)
+        self.slices.append(slice)
         self._wait()
         return [self.answer for _ in x]
 
-    def observe(self, name, truth, /, *, durable=False):
+    def observe(self, name, truth, /, *, source="", durable=False):
         if durable:
             self._wait()
         if self.error is not None:
             raise self.error
         self.observed.append((name, truth))
         self.durable.append(durable)
+        self.sources.append(source)
+
+    def reward(self, name, value, /, *, source=""):
+        self._note("reward", name, value, source)
+
+    def label_requests(self, count, /):
+        self._note("label_requests", count)
+        return [LabelRequest("p-7", "cat", 0.75, 1_767_312_000.0)]
+
+    def accept_label(self, label, /):
+        self._note("accept_label", label)
+
+    def refuse_label(self, label, /):
+        self._note("refuse_label", label)
+
+    def learn_now(self):
+        self._note("learn_now")
+
+    def forget(self, ids, /):
+        self._note("forget", ids)
+        return 2
+
+    def forget_all(self):
+        self._note("forget_all")
+
+    def skew(self):
+        return Skew(training=Score(100, 100), judge=Score(60, 100), live=Score(5, 9))
+
+    def lineage(self, *, limit):
+        self._note("lineage", limit)
+        return [Lineage(5.0, 3, 1, 2, "promoted", {"seed": 7, "config": {"learner": "hybrid"}})]
+
+    def _note(self, *call):
+        if self.error is not None:
+            raise self.error
+        self.calls.append(call)
 
     def status(self):
         return Status(
             device="pump-1", mode="adapt", ready=True, release=3, head=2, labels=["cat"], variant="int8",
             variant_reason="", phase="idle", waits="", release_on_probation=False, alarms=[], warnings=[],
-            accuracy=None, fresh_rows=0, replay_rows=0, judge_rows=0, connected=False, outbox_rows=0, fetching=None,
-            problem="", counters=Counters(),
+            accuracy=None, fresh_rows=0, replay_rows=0, judge_rows=0, asked=0, new_labels={}, connected=False,
+            outbox_rows=0, fetching=None, problem="", counters=Counters(),
         )  # fmt: skip
 
     def _wait(self):
@@ -158,7 +201,7 @@ def test_a_row_of_columns_goes_to_the_device_as_it_came(predict, device):
 
 def test_rows_give_predictions_in_their_order(ask, device):
     answers = iter([prediction(id="a"), prediction(id="b")])
-    device.predict_batch = lambda rows: [next(answers) for _ in rows]
+    device.predict_batch = lambda rows, **_: [next(answers) for _ in rows]
     response = ask("POST", "/predict", json={"rows": [[1], [2]]})
     assert [one["id"] for one in response.json()["predictions"]] == ["a", "b"]
 
@@ -203,6 +246,18 @@ def test_a_ragged_state_is_a_shape_error(predict):
     assert refused(predict({"x": [1], "state": {"h": [[1], [2, 3]]}})) == (422, "ShapeError")
 
 
+def test_a_slice_goes_in_and_a_holdout_comes_out(predict, ask, device):
+    device.answer = prediction(holdout=True)
+    assert predict({"x": [1], "slice": "north"}).json()["holdout"] is True
+    predict({"rows": [[1]], "slice": "south"})
+    binary = {"content": bytes(4), "headers": {"content-type": "application/octet-stream"}}
+    for batch in ("false", "true"):
+        assert ask("POST", f"/predict?shape=1&slice=east&batch={batch}", **binary).status_code == 200
+    assert device.slices == ["north", "south", "east", "east"]
+    device.answer = prediction()
+    assert "holdout" not in predict({"x": [1]}).json()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "uint8", "int32", "int64"])
 def test_a_binary_body_is_the_array_itself(ask, device, dtype):
     x = np.arange(6).reshape(1, 2, 3).astype(dtype)
@@ -230,6 +285,7 @@ def test_a_binary_body_is_the_array_itself(ask, device, dtype):
         ("shape=2&batch=1", "true or false"),
         ("shape=2&batch=true&id=a", "id goes with one sample"),
         ("shape=2&id=", "1 to 128 characters"),
+        ("shape=2&slice=" + "s" * 65, "at most 64 characters"),
         ("shape=2&shpe=2", "unknown parameter 'shpe'"),
     ],
 )
@@ -267,6 +323,12 @@ def test_a_durable_label_is_answered_once_it_is_on_disk(ask, device):
     assert device.durable == [True]
 
 
+def test_a_truth_may_name_its_source(ask, device):
+    for durable in (False, True):
+        ask("POST", "/observe", json={"id": "p-1", "label": "dog", "source": "operator", "durable": durable})
+    assert device.sources == ["operator", "operator"]
+
+
 def test_status_is_the_devices_own(ask, device):
     assert msgspec.json.decode(ask("GET", "/status").content, type=Status) == device.status()
 
@@ -274,11 +336,119 @@ def test_status_is_the_devices_own(ask, device):
 def test_health_follows_the_device(ask, device):
     assert msgspec.json.decode(ask("GET", "/healthz").content, type=Health) == Health(ready=True)
     device.ready = False
-    for method, path in (("GET", "/healthz"), ("POST", "/predict"), ("POST", "/observe")):
+    for method, path in (("GET", "/healthz"), *(("POST", path) for path in POSTED)):
         response = ask(method, path)
         assert refused(response) == (503, "NotReadyError")
         assert response.headers["retry-after"] == "1"
     assert ask("GET", "/status").status_code == 200
+
+
+# ---- learning
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "call"),
+    [
+        ("/reward", {"id": "p-1", "value": 0.25}, 202, ("reward", "p-1", 0.25, "")),
+        ("/reward", {"id": "p-1", "value": 1, "source": "clicks"}, 202, ("reward", "p-1", 1.0, "clicks")),
+        ("/labels", {"label": "8", "accept": True}, 204, ("accept_label", "8")),
+        ("/labels", {"label": "8", "accept": False}, 204, ("refuse_label", "8")),
+        ("/learn-now", {}, 202, ("learn_now",)),
+        ("/forget", {"all": True}, 204, ("forget_all",)),
+    ],
+)
+def test_what_is_told_reaches_the_device(ask, device, path, body, status, call):
+    response = ask("POST", path, json=body)
+    assert (response.status_code, response.content) == (status, b"")
+    assert device.calls == [call]
+
+
+def test_what_is_asked_is_answered(ask, device):
+    asked = ask("POST", "/label-requests", json={"count": 3})
+    assert asked.json() == {
+        "requests": [{"id": "p-7", "predicted": "cat", "uncertainty": 0.75, "expires": 1_767_312_000.0}]
+    }
+    assert ask("POST", "/forget", json={"ids": ["p-1", "p-2"]}).json() == {"rows": 2}
+    assert ask("GET", "/lineage?limit=500").json() == {
+        "lineage": [
+            {"time": 5.0, "release": 3, "parent": 1, "head": 2, "outcome": "promoted",
+             "detail": {"seed": 7, "config": {"learner": "hybrid"}}}
+        ]
+    }  # fmt: skip
+    ask("GET", "/lineage")
+    assert device.calls == [("label_requests", 3), ("forget", ["p-1", "p-2"]), ("lineage", 500), ("lineage", 100)]
+
+
+def test_skew_is_told_in_numbers_and_in_words(ask):
+    told = ask("GET", "/skew").json()
+    assert [(row["name"], row["score"], row["rows"]) for row in told["scores"]] == [
+        ("training", 1.0, 100),
+        ("judge", 0.6, 100),
+    ]
+    assert all(row["low"] < row["score"] < row["high"] or row["score"] == 1 for row in told["scores"])
+    assert [line.partition(":")[0] for line in told["findings"]] == ["overfits"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/reward", {"id": "p-1"}),
+        ("/reward", {"id": "p-1", "value": 1.5}),
+        ("/reward", {"id": "p-1", "value": -0.1}),
+        ("/reward", {"id": "", "value": 1}),
+        ("/label-requests", {"count": 0}),
+        ("/label-requests", {}),
+        ("/labels", {"label": "8"}),
+        ("/labels", {"label": "", "accept": True}),
+        ("/learn-now", {"now": True}),
+        ("/learn-now", []),
+        ("/forget", {}),
+        ("/forget", {"ids": []}),
+        ("/forget", {"ids": ["a"], "all": True}),
+        ("/forget", {"ids": "a"}),
+        ("/forget", {"all": False}),
+    ],
+)
+def test_a_malformed_request_is_refused_before_the_device(ask, device, path, body):
+    assert refused(ask("POST", path, json=body)) == (400, "MalformedError")
+    assert device.calls == []
+
+
+@pytest.mark.parametrize("limit", ["0", "501", "x", "1.5", "-1", "9" * 5_000, "\u00b2", ""])
+def test_a_limit_that_is_none_is_refused(ask, device, limit):
+    assert refused(ask("GET", "/lineage", params={"limit": limit})) == (400, "MalformedError")
+    assert device.calls == []
+
+
+@pytest.mark.torch
+def test_a_device_learns_asks_and_forgets_over_http(make_device, digits):
+    """The whole way, on a real device: feedback in, a head learned, its making told, and all of it erased."""
+    device = make_device()
+    device.learn(digits.life.x[:300], [str(label) for label in digits.life.y[:300]])
+    x = digits.life.x[300:316].tolist()
+
+    async def run():
+        async with client_of(http.create_app(device)) as client:
+            post, get = client.post, client.get
+            rows = {"rows": x, "slice": "north"}
+            first, second, third, *_ = (await post("/predict", json=rows)).json()["predictions"]
+            await post("/observe", json={"id": first["id"], "label": "3", "source": "operator", "durable": True})
+            assert (await post("/reward", json={"id": second["id"], "value": 0.0})).status_code == 202
+            assert (await post("/learn-now", json={})).status_code == 202
+            await asyncio.to_thread(device.step)
+            asked = (await post("/label-requests", json={"count": 2})).json()["requests"]
+            assert len({request["id"] for request in asked} - {first["id"], second["id"]}) == 2
+            (made,) = (await get("/lineage")).json()["lineage"]
+            assert (made["outcome"], made["head"]) == ("promoted", 1)
+            assert made["detail"]["config"]["learner"] == "hybrid"
+            assert (await get("/skew")).json()["scores"][0]["name"] == "training"
+            assert refused(await post("/labels", json={"label": "3", "accept": True})) == (422, "LabelError")
+            assert (await post("/forget", json={"ids": [third["id"], "unknown"]})).json() == {"rows": 1}
+            assert (await post("/forget", json={"all": True})).status_code == 204
+            assert (await get("/status")).json()["head"] == 0
+
+    asyncio.run(run())
+    assert device.status().replay_rows == device.status().fresh_rows == 0
 
 
 # ---- errors
@@ -306,6 +476,12 @@ def test_an_error_of_the_device_keeps_its_type_and_message(ask, device, error, s
         ("/predict", {"rows": [[1]]}),
         ("/observe", {"id": "p-1", "label": "dog"}),
         ("/observe", {"id": "p-1", "label": "dog", "durable": True}),
+        ("/reward", {"id": "p-1", "value": 1}),
+        ("/label-requests", {"count": 1}),
+        ("/labels", {"label": "8", "accept": True}),
+        ("/learn-now", {}),
+        ("/forget", {"ids": ["a"]}),
+        ("/forget", {"all": True}),
     ):
         response = ask("POST", path, json=body)
         assert refused(response) == (status, type(error).__name__)
@@ -334,6 +510,7 @@ def test_a_bug_is_told_without_its_details(predict, device):
         b'{"x": [1], "id": ""}',
         b'{"x": [1], "id": "%s"}' % (b"i" * 129),
         b'{"x": [1], "idd": "a"}',
+        b'{"x": [1], "slice": "%s"}' % (b"s" * 65),
         b'{"x": [1], "rows": [[1]]}',
         b'{"rows": [[1]], "id": "a"}',
         b'{"rows": [[1]], "state": {}}',
@@ -360,6 +537,7 @@ def test_a_malformed_prediction_is_refused_before_the_device(ask, device, body):
         {"id": "a", "truth": None},
         {"id": "a", "truth": {"x": 1}},
         {"id": "a", "label": "dog", "durable": 1},
+        {"id": "a", "label": "dog", "source": "s" * 65},
     ],
 )
 def test_a_malformed_label_is_refused_before_the_device(ask, device, body):
@@ -372,7 +550,7 @@ def test_other_paths_methods_and_content_types_are_refused(ask):
     response = ask("GET", "/predict")
     assert refused(response) == (405, "MethodNotAllowedError")
     assert response.headers["allow"] == "POST"
-    for path in ("/predict", "/observe"):
+    for path in POSTED:
         for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
             assert refused(ask("POST", path, content=b"{}", headers={"content-type": kind})) == (
                 415,
@@ -498,10 +676,10 @@ def test_labels_and_predictions_do_not_wait_for_each_other(gate):
     device = FakeDevice()
     waits = device.observe
 
-    def observe(name, truth, /, *, durable=False):
+    def observe(name, truth, /, *, source, durable=False):
         if durable:
             assert gate.wait(DEADLINE_S)
-        waits(name, truth, durable=durable)
+        waits(name, truth, source=source, durable=durable)
 
     device.observe = observe
 

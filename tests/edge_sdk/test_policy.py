@@ -22,7 +22,7 @@ CONFIG = PolicyConfig(
 )
 CALM = Signals(alarms=(), fresh_rows=50, accuracy=0.9, calibration=0.05, since_last_s=500.0, demand="")
 ALARMED = replace(CALM, alarms=("output",))
-LIMITS = ResourceConfig()
+LIMITS = ResourceConfig(max_cpu_load=0.9)
 NOON = 20_000 * DAY_S + DAY_S / 2
 
 

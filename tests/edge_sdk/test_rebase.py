@@ -34,32 +34,37 @@ def named(head, features):
     return [head.labels[i] for i in head.predict(features)]
 
 
+def right_on(features, truths):
+    """Whether a head is right on each row."""
+    return lambda head: np.array([a == b for a, b in zip(named(head, features), truths, strict=True)], dtype=np.bool_)
+
+
 def test_without_judge_rows_the_personal_head_is_kept():
     shipped, personal = make_head("abc", seed=1), make_head("abc", seed=2)
-    rebase = choose_head(shipped, personal, np.zeros((0, 6), np.float32), [])
+    rebase = choose_head(shipped, personal, right_on(np.zeros((0, 6), np.float32), []))
     assert rebase.head.to_bytes() == personal.to_bytes()
     assert rebase.reason == "kept: there are no judge rows to compare on"
 
 
 def test_the_better_head_on_the_judge_rows_is_taken_with_the_numbers_told(features):
     shipped, personal = make_head("abc", seed=1), make_head("abc", seed=2)
-    kept = choose_head(shipped, personal, features, named(personal, features))
+    kept = choose_head(shipped, personal, right_on(features, named(personal, features)))
     assert kept.head.to_bytes() == personal.to_bytes()
     assert kept.reason.startswith("kept: personal head 1.000, shipped head 0.")
     assert kept.reason.endswith(" on 50 rows")
-    dropped = choose_head(shipped, personal, features, named(shipped, features))
+    dropped = choose_head(shipped, personal, right_on(features, named(shipped, features)))
     assert dropped.head is None
     assert dropped.reason.startswith("dropped: personal head 0.")
 
 
 def test_a_tie_keeps_what_was_learned(features):
     personal = make_head("abc", seed=2)
-    assert choose_head(make_head("abc", seed=2), personal, features, ["c"] * 50).head is not None
+    assert choose_head(make_head("abc", seed=2), personal, right_on(features, ["c"] * 50)).head is not None
 
 
 def test_labels_that_a_head_does_not_know_count_against_it(features):
     shipped, personal = make_head("ab", seed=1), make_head("abn", seed=2)
-    rebase = choose_head(shipped, personal, features, ["n"] * 50)
+    rebase = choose_head(shipped, personal, right_on(features, ["n"] * 50))
     assert rebase.head is not None
     assert "shipped head 0.000" in rebase.reason
 

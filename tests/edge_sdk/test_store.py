@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edge_sdk.errors import DiskFullError, StoreError
-from edge_sdk.store import LoggedRow, OutboxRow, Store, stack
+from edge_sdk.store import LoggedRow, NewSample, OutboxRow, Store, stack
 
 TRUNK = "trunk"
 
@@ -308,9 +308,9 @@ def test_the_oldest_predictions_are_dropped_beyond_the_bound_in_bytes(store):
 # ---- labelled samples
 
 
-def sample(store, label="1", role="fresh", *, time=1.0, trunk=TRUNK):
+def sample(store, label="1", role="fresh", *, time=1.0, trunk=TRUNK, **rest):
     with store.transaction():
-        store.add_sample(time=time, latent=label.encode() * 4, label=label, role=role, trunk=trunk)
+        store.add_samples([NewSample(time, label.encode() * 4, label, role, trunk, **rest)])
 
 
 def labels(store, role, trunk=TRUNK):
