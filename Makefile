@@ -3,6 +3,7 @@
 # make check  lint, types and import contracts alone
 PYTHON ?= python3.11
 VENV := .venv
+PEERS := .venv-avalanche
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INPUTS := pyproject.toml constraints.txt
@@ -10,7 +11,7 @@ INPUTS := pyproject.toml constraints.txt
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test check format tools bench-predict clean
+.PHONY: demo test check format tools bench-predict bench-forgetting bench-peers clean
 
 demo: $(VENV)/.demo
 	PYTHONPATH=examples $(BIN)/python -m demo.run
@@ -55,5 +56,19 @@ $(VENV)/.dev: $(VENV)/.demo
 bench-predict: $(VENV)/.dev
 	PYTHONPATH=examples:benchmarks $(BIN)/python benchmarks/predict.py
 
+# What learning forgets, and what it costs, written to benchmarks/forgetting.*; about half an hour on one core.
+bench-forgetting: $(VENV)/.dev
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/forgetting.py
+
+# The same for Avalanche, in an environment of its own (1.4 GB); an hour or more. Finished runs are kept in build/.
+bench-peers: $(VENV)/.dev $(PEERS)/.done
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/forgetting.py --only peers cost --peers $(PEERS)/bin/python
+
+$(PEERS)/.done: benchmarks/peers/avalanche-requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install --quiet torch==2.13.0
+	$(PEERS)/bin/pip install --quiet --no-deps -r $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	rm -rf $(VENV) $(PEERS) build demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist

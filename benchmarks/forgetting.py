@@ -61,6 +61,7 @@ STREAMS: dict[str, tuple[str, ...]] = {
     "rotations": ("rot10", "rot20", "rot30", "rot40", "rot50"),
 }
 """What comes after the factory's data: classes 6, 7, 8, 9 one at a time, or drifts of all classes."""
+PEER_RUNS = Path("peers") / "runs.jsonl"
 PARTS = ("incremental", "drift", "sweep", "cost", "peers")
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 Params = dict[str, Any]
@@ -98,7 +99,10 @@ class Method:
         Numbers of moments, Fisher information and anchor have 4 bytes. The moments of the factory and of the device are
         one sum, unless the device's fade.
         """
-        size, config = rows * (LATENT + 1), self.config(params)
+        size = rows * (LATENT + 1)
+        if self.learner == "joint":
+            return 0
+        config = self.config(params)
         if config.learner in ("slda", "hybrid") and not self.stateless:
             size += MOMENT_BYTES * (1 if config.decay == 1 else 2)
         if config.learner == "sgd" and config.ewc_lambda:
@@ -493,6 +497,8 @@ class Bench:
         if method.on_device or not method.grid:
             return {}
         best = {knob: values[0] for knob, values in method.grid.items()}
+        if self.quick:
+            return best
         for knob, values in method.grid.items():
             best = max(({**best, knob: value} for value in values), key=score)
         return best
@@ -502,7 +508,10 @@ class Bench:
         lines = []
         for name, rows in dict.fromkeys(cells(stream, quick=self.quick)):
             params = self.tuned(stream, name, rows)
-            lines += [self.line("run", stream, name, rows, seed, params) for seed in self.seeds]
+            where = (stream, self.seeds[0], self.source, self.cache)
+            kept = rows + sum(len(part.y) for part in open_stream(*where).experiences) * METHODS[name].stateless
+            size = {"bytes": METHODS[name].state_bytes(kept, params)}
+            lines += [self.line("run", stream, name, rows, seed, params) | size for seed in self.seeds]
             accuracy = np.mean([line["accuracy"] for line in lines[-len(self.seeds) :]])
             print(f"{stream:18} {name:28} {rows:6} {accuracy:.4f}  {params}", flush=True)
         return lines
@@ -546,22 +555,51 @@ def peer_job(name: str, seed: int, source: Source, cache: Path) -> Path:
     return path
 
 
-def peers(bench: Bench, interpreter: str) -> list[Line]:
+def run_peers(bench: Bench, interpreter: str) -> None:
     """Avalanche on the class-incremental stream and on one drift; it tunes on the first seed's validation rows."""
-    out = bench.cache / "peers" / "runs.jsonl"
     options = ["--strategies", "naive", "replay", "--sizes", "0", "50"] if bench.quick else []
     for seed, name in itertools.product(bench.seeds, ("class-incremental", "rot30")):
         job = peer_job(name, seed, bench.source, bench.cache)
-        command = [interpreter, str(PEER), "--job", str(job), "--out", str(out), "--seeds", str(seed), *options]
-        subprocess.run(command, check=True, env={**os.environ, **ONE_THREAD})
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
+        command = [
+            interpreter,
+            str(PEER),
+            "--job",
+            str(job),
+            "--out",
+            str(bench.cache / PEER_RUNS),
+            "--seeds",
+            str(seed),
+        ]
+        subprocess.run([*command, *options], check=True, env={**os.environ, **ONE_THREAD})
+
+
+def peer_lines(bench: Bench) -> list[Line]:
+    """Avalanche's runs that are known; some may be missing while another process measures them."""
+    path = bench.cache / PEER_RUNS
+    lines = map(json.loads, path.read_text().splitlines() if path.exists() else ())
     return [line for line in lines if line["kind"] == "run" and line["seed"] in bench.seeds]
+
+
+def peer_cost(bench: Bench, interpreter: str) -> Line:
+    """Avalanche's replay once more, beside our own costs, with what it was tuned to before."""
+    folder, seed = bench.cache / "peers", bench.seeds[0]
+    tuned = [line for line in (bench.cache / PEER_RUNS).read_text().splitlines() if json.loads(line)["kind"] == "trial"]
+    out = folder / "cost.jsonl"
+    out.write_text("\n".join([*tuned, ""]))
+    job = peer_job("class-incremental", seed, bench.source, bench.cache)
+    size = 50 if bench.quick else 500
+    command = [interpreter, str(PEER), "--job", str(job), "--out", str(out), "--seeds", str(seed),
+               "--strategies", "replay", "--sizes", str(size)]  # fmt: skip
+    subprocess.run(command, check=True, env={**os.environ, **ONE_THREAD})
+    line = json.loads(out.read_text().splitlines()[-1])
+    kept = ("strategy", "mem_size", "params", "ms_per_step", "peak_rss_mb")
+    return {"ms_per_sample": 1e3 * line["cpu_s_per_sample"], **{name: line[name] for name in kept}}
 
 
 # ---- costs
 
 
-def cost(bench: Bench) -> Line:
+def cost(bench: Bench, interpreter: str) -> Line:
     """CPU time and memory, of the class-incremental stream of the first seed."""
     where = ("class-incremental", bench.seeds[0], bench.source, bench.cache)
     stream, repeats = open_stream(*where), 3 if bench.quick else 15
@@ -584,6 +622,7 @@ def cost(bench: Bench) -> Line:
     trunk.latents(images[:1])
     encode = [cpu_s(lambda: [trunk.latents(images[i : i + 1]) for i in range(len(images))]) for _ in range(repeats)]
     return {
+        **({"avalanche": peer_cost(bench, interpreter)} if interpreter else {}),
         "learners": learners,
         "encode_ms": 1e3 * float(np.median(encode)) / len(images),
         "head_step_ms": head_step(),
@@ -613,6 +652,13 @@ def head_step() -> float:
     return float(np.median([1e3 * result.seconds / result.steps for result in results]))
 
 
+LAUNCHER = """import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss)"""
+"""A child's peak RSS starts at that of the process that started it, so that one must be small."""
+
+
 def worker(stream: Stream, buffers: Sequence[Labelled], method: Method, params: Params, cache: Path) -> Line:
     """The last experience's job in the learner's own process: all its CPU time, from start to end, and its peak RSS."""
     folder, last = cache / "job", len(buffers)
@@ -620,16 +666,12 @@ def worker(stream: Stream, buffers: Sequence[Labelled], method: Method, params: 
     device = Moments.none(stream.labels(last), LATENT)
     job = next_job(first_job(stream, method.config(params)), stream, last, device, buffers[-1])
     job.save(folder)
-    child = subprocess.Popen(
-        [sys.executable, "-m", "edge_sdk.learn.worker", str(folder)], env={**os.environ, **ONE_THREAD}
-    )
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    result = json.loads((folder / RESULT_JSON).read_text())
-    if child.returncode or result["error"]:
+    command = [sys.executable, "-c", LAUNCHER, sys.executable, "-m", "edge_sdk.learn.worker", str(folder)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **ONE_THREAD})
+    result, (process_s, peak_kb) = json.loads((folder / RESULT_JSON).read_text()), map(float, done.stdout.split())
+    if result["error"]:
         raise RuntimeError(f"the learner failed: {result['error']}")
-    process_s = usage.ru_utime + usage.ru_stime
-    return {"worker_rss_mb": usage.ru_maxrss / 1024, "worker_ms_per_sample": 1e3 * process_s / len(job.fresh)}
+    return {"worker_rss_mb": peak_kb / 1024, "worker_ms_per_sample": 1e3 * process_s / len(job.fresh)}
 
 
 # ---- the whole
@@ -645,10 +687,8 @@ def part(bench: Bench, name: str, interpreter: str) -> Any:
             return [line for stream in streams[: 1 if bench.quick else None] for line in bench.stream(stream)]
         case "sweep":
             return bench.sweep()
-        case "cost":
-            return cost(bench)
         case _:
-            return peers(bench, interpreter)
+            return cost(bench, interpreter)
 
 
 def facts(bench: Bench) -> Line:
@@ -677,9 +717,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     wanted = given.only or [name for name in PARTS if name != "peers" or given.peers]
     if "peers" in wanted and not given.peers:
         options.error("--only peers needs --peers PYTHON")
+    if "peers" in wanted:
+        run_peers(bench, given.peers)
     for name in wanted:
+        if name == "peers":
+            continue
         (cache / f"{name}.json").write_text(json.dumps(part(bench, name, given.peers)))
     known = {name: json.loads(path.read_text()) for name in PARTS if (path := cache / f"{name}.json").exists()}
+    if found := peer_lines(bench):
+        known["peers"] = found
     results = {"facts": facts(bench), **known}
     given.out.write_text(lines_of(results))
     given.out.with_suffix(".md").write_text(markdown(results))

@@ -6,6 +6,8 @@ every step leaves the champion serving until the pointer has been flipped.
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ import msgspec
 import numpy as np
 
 from edge_sdk.config import DeviceConfig
-from edge_sdk.errors import EdgeError
+from edge_sdk.errors import EdgeError, IntegrityError
 from edge_sdk.experience import Chosen, Experience
 from edge_sdk.files import remove_tree
 from edge_sdk.gate import Verdict, is_healthy, judge, watch
@@ -31,9 +33,11 @@ from edge_sdk.policy import Decision, ResourceState, Signals, Spent, decide, obs
 from edge_sdk.skew import Skew
 from edge_sdk.slots import Slots, Version
 from edge_sdk.stats import calibration_error
-from edge_sdk.store import Lineage, Sample, Store
+from edge_sdk.store import Lineage, Sample, Store, stack
 from edge_sdk.tasks import as_scores
-from edge_sdk.types import DoubleArray, LatentArray, Mode
+from edge_sdk.types import LatentArray, Mode
+
+logger = logging.getLogger(__name__)
 
 Emit = Callable[[str, dict[str, Any]], None]
 _STATE = "adaptation"
@@ -45,10 +49,12 @@ _LATENCY_RUNS = 31
 
 
 class Recent(msgspec.Struct, frozen=True, array_like=True):
-    """A live labelled row: whether it was right, and how sure the model was of it, if that is known."""
+    """A live labelled row: whether it was right, and if that is known, how sure the model was and how right."""
 
     right: bool
     confidence: float | None = None
+    success: float = 0.0
+    """1 less its loss: what the confidence foretells. Of a multi-label model a part of the labels may be right."""
 
 
 class AdaptState(msgspec.Struct):
@@ -116,8 +122,8 @@ class Adaptation:
     ) -> None:
         self._folder, self._store, self._slots, self._executor = folder, store, slots, executor
         self._config, self._emit = config, emit
-        data, chosen = store.get(_STATE), store.get(_CHOSEN)
-        self.state = msgspec.json.decode(data, type=AdaptState) if data else AdaptState()
+        chosen = store.get(_CHOSEN)
+        self.state = _saved_state(store)
         self._chosen = msgspec.json.decode(chosen, type=Chosen) if chosen else Chosen()
         self.experience: Experience | None = None
         """The rows of the release in use; None if it is served and not learned on."""
@@ -125,6 +131,8 @@ class Adaptation:
         self._before: Head | None = None
         self._judged_up_to = -1
         self._since = 0.0
+        self._result: LearnResult | None = None
+        """What came of the job, until that is recorded."""
         if self.state.phase == "training":  # the child died with us
             self._begin("idle", now=self.state.since)
             self._discard_job()
@@ -145,26 +153,28 @@ class Adaptation:
             self.state.waits = f"adapt={manifest.adapt}, task={manifest.task}: this release is served, not learned on"
             return
         seed = (self._config.seed, self.state.attempts, version.release)
-        self.experience = Experience(self._store, self._config, manifest, folder, seed=seed)
+        experience = Experience(self._store, self._config, manifest, folder, seed=seed)
         self._head = self._slots.head(version)
-        pointer = self._slots.pointer
-        if self.state.phase == "judging" and self.state.parent != pointer.current:
-            with self._transition():  # killed between the flip and its record
-                self._consolidate(fold=True)
-                self._begin("probation", now=self.state.since)
-                self._emit("promoted", {"to": version.head, "trigger": self.state.reason, "recovered": True})
-                self._record("promoted", {"reason": self.state.reason, "recovered": True}, head=version.head)
-        if self.state.phase == "probation":
-            if pointer.previous is not None and pointer.previous.slot == version.slot:
-                self._before = self._slots.head(pointer.previous)
-            else:
-                with self._transition():
-                    if not self._rollback_is_recorded():  # killed between the flip and its record
-                        self._emit(
-                            "head_rolled_back", {"reason": "on probation", "to": version.head, "recovered": True}
-                        )
-                    self.state.last_ended = self.state.since
-                    self._begin("idle", now=self.state.since)
+        self._recover(version, experience)
+        self.experience = experience  # once all is recorded: before, no turn may be taken
+
+    def _recover(self, version: Version, experience: Experience) -> None:
+        """Record what the pointer says was done, if a kill or a full disk kept that from being recorded."""
+        state, previous = self.state, self._slots.pointer.previous
+        promoted = bool(version.head) and previous == state.parent  # no other change leaves it so
+        if state.phase == "judging" and promoted:
+            with self._transition():
+                self._promoted(version.head, {"reason": state.reason, "recovered": True}, experience, now=state.since)
+                self._emit("promoted", {"to": version.head, "trigger": state.reason, "recovered": True})
+        elif (state.phase == "judging" and state.parent != version) or (state.phase == "probation" and not promoted):
+            with self._transition():
+                if not self._rollback_is_recorded():
+                    experience.unfold()
+                    self._emit("head_rolled_back", {"reason": "on probation", "to": version.head, "recovered": True})
+                state.last_ended = state.since
+                self._begin("idle", now=state.since)
+        if self.state.phase == "probation" and previous is not None:
+            self._before = self._slots.head(previous)
 
     def _rollback_is_recorded(self) -> bool:
         since = self.state.since
@@ -175,7 +185,7 @@ class Adaptation:
         self._executor.cancel()
         self._discard_job()
         self._begin("idle", now=now)
-        self.state.last_ended = None
+        self.state.last_ended, self.state.superseded = None, 0
 
     @property
     def fresh_rows(self) -> int:
@@ -191,11 +201,11 @@ class Adaptation:
     @property
     def calibration(self) -> float | None:
         """Expected calibration error over the latest labels, or None below 30 of them."""
-        sure = [(row.confidence, row.right) for row in self.state.recent if row.confidence is not None]
+        sure = [(row.confidence, row.success) for row in self.state.recent if row.confidence is not None]
         if len(sure) < _MIN_RECENT:
             return None
-        confidence, right = zip(*sure, strict=True)
-        return calibration_error(np.array(confidence), np.array(right, dtype=np.bool_))
+        confidence, success = np.array(sure).T
+        return calibration_error(confidence, success)
 
     def see(self, rows: list[Judged], now: float, *, predictions: int, errors: int) -> None:
         """Take note of what the version in use did: live labelled rows, and counts."""
@@ -206,14 +216,15 @@ class Adaptation:
         if not rows:
             return
         again = self._again(rows)
-        confidence = [None] * len(rows) if again is None else again.confidence.round(3).tolist()
+        if again is None:
+            state.recent = [*state.recent, *(Recent(row.correct) for row in rows)][-_RECENT:]
+            return
+        found = zip(again.confidence.round(3).tolist(), (1 - again.losses).round(3).tolist(), strict=True)
         seen = [
-            Recent(row.correct, sure if sure is not None and np.isfinite(sure) else None)
-            for row, sure in zip(rows, confidence, strict=True)
+            Recent(row.correct, sure, success) if math.isfinite(sure) else Recent(row.correct)
+            for row, (sure, success) in zip(rows, found, strict=True)
         ]
         state.recent = [*state.recent, *seen][-_RECENT:]
-        if again is None:
-            return
         if state.promoted_at is not None and now - state.promoted_at <= _DAY_S:
             state.skew = state.skew.add_live(np.array([row.correct for row in rows]), again.right)
         if held := [row.correct for row in rows if row.holdout]:
@@ -256,8 +267,8 @@ class Adaptation:
         """Labels that samples ask for, and how many samples."""
         if self.experience is None or self._head is None:
             return {}
-        new = self.experience.new_labels(self._head.labels)
-        return {label: count for label, count in new.items() if label not in self.state.accepted}
+        new, decided = self.experience.new_labels(self._head.labels), {*self.state.accepted, *self.state.refused}
+        return {label: count for label, count in new.items() if label not in decided}
 
     def demand(self) -> None:
         """Learn as soon as there are enough rows, cool-down or not."""
@@ -304,15 +315,22 @@ class Adaptation:
 
     def erase(self, found: list[tuple[Sample, str]], now: float, *, unlearn: bool) -> None:
         """Forget samples. A job or a challenger that knows one of them is given up."""
-        keys = {sample.key for sample, _ in found}
-        if keys & {*self._chosen.fresh, *self._chosen.older} and self.state.phase in ("training", "judging"):
+        self._give_up(found, now, unlearn=unlearn)
+        with self._transition():
+            self._erase(found, unlearn=unlearn)
+
+    def _give_up(self, found: list[tuple[Sample, str]], now: float, *, unlearn: bool) -> None:
+        """Stop a job, or drop a challenger, that knows one of these samples."""
+        fresh, replayed = {*self._chosen.fresh, *self._chosen.older}, unlearn
+        known = any(sample.key in fresh or (replayed and sample.role == "replay") for sample, _ in found)
+        if known and self.state.phase in ("training", "judging"):
             self._executor.cancel()
             self._fail(now, "samples that it knows were to be forgotten")
+
+    def _erase(self, found: list[tuple[Sample, str]], *, unlearn: bool) -> None:
         if self.experience is None:
-            with self._store.transaction():
-                self._store.delete_samples(sorted(keys))
-            return
-        with self._transition():
+            self._store.delete_samples([sample.key for sample, _ in found])
+        else:
             self.experience.erase(found, unlearn=unlearn)
 
     def erase_all(self, now: float) -> None:
@@ -329,20 +347,28 @@ class Adaptation:
 
     def decide_label(self, label: str, now: float, *, accept: bool) -> None:
         """A new label becomes one of the model's at the next learning, or its samples are forgotten for good."""
-        state = self.state
+        found = [] if accept else self._store.samples_labelled(label)
+        self._give_up(found, now, unlearn=True)
         with self._transition():
+            state = self.state
             state.accepted = sorted({*state.accepted, label} if accept else {*state.accepted} - {label})
             state.refused = sorted({*state.refused} - {label} if accept else {*state.refused, label})
-            if not accept:
-                self._store.delete_label(label)
-                if self.experience is not None:
-                    self.experience.forget_learned()
+            if found:
+                self._erase(found, unlearn=True)
+            if self.experience is not None and not accept:
+                self.experience.forget_label(label)
             self._store.record(now, "label_accepted" if accept else "label_refused", {"label": label})
-        if not accept and self.experience is not None:
-            self.experience.reload()
-            if state.phase in ("training", "judging"):
-                self._executor.cancel()
-                self._fail(now, "samples that it knows were to be forgotten")
+
+    def _may_grow(self, label: str) -> bool:
+        """Whether a new label may become one of the model's."""
+        state, policy = self.state, self._config.learn.new_labels
+        return label not in state.refused and (policy != "ask" or label in state.accepted)
+
+    def _learnable(self) -> int:
+        """Fresh samples that a job made now would learn from."""
+        assert self.experience is not None
+        assert self._head is not None
+        return self.experience.learnable(self._head.labels, may_grow=self._may_grow, since=self._since)
 
     # ---- one turn
 
@@ -392,21 +418,19 @@ class Adaptation:
 
     def _ask_about_labels(self) -> None:
         """Tell of new labels that wait for a person's word, once each."""
-        if self._config.learn.new_labels != "ask" or self.experience is None or self._head is None:
+        if self._config.learn.new_labels != "ask":
             return
-        state = self.state
-        new = self.experience.new_labels(self._head.labels)
-        if unheard := [label for label in new if label not in (*state.asked, *state.accepted)]:
+        new = self.new_labels
+        if unheard := [label for label in new if label not in self.state.asked]:
             with self._transition():
                 self.state.asked = [*self.state.asked, *unheard]
                 for label in unheard:
                     self._emit("label_asked", {"label": label, "rows": new[label]})
 
     def _consider(self, now: float, alarms: tuple[str, ...]) -> None:
-        assert self.experience is not None
         signals = Signals(
             alarms=alarms,
-            fresh_rows=self.experience.fresh_rows(self._since),
+            fresh_rows=self._learnable(),
             accuracy=self.accuracy,
             calibration=self.calibration,
             since_last_s=self._since_last(now),
@@ -440,30 +464,34 @@ class Adaptation:
             self._chosen = chosen
             self.state.rows, self.state.replayed = len(job.fresh), len(job.replay)
             self._emit("learn_started", {"reason": reason, "rows": len(job.fresh), "replayed": len(job.replay)})
+        self._result = None
         try:
             self._discard_job()
             self._job_folder.mkdir(parents=True)
             job.save(self._job_folder)
+            self.charge(now, flash_bytes=sum(file.stat().st_size for file in self._job_folder.iterdir()))
             self._executor.start(self._job_folder)
         except (EdgeError, OSError) as error:
-            self._fail(now, f"{type(error).__name__}: {error}")
-        else:
-            self._collect(now)
+            self._result = LearnResult(error=f"{type(error).__name__}: {error}")
+        self._collect(now)
 
     def _job(self) -> tuple[LearnJob, Chosen]:
         assert self.experience is not None
-        asks = self._config.learn.new_labels == "ask"
         return self.experience.job(
             self._slots.head(self._version),
             self._importance(),
-            accepted=frozenset(self.state.accepted) if asks else None,
+            may_grow=self._may_grow,
             since=self._since,
             attempt=self.state.attempts,
         )
 
     def _importance(self) -> Importance:
         assert self.experience is not None
-        return self._slots.importance(self._version) or self.experience.importance
+        try:
+            return self._slots.importance(self._version) or self.experience.importance
+        except IntegrityError as error:
+            logger.warning("EWC holds on to what the release came with: %s", error)
+            return self.experience.importance
 
     def _collect(self, now: float) -> None:
         if self.state.obstacle:
@@ -471,33 +499,35 @@ class Adaptation:
         else:
             self._executor.resume()
         self.state.waits = f"paused: {self.state.obstacle}" if self.state.obstacle else ""
-        result: LearnResult | None = self._executor.poll()
-        limit = self._config.learn.max_seconds
+        result = self._ended(now)
         if result is None:
-            if self._executor.worked_s > limit:
-                worked = self._executor.worked_s
-                self._executor.cancel()
-                self._spend(now, worked)
-                self._fail(now, f"stopped after {limit:g} s")
             return
-        self._spend(now, result.seconds)
         if result.error:
             self._fail(now, result.error)
             return
         with self._transition():
             self._begin("judging", now=now)
-            self.state.result = result
+            self.state.result = msgspec.structs.replace(result, wrong=[])
             self._chosen.wrong = result.wrong
 
-    def _spend(self, now: float, seconds: float) -> None:
-        self.state.spent = spend(self.state.spent, now, watts=self._config.resources.watts, seconds=seconds)
+    def _ended(self, now: float) -> LearnResult | None:
+        """What came of the job, once it has ended: the executor says so only once, and it may not be recorded then."""
+        if self._result is None:
+            self._result = self._executor.poll()
+            limit, worked = self._config.learn.max_seconds, self._executor.worked_s
+            if self._result is None and worked > limit:
+                self._executor.cancel()
+                self._result = LearnResult(error=f"stopped after {limit:g} s", seconds=worked)
+            if self._result is not None:
+                seconds, watts = self._result.seconds, self._config.resources.watts
+                self.state.spent = spend(self.state.spent, now, watts=watts, seconds=seconds)
+        return self._result
 
     def _judge(self, now: float, mode: Mode) -> None:
         assert self.experience is not None
         newest = self._store.newest_sample("judge", self.experience.trunk)
         if newest == self._judged_up_to and now - self.state.since < self._config.gate.max_wait_s:
             return  # nothing new to judge by
-        self._judged_up_to = newest
         try:
             challenger = Head.load(self._job_folder / CHALLENGER)
         except (EdgeError, OSError) as error:
@@ -507,7 +537,7 @@ class Adaptation:
         verdict = self._without_small_scores(full)
         detail = {**msgspec.structs.asdict(verdict), "trigger": self.state.reason, "steps": self.state.result.steps}
         if verdict.outcome == "need_more":
-            self.state.waits = verdict.reason
+            self.state.waits, self._judged_up_to = verdict.reason, newest
             self._supersede(now)
             return
         promotes = verdict.outcome == "promote"
@@ -517,33 +547,46 @@ class Adaptation:
             number = self._slots.write_head(self._version.slot, challenger, self._consolidated(challenger))
             self._slots.promote(number)
             with self._transition():
-                self._consolidate(fold=fold)
-                self._begin("probation", now=now)
-                self.state.superseded = 0
-                self.state.skew, self.state.promoted_at = self.state.trained, now
+                self._promoted(number, msgspec.structs.asdict(full), self.experience, now=now)
                 self._emit("promoted", {**detail, "to": number, "parent": self._version.head})
-                self._record("promoted", msgspec.structs.asdict(full), head=number)
         else:
             # shadow: what would have been done is told, and not done
             outcome = "would_promote" if promotes else "rejected"
             with self._transition():
-                self._consolidate(fold=fold)
                 self._begin("idle", now=now)
                 self.state.superseded = 0
                 self.state.last_ended = now
                 self._emit(outcome, detail)
                 self._record(outcome, msgspec.structs.asdict(full))
+                self._consolidate(self.experience, fold=fold)
         self._discard_job()
+
+    def _promoted(self, number: int, verdict: dict[str, Any], experience: Experience, *, now: float) -> None:
+        """The challenger serves as head `number`; inside a transaction."""
+        self._begin("probation", now=now)
+        self.state.superseded = 0
+        self.state.skew, self.state.promoted_at = self.state.trained, now
+        self._record("promoted", verdict, head=number)
+        self._consolidate(experience, fold=True)
 
     def _consolidated(self, challenger: Head) -> Importance | None:
         """What EWC will hold on to once the challenger serves; None: what the checkpoint came with."""
-        assert self.experience is not None
-        learn = self._config.learn
+        learn, known = self._config.learn, self._importance()
         if learn.consolidation == "checkpoint":
             return None
-        job = LearnJob.load(self._job_folder)
-        fisher = fisher_diagonal(challenger, dequantize(job.fresh.latents, job.latent), task=job.task)
-        return consolidate(self._importance(), challenger.weights, fisher, mode=learn.consolidation, decay=learn.decay)
+        learned = self._learned()
+        if not learned:
+            return known
+        latents = stack([sample.latent for sample in learned], self._manifest.latent.dim)
+        fisher = fisher_diagonal(challenger, dequantize(latents, self._manifest.latent), task=self._manifest.task)
+        return consolidate(known, challenger.weights, fisher, mode=learn.consolidation, decay=learn.decay)
+
+    def _learned(self) -> list[Sample]:
+        """The fresh samples that the challenger was trained on, without those that say what a label is not."""
+        assert self.experience is not None
+        keys = self._chosen.learned
+        samples = self._store.samples("fresh", self.experience.trunk)
+        return [sample for sample in samples if sample.key in keys and sample.weight > 0]
 
     def _record(self, outcome: str, verdict: dict[str, Any], head: int | None = None) -> None:
         """Note how the challenger came to be; inside a transaction."""
@@ -554,7 +597,7 @@ class Adaptation:
             "trigger": state.reason,
             "fresh": state.rows,
             "used": result.rows,
-            "wrong": len(result.wrong),
+            "wrong": len(self._chosen.wrong),
             "replayed": state.replayed,
             "seed": self._config.seed * 1_000_003 + state.attempts - 1,
             "steps": result.steps,
@@ -571,14 +614,14 @@ class Adaptation:
 
         Its own stay fresh.
         """
-        assert self.experience is not None
-        waiting = self.experience.fresh_rows(self._since) - self.state.rows
+        waiting, reason = self._learnable() - self.state.rows, self.state.waits
         if waiting < max(self.state.rows, self._config.policy.min_fresh_rows):
             return
         with self._transition():
-            self._emit("superseded", {"reason": self.state.waits, "rows": self.state.rows, "new": waiting})
-            self._record("superseded", {"reason": self.state.waits})
             self._begin("idle", now=now)
+            self._emit("superseded", {"reason": reason, "rows": self.state.rows, "new": waiting})
+            self._record("superseded", {"reason": reason})
+            self._chosen = Chosen()
             self.state.superseded += 1
             self.state.demand = "more samples than the challenger before knew"
         self._discard_job()
@@ -603,7 +646,6 @@ class Adaptation:
         groups = group_names(rows.truths, names, self._manifest)
         before, after = (self._outcomes(head, rows.latents, rows.truths, groups) for head in (champion, challenger))
         self._measure(challenger, after)
-        weights: DoubleArray | None = rows.weights if len(set(rows.weights.tolist())) > 1 else None
         return judge(
             before,
             after,
@@ -614,7 +656,7 @@ class Adaptation:
             waited_s=now - self.state.since,
             config=self._config.gate,
             slices=rows.slices,
-            weights=weights,
+            weights=rows.weights,
             challengers_before=self.state.superseded,
             latency_ms=self._latency(champion, challenger),
         )
@@ -623,16 +665,9 @@ class Adaptation:
         """The challenger's scores on what it was trained on and on what it is judged by."""
         trained = self.state.trained
         if not trained.training.rows:
-            keys = set(self._chosen.fresh)
-            assert self.experience is not None
-            samples = [
-                sample
-                for sample in self._store.samples("fresh", self.experience.trunk)
-                if sample.key in keys and sample.weight > 0
-            ]
-            dim = self._manifest.latent.dim
-            latents = np.frombuffer(b"".join(s.latent for s in samples), dtype=np.uint8).reshape(len(samples), dim)
-            right = self._outcomes(challenger, latents, [s.label for s in samples]).right
+            samples = self._learned()
+            latents = stack([sample.latent for sample in samples], self._manifest.latent.dim)
+            right = self._outcomes(challenger, latents, [sample.label for sample in samples]).right
             trained = Skew().add("training", right)
         self.state.trained = msgspec.structs.replace(Skew(), training=trained.training).add("judge", judged.right)
 
@@ -674,11 +709,12 @@ class Adaptation:
             else:
                 self._emit("confirmed", {"reason": verdict.reason})
 
-    def _consolidate(self, *, fold: bool) -> None:
+    def _consolidate(self, experience: Experience, *, fold: bool) -> None:
         """What was learned from moves into the replay buffer; inside a transaction."""
-        assert self.experience is not None
-        self.experience.consolidate(self._chosen, fold=fold)
+        experience.consolidate(self._chosen, fold=fold)
         self._chosen = Chosen()
+        if fold:
+            self.charge(self.state.since, flash_bytes=experience.nbytes)
 
     def _fail(self, now: float, reason: str) -> None:
         self._discard_job()
@@ -686,9 +722,11 @@ class Adaptation:
             self._begin("idle", now=now)
             self.state.last_ended = now
             self.state.superseded = 0
-            self._chosen = Chosen()
+            if self._result is not None:
+                self.state.result = msgspec.structs.replace(self._result, wrong=[])
             self._emit("learn_failed", {"reason": reason})
             self._record("learn_failed", {"reason": reason})
+            self._chosen = Chosen()
 
     def _begin(self, phase: Literal["idle", "training", "judging", "probation"], *, now: float) -> None:
         self._judged_up_to = -1
@@ -708,5 +746,13 @@ class Adaptation:
 
 def is_on_probation(store: Store) -> bool:
     """Whether the state says that a promoted head is being watched: known before any model is loaded."""
+    return _saved_state(store).phase == "probation"
+
+
+def _saved_state(store: Store) -> AdaptState:
     data = store.get(_STATE)
-    return data is not None and msgspec.json.decode(data, type=AdaptState).phase == "probation"
+    try:
+        return msgspec.json.decode(data, type=AdaptState) if data else AdaptState()
+    except msgspec.MsgspecError as error:  # of an earlier version
+        logger.warning("how far learning had come is lost; it begins anew: %s", error)
+        return AdaptState()

@@ -48,9 +48,9 @@ class Asking:
             manifest: Of the release in use.
         """
         left = min(count, self._requests.left(now, self._config))
-        waiting = {request.id for request in self._requests.open(now, self._config)}
-        rows = self._store.waiting_rows(manifest.trunk_id, limit=_CANDIDATES + len(waiting))
-        rows = [row for row in rows if row.id not in waiting]
+        before = {request.id for request in self._requests.asked}  # also those that nobody answered in time
+        rows = self._store.waiting_rows(manifest.trunk_id, limit=_CANDIDATES + len(before))
+        rows = [row for row in rows if row.id not in before]
         if left <= 0 or not rows:
             return []
         latents = stack([row.latent for row in rows], manifest.latent.dim)
@@ -67,7 +67,8 @@ class Asking:
         doubt = uncertainty(scores, manifest.task)
         asked = self._requests.ask([rows[i].id for i in chosen], now, self._config)
         with self._store.transaction():
-            self._save(asked)
+            self._write(asked)
+        self._requests = asked
         expires = now + self._config.request_ttl_s
         return [LabelRequest(rows[i].id, rows[i].predicted, float(doubt[i]), expires) for i in chosen]
 
@@ -79,7 +80,8 @@ class Asking:
         with self._store.transaction():
             if late:
                 self._emit("requests_expired", {"count": len(late)})
-            self._save(requests)
+            self._write(requests)
+        self._requests = requests
 
     @property
     def waiting(self) -> int:
@@ -90,8 +92,8 @@ class Asking:
         """Nothing is asked about these any longer; inside a transaction."""
         kept = [request for request in self._requests.asked if request.id not in ids]
         if len(kept) != len(self._requests.asked):
-            self._save(Requests(kept))
+            self._requests = Requests(kept)
+            self._write(self._requests)
 
-    def _save(self, requests: Requests) -> None:
+    def _write(self, requests: Requests) -> None:
         self._store.put(_STATE, msgspec.json.encode(requests))
-        self._requests = requests

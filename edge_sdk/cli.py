@@ -567,16 +567,18 @@ def _saved_status(store: Store) -> dict[str, Any]:
 
     data = store.get(STATUS_KEY)
     if data is None:
-        raise ConfigError("the device has not run yet")
+        raise ConfigError(
+            "the device has not saved its state yet: it does so within a minute of its start, and when it stops"
+        )
     found: dict[str, Any] = json.loads(data)
     return found
 
 
 def _saved_skew(store: Store) -> Skew:
-    from edge_sdk.adapt import AdaptState
+    from edge_sdk.skew import Skew
 
-    data = store.get("adaptation")
-    return msgspec.json.decode(data or b"{}", type=AdaptState).skew
+    state = json.loads(store.get("adaptation") or b"{}")
+    return msgspec.convert(state.get("skew", {}), Skew)
 
 
 @contextmanager

@@ -5,18 +5,20 @@ The database holds every row; here is the order in which they are used. Roles ar
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from edge_sdk.config import DeviceConfig
 from edge_sdk.errors import IntegrityError
-from edge_sdk.files import load_npz
+from edge_sdk.files import load_npz, npz_bytes
 from edge_sdk.head import Head, dequantize
 from edge_sdk.learn.base import LearnJob, Rows
 from edge_sdk.learn.ewc import Importance, grown_like
@@ -35,6 +37,17 @@ _JUDGE_EVERY = 3
 """Every third row of the factory memory judges; the others are replayed."""
 _MIN_JUDGES = 200
 _MAX_STRATA = 64
+_FORM_BYTES = 16
+
+
+def meaning_of_outputs(manifest: Manifest) -> tuple[Any, ...]:
+    """Equal for two releases on one trunk whose heads, and sums over rows, can stand for each other's.
+
+    The labels of a classification go by their names; other outputs go by their place, and values by their unit.
+    """
+    if manifest.task == "classification":
+        return (manifest.task,)
+    return (manifest.task, *manifest.labels, *((target.mean, target.std) for target in manifest.targets))
 
 
 class FactoryMemory:
@@ -117,6 +130,11 @@ class Chosen(msgspec.Struct):
     wrong: list[int] = []
     """Positions of fresh samples that the learner found to be wrong."""
 
+    @property
+    def learned(self) -> set[int]:
+        """Keys of the fresh samples without the wrong ones."""
+        return {*self.fresh} - {self.fresh[position] for position in self.wrong}
+
 
 class Experience:
     """Owns the rows of the release in use: buffer, judge rows, moments.
@@ -140,17 +158,24 @@ class Experience:
         fisher = {key: value.astype(np.float32) for key, value in load_npz(folder / FISHER_NPZ).items()}
         self.importance = Importance(self.base.weights, fisher)
         """The checkpoint's own."""
-        capacity = capacity_for(config.replay.max_bytes, manifest.latent.dim)
-        self.judge_capacity = max(_MIN_JUDGES, capacity // 2)
+        try:
+            self._capacity = capacity_for(config.replay.max_bytes, manifest.latent.dim)
+        except ValueError as error:  # a release with wider latents must not stop the device
+            logger.warning("nothing is replayed but the factory's rows: %s; raise replay.max_bytes", error)
+            self._capacity = 0
+        self.judge_capacity = max(_MIN_JUDGES, self._capacity // 2)
+        hidden = [self.base.weights[f"{kind}{i}"] for i in range(self.base.depth - 1) for kind in "Wb"]
+        form = [part.tobytes() for part in hidden] + [repr(meaning_of_outputs(manifest)).encode()]
+        self._form = hashlib.sha256(b"".join(form)).digest()[:_FORM_BYTES]
+        """Of the moments: with other hidden layers or units, other numbers are summed up."""
         self.reload()
 
     # ---- the buffer
 
     def reload(self) -> None:
         """Read the buffer as it is on disk; what a smaller budget leaves no room for is forgotten."""
-        replay, dim = self._config.replay, self._manifest.latent.dim
-        capacity = capacity_for(replay.max_bytes, dim)
-        self.buffer: ReplayBuffer = BUFFERS[replay.kind](capacity, dim, rng=lambda: np.random.default_rng(self._seed))
+        kind, dim, capacity = self._config.replay.kind, self._manifest.latent.dim, self._capacity
+        self.buffer: ReplayBuffer = BUFFERS[kind](capacity, dim, rng=lambda: np.random.default_rng(self._seed))
         self._strata: list[str] = json.loads(self._store.get(self._key("strata")) or b"[]")
         samples = self._store.samples("replay", self.trunk)
         kept, excess = samples[:capacity], samples[capacity:]
@@ -196,8 +221,9 @@ class Experience:
     @property
     def judge_rows(self) -> JudgeRows:
         """All of them."""
-        samples = self._store.samples("judge", self.trunk)
-        most = 1 / self._config.join.log_fraction
+        samples, feedback = self._store.samples("judge", self.trunk), self._config.feedback
+        # the most that a row may count is known before any has come, as the gate's evidence asks for
+        most = max(feedback.default_weight, *feedback.sources.values(), 1e-3) / self._config.join.log_fraction
         return JudgeRows(
             stack([s.latent for s in samples], self._manifest.latent.dim),
             [s.label for s in samples],
@@ -207,8 +233,9 @@ class Experience:
 
     def known_latents(self, most: int) -> LatentArray:
         """Latents whose label is known, the newest of them; uint8 [N, D]."""
-        samples = [*self._store.samples("fresh", self.trunk), *self._store.samples("judge", self.trunk)][-most:]
-        own = stack([s.latent for s in samples], self._manifest.latent.dim)
+        samples = [*self._store.samples("fresh", self.trunk), *self._store.samples("judge", self.trunk)]
+        newest = sorted(samples, key=lambda sample: sample.key)[-most:]
+        own = stack([s.latent for s in newest], self._manifest.latent.dim)
         return np.concatenate([self.factory.latents, self.buffer.latents, own])
 
     def new_labels(self, known: Sequence[str]) -> dict[str, int]:
@@ -218,23 +245,36 @@ class Experience:
         counts = self._store.count_labels("fresh", self.trunk)
         return {name: n for name, n in sorted(counts.items()) if name not in known and n >= MIN_LABEL_ROWS}
 
+    def learnable(self, known: Sequence[str], *, may_grow: Callable[[str], bool], since: float) -> int:
+        """Fresh samples that a job would learn from: not those of labels that the head may not grow by."""
+        if self._manifest.task != "classification":
+            return self.fresh_rows(since)
+        counts = self._store.count_labels("fresh", self.trunk, since=since)
+        labels = {*known} if counts.keys() <= {*known} else {*known, *self._wanted(known, may_grow)}
+        return sum(count for label, count in counts.items() if label in labels)
+
+    def _wanted(self, known: Sequence[str], may_grow: Callable[[str], bool]) -> list[str]:
+        """New labels that the head would grow by, as far as it has room for them."""
+        new = [name for name in self.new_labels(known) if may_grow(name)]
+        return new[: max(0, self._config.learn.max_labels - len(known))]
+
     # ---- a job
 
     def job(
-        self, champion: Head, importance: Importance, *, accepted: frozenset[str] | None, since: float, attempt: int
+        self, champion: Head, importance: Importance, *, may_grow: Callable[[str], bool], since: float, attempt: int
     ) -> tuple[LearnJob, Chosen]:
         """A learning job from what waits.
 
         Args:
             champion: The head in use.
             importance: What EWC holds on to.
-            accepted: New labels that may be learned; None: all.
+            may_grow: Whether a new label may be learned.
             since: When the inputs that raised the first warning came: what is older is replayed, not fresh.
             attempt: Number of the job.
         """
         manifest, config = self._manifest, self._config.learn
         device = self._device_moments()
-        labels = self._labels(champion, device, accepted)
+        labels = self._labels(champion, device, may_grow)
         waiting = self._store.samples("fresh", self.trunk)
         if manifest.task == "classification":
             waiting = [sample for sample in waiting if sample.label in labels]
@@ -273,15 +313,11 @@ class Experience:
         )
         return job, Chosen([s.key for s in fresh], [s.key for s in older], mass.tolist())
 
-    def _labels(self, champion: Head, device: Moments, accepted: frozenset[str] | None) -> list[str]:
+    def _labels(self, champion: Head, device: Moments, may_grow: Callable[[str], bool]) -> list[str]:
         """The champion's labels, those summed up before, and those that enough new samples ask for."""
-        labels = list(champion.labels)
-        summed = [name for name, mass in zip(device.labels, device.y, strict=True) if mass > 0]
-        wanted = [name for name in self.new_labels(labels) if accepted is None or name in accepted]
-        for label in [*summed, *wanted]:
-            if label not in labels and (label in summed or len(labels) < self._config.learn.max_labels):
-                labels.append(label)
-        return labels
+        summed = [name for name, known in zip(device.labels, device.known, strict=True) if known]
+        labels = list(dict.fromkeys([*champion.labels, *summed]))
+        return [*labels, *self._wanted(labels, may_grow)]
 
     def _rows(self, samples: list[Sample], labels: Sequence[str]) -> Rows:
         return Rows(
@@ -307,16 +343,25 @@ class Experience:
 
     def _device_moments(self) -> Moments:
         data = self._store.get(self._key("moments"))
-        last = self.base.weights[f"W{self.base.depth - 1}"]
-        nothing = Moments.none(self._manifest.labels, len(last))
         if data is None:
-            return nothing
-        try:
-            found = Moments.load(data)
-        except IntegrityError as error:
-            logger.warning("what was summed up is lost and begun anew: %s", error)
-            return nothing
-        return found if len(found.x) == len(last) else nothing
+            return Moments.none(self._manifest.labels, len(self.base.weights[f"W{self.base.depth - 1}"]))
+        if data[:_FORM_BYTES] == self._form:
+            try:
+                return Moments.load(data[_FORM_BYTES:])
+            except IntegrityError as error:
+                logger.warning("what was summed up is lost but for the rows in the replay buffer: %s", error)
+        kept = [sample for sample in self._store.samples("replay", self.trunk) if sample.mass > 0]
+        return self._moments_of(kept, [sample.mass for sample in kept], self._labels_of(kept))
+
+    def _save_moments(self, moments: Moments) -> None:
+        self._store.put(self._key("moments"), self._form + moments.to_bytes())
+
+    def _labels_of(self, samples: list[Sample]) -> list[str]:
+        """The release's labels, and those that only samples have."""
+        labels = list(self._manifest.labels)
+        if self._manifest.task == "classification":
+            labels += sorted({sample.label for sample in samples} - set(labels))
+        return labels
 
     def _moments_of(self, samples: list[Sample], mass: Sequence[float], labels: Sequence[str]) -> Moments:
         rows = self._rows(samples, labels)
@@ -333,21 +378,18 @@ class Experience:
             fold: Also add it to the device's moments. Not if the challenger did harm: the labels may be to blame.
         """
         waiting = {sample.key: sample for sample in self._store.samples("fresh", self.trunk)}
-        mass = dict(zip(chosen.fresh, chosen.mass, strict=True))
-        wrong = {chosen.fresh[position] for position in chosen.wrong}
-        used = [waiting[key] for key in (*chosen.older, *chosen.fresh) if key in waiting and key not in wrong]
+        mass, learned = dict(zip(chosen.fresh, chosen.mass, strict=True)), chosen.learned.union(chosen.older)
+        used = [waiting[key] for key in (*chosen.older, *chosen.fresh) if key in waiting and key in learned]
         used = [sample for sample in used if sample.weight > 0]
         masses = [mass.get(sample.key, sample.weight) if fold else 0.0 for sample in used]
         if fold and used:
-            decay = self._config.learn.decay
-            device = self._device_moments()
-            labels = list(device.labels)
-            if self._manifest.task == "classification":
-                labels += sorted({sample.label for sample in used} - set(labels))
-            device = device.faded(decay).aligned(labels) + self._moments_of(used, masses, labels)
+            decay, device = self._config.learn.decay, self._device_moments()
+            labels = list(dict.fromkeys([*device.labels, *self._labels_of(used)]))
+            self._keep_undo()
             self._store.fade_mass(self.trunk, decay)
-            self._store.put(self._key("undo"), self._store.get(self._key("moments")) or b"")
-            self._store.put(self._key("moments"), device.to_bytes())
+            self._save_moments(device.faded(decay).aligned(labels) + self._moments_of(used, masses, labels))
+        else:
+            self._store.delete(self._key("undo"))
         gone = (set(chosen.fresh) | set(chosen.older)) - {sample.key for sample in used}
         for sample, added in zip(used, masses, strict=True):
             slot = self.buffer.add(np.frombuffer(sample.latent, dtype=np.uint8), self._stratum(sample.label))
@@ -358,16 +400,29 @@ class Experience:
         self._store.delete_samples(sorted(gone))
         self.save()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a consolidation writes beside the rows: the moments, and those before."""
+        return sum(len(self._store.get(self._key(name)) or b"") for name in ("moments", "undo"))
+
     def unfold(self) -> None:
         """Take the last consolidation out of the moments again: its head proved harmful; inside a transaction."""
-        if (before := self._store.get(self._key("undo"))) is None:
+        if (data := self._store.get(self._key("undo"))) is None:
             return
+        before = load_npz(data)
         self._store.delete(self._key("undo"))
-        if before:
-            self._store.put(self._key("moments"), before)
+        if moments := before["moments"].tobytes():
+            self._store.put(self._key("moments"), moments)
         else:
             self._store.delete(self._key("moments"))
-        self._store.fade_mass(self.trunk, 0.0)
+        self._store.set_mass(self.trunk, zip(before["keys"].tolist(), before["mass"].tolist(), strict=True))
+
+    def _keep_undo(self) -> None:
+        """What `unfold` needs: the moments as they are, and what each replayed row has added to them."""
+        counted = [sample for sample in self._store.samples("replay", self.trunk) if sample.mass > 0]
+        moments = np.frombuffer(self._store.get(self._key("moments")) or b"", dtype=np.uint8)
+        keys, mass = np.array([s.key for s in counted], np.int64), np.array([s.mass for s in counted], np.float64)
+        self._store.put(self._key("undo"), npz_bytes({"moments": moments, "keys": keys, "mass": mass}))
 
     def erase(self, found: list[tuple[Sample, str]], *, unlearn: bool) -> None:
         """Forget samples; inside a transaction.
@@ -384,7 +439,7 @@ class Experience:
         if unlearn and (counted := [sample for sample in replayed if sample.mass > 0]):
             device = self._device_moments()
             mass = [sample.mass for sample in counted]
-            self._store.put(self._key("moments"), (device - self._moments_of(counted, mass, device.labels)).to_bytes())
+            self._save_moments(device - self._moments_of(counted, mass, device.labels))
         for sample in replayed:  # from the last slot on, so that none of them is moved before its turn
             slot = sample.slot or 0
             moved = self.buffer.remove(slot)
@@ -394,15 +449,23 @@ class Experience:
         self._store.delete_samples([s.key for s, trunk in found if trunk != self.trunk or s.role != "replay"])
         if unlearn:
             for trunk in {trunk for s, trunk in found if trunk != self.trunk and s.mass > 0}:
-                self._store.delete(f"moments:{trunk[:16]}")
+                self._forget_sums(trunk)
         if replayed:
             self.save()
 
-    def forget_learned(self) -> None:
-        """Drop what was summed up on this trunk; inside a transaction."""
-        for name in ("moments", "undo"):
-            self._store.delete(self._key(name))
-        self._store.fade_mass(self.trunk, 0.0)
+    def forget_label(self, label: str) -> None:
+        """Drop what was summed up on this trunk, if the label is part of it; inside a transaction.
+
+        To be called once its samples are erased.
+        """
+        device = self._device_moments()
+        if label in device.labels and device.known[device.labels.index(label)]:
+            self._forget_sums(self.trunk)
+
+    def _forget_sums(self, trunk: str) -> None:
+        for kind in ("moments", "undo"):
+            self._store.delete(f"{kind}:{trunk[:16]}")
+        self._store.set_mass(trunk, [])
 
     def trim_judges(self, *, on_trial: bool) -> None:
         """Keep the newest judge rows; inside a transaction.

@@ -32,8 +32,15 @@ class Front:
     def __init__(self, pending: Pending, clock: Clock, config: DeviceConfig) -> None:
         self._pending, self._clock, self._config = pending, clock, config
         self._holdout_share = config.holdout_share
-        self.refused: frozenset[str] = frozenset()
+
+    @property
+    def refused(self) -> frozenset[str]:
         """Labels that a person said are none."""
+        return self._pending.refused
+
+    @refused.setter
+    def refused(self, labels: frozenset[str]) -> None:
+        self._pending.refused = labels
 
     def predict(self, served: Served, x: Any, name: str | None, state: Arrays | None, slice_: str) -> Prediction:
         """One sample; see `EdgeDevice.predict`."""

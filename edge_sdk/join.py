@@ -113,7 +113,8 @@ class Joiner:
         taught = [row for batch in self._unsaved for row in batch.taught]
         for number, row in enumerate(taught):
             weight = source_weight(row.source, self._config.feedback)
-            if weight and self._admitted(row.source, joined, now):
+            refused = row.label in self._pending.refused
+            if weight and not refused and self._admitted(row.source, joined, now):
                 sample = NewSample(row.time, row.latent.tobytes(), row.label, "fresh", row.trunk,
                                    source=row.source, slice=row.slice, weight=weight)  # fmt: skip
                 joined.samples.append(self._with_role(sample, f"taught-{counters.labelled}-{number}"))
@@ -164,6 +165,8 @@ class Joiner:
 
     def _use(self, label: Label, row: LoggedRow, counts: float, joined: Joined, current: Served) -> None:
         """A label that its source may give says how the version in use did, and is learned from or judges."""
+        if label.label in self._pending.refused:
+            return
         if label.trusted and (row.release, row.head) == (current.version.release, current.version.head):
             latent = np.frombuffer(row.latent, dtype=np.uint8)
             right = is_right(row.predicted, label.label, current.manifest)

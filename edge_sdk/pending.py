@@ -102,6 +102,8 @@ class Pending:
         self._labels: deque[Label] = deque()
         self._taught: deque[Taught] = deque()
         self._rejected = self._errors = self._rows_lost = self._labels_lost = 0
+        self.refused: frozenset[str] = frozenset()
+        """Labels that a person said are none; what came with one of them before that is not to be written, either."""
 
     def new_id(self, given: str | None) -> str:
         """An id for a prediction: the app's own, if it gave one.

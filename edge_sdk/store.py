@@ -18,6 +18,8 @@ _HISTORY_ROWS = 2_000
 _LINEAGE_ROWS = 500
 _SAMPLE = "key, time, latent, label, role, slot, slice, weight, mass"
 _ROWS_A_STATEMENT = 500
+_OF_TRUNKS = ("moments", "undo", "buffer", "strata")
+"""Kinds of facts that are kept for each trunk, as "kind:first 16 characters of the trunk's id"."""
 
 
 class LoggedRow(NamedTuple):
@@ -257,16 +259,18 @@ class Store(Database):
         rows = self.execute(f"SELECT {_SAMPLE}, trunk FROM samples WHERE time < ?", (before,))  # noqa: S608
         return [(Sample(*row[:-1]), row[-1]) for row in rows]
 
-    def count_labels(self, role: Role, trunk: str) -> dict[str, int]:
-        """How many samples of a role each label has."""
+    def samples_labelled(self, label: str) -> list[tuple[Sample, str]]:
+        """The samples of a label, each with the trunk of its latent."""
+        rows = self.execute(f"SELECT {_SAMPLE}, trunk FROM samples WHERE label = ?", (label,))  # noqa: S608
+        return [(Sample(*row[:-1]), row[-1]) for row in rows]
+
+    def count_labels(self, role: Role, trunk: str, *, since: float = 0.0) -> dict[str, int]:
+        """How many samples of a role each label has, whose inputs came at `since` or later."""
         rows = self.execute(
-            "SELECT label, count(*) FROM samples WHERE role = ? AND trunk = ? GROUP BY label", (role, trunk)
+            "SELECT label, count(*) FROM samples WHERE role = ? AND trunk = ? AND time >= ? GROUP BY label",
+            (role, trunk, since),
         )
         return {label: int(count) for label, count in rows}
-
-    def delete_label(self, label: str) -> int:
-        """Forget all samples of a label; returns how many there were."""
-        return int(self.execute("DELETE FROM samples WHERE label = ?", (label,)).rowcount)
 
     def count_samples(self, role: Role, trunk: str, *, since: float = 0.0) -> int:
         """How many samples of a role there are, whose inputs came at `since` or later."""
@@ -293,12 +297,20 @@ class Store(Database):
         """What samples have added to the device's moments has faded."""
         self.execute("UPDATE samples SET mass = mass * ? WHERE trunk = ? AND mass > 0", (factor, trunk))
 
+    def set_mass(self, trunk: str, mass: Iterable[tuple[int, float]]) -> None:
+        """These samples have added so much to the device's moments, and no others on this trunk anything."""
+        self.execute("UPDATE samples SET mass = 0 WHERE trunk = ? AND mass > 0", (trunk,))
+        self.execute_many("UPDATE samples SET mass = ? WHERE key = ?", ((value, key) for key, value in mass))
+
     def delete_samples(self, keys: Iterable[int]) -> None:
         """Forget samples."""
         self.execute_many("DELETE FROM samples WHERE key = ?", ((key,) for key in keys))
 
     def trim_samples(self, role: Role, trunk: str, keep: int) -> None:
         """Keep only the newest `keep` samples of a role."""
+        count = self.execute("SELECT count(*) FROM samples WHERE role = ? AND trunk = ?", (role, trunk))
+        if int(count.fetchone()[0]) <= keep:
+            return  # nearly always: what follows reads them all, at every flush
         self.execute(
             "DELETE FROM samples WHERE role = ? AND trunk = ? AND key NOT IN "
             "(SELECT key FROM samples WHERE role = ? AND trunk = ? ORDER BY key DESC LIMIT ?)",
@@ -306,15 +318,17 @@ class Store(Database):
         )
 
     def keep_trunks(self, trunks: Sequence[str]) -> list[str]:
-        """Drop samples, sums over them and logged predictions whose latents no installed trunk can read.
+        """Drop samples, what is known of them and logged predictions whose latents no installed trunk can read.
 
         Returns:
             Ids of the predictions.
         """
         marks = ",".join("?" * len(trunks))
         self.execute(f"DELETE FROM samples WHERE trunk NOT IN ({marks})", list(trunks))  # noqa: S608 - marks only
-        for (key,) in self.read("SELECT key FROM meta WHERE key LIKE 'moments:%' OR key LIKE 'undo:%'"):
-            if key.partition(":")[2] not in {trunk[:16] for trunk in trunks}:
+        kept = {trunk[:16] for trunk in trunks}
+        for (key,) in self.read("SELECT key FROM meta WHERE key LIKE '%:%'"):
+            kind, _, trunk = key.partition(":")
+            if kind in _OF_TRUNKS and trunk not in kept:
                 self.delete(key)
         dropped = self.execute(f"DELETE FROM rows WHERE trunk NOT IN ({marks}) RETURNING id", list(trunks))  # noqa: S608
         return [row[0] for row in dropped.fetchall()]
@@ -323,7 +337,7 @@ class Store(Database):
         """Forget all samples, rows that wait, and what was summed up of them."""
         self.execute("DELETE FROM samples")
         self.execute("DELETE FROM rows")
-        for kind in ("moments", "undo", "buffer", "strata"):
+        for kind in _OF_TRUNKS:
             self.execute("DELETE FROM meta WHERE key LIKE ?", (f"{kind}:%",))
 
     def compact(self) -> None:

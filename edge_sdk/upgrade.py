@@ -15,7 +15,7 @@ from edge_sdk.drift.features import Thumbnail
 from edge_sdk.drift.monitors import DriftMonitors
 from edge_sdk.drift.reference import Reference, output_names
 from edge_sdk.errors import ArtifactError, IntegrityError, ModelError, RollbackRefusedError, StoreError
-from edge_sdk.experience import FactoryMemory
+from edge_sdk.experience import FactoryMemory, meaning_of_outputs
 from edge_sdk.files import load_npz
 from edge_sdk.gate import is_healthy, watch_release
 from edge_sdk.head import Head, dequantize
@@ -258,9 +258,12 @@ class Upgrade:
         current = self._slots.pointer.current
         if current is None or current.head == 0 or adaptation is None:
             return Rebase(None, "there was no personal head")
-        if manifest.adapt == "none" or self._slots.manifest(current).trunk_id != manifest.trunk_id:
+        before, folder = self._slots.manifest(current), self._slots.root / slot
+        if manifest.adapt == "none" or before.trunk_id != manifest.trunk_id:
             return Rebase(None, "dropped: the new release has another trunk")
-        folder = self._slots.root / slot
+        shipped, personal = Head.load(folder / HEAD_NPZ), self._slots.head(current)
+        if meaning_of_outputs(before) != meaning_of_outputs(manifest) or _widths(shipped) != _widths(personal):
+            return Rebase(None, "dropped: the new release's head has other outputs or hidden layers")
         memory = FactoryMemory(folder, manifest)
         rows = None if adaptation.experience is None else adaptation.experience.judge_rows
 
@@ -272,7 +275,7 @@ class Upgrade:
             groups = group_names(rows.truths, head.labels, manifest)
             return np.concatenate([outcomes(scores, head.labels, rows.truths, groups, manifest).right, factory])
 
-        return choose_head(Head.load(folder / HEAD_NPZ), self._slots.head(current), right)
+        return choose_head(shipped, personal, right)
 
     def leave(self, reason: str) -> bool:
         """Go back to the release before, if there is one; False if this one must go on serving."""
@@ -297,6 +300,11 @@ class Upgrade:
             with self._store.transaction():
                 self._emit(name, {"release": release, "reason": reason})
             self._complaints.add(key)
+
+
+def _widths(head: Head) -> list[int]:
+    """What each layer takes: the latent's width, then those of the hidden layers."""
+    return [len(head.weights[f"W{i}"]) for i in range(head.depth)]
 
 
 def _are_truths(truths: AnyArray, manifest: Manifest) -> bool:

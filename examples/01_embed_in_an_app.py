@@ -12,6 +12,7 @@ import numpy as np
 from demo import factory
 from edge_sdk import DeviceConfig, EdgeDevice
 from edge_sdk.config import DriftConfig, LearnConfig, PolicyConfig
+from edge_sdk.resources import FixedReader
 
 with tempfile.TemporaryDirectory() as folder:
     checkpoint = Path(folder) / "checkpoint"
@@ -25,7 +26,8 @@ with tempfile.TemporaryDirectory() as folder:
         policy=PolicyConfig(min_fresh_rows=60, cooldown_s=0),
         learn=LearnConfig(executor="inline"),  # a real device uses the default: a child process at low priority
     )
-    device = EdgeDevice(Path(folder) / "state", checkpoint=checkpoint, config=config)
+    # a real device leaves `resources` out: learning then waits while battery, temperature, memory or load say so
+    device = EdgeDevice(Path(folder) / "state", checkpoint=checkpoint, config=config, resources=FixedReader())
 
     known = digits.life.only(factory.BASE)
     rng = np.random.default_rng(0)

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import textwrap
 import typing
 from pathlib import Path
 
@@ -20,6 +21,7 @@ PROGRAMS = {
     "edge-coordinator": edge_server.cli.main,
     "edge-quantize": edge_quantize.cli.main,
 }
+GUIDE = ROOT / "docs" / "learning.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")])
 
 
@@ -84,6 +86,32 @@ def test_links_lead_somewhere(page):
 def test_decisions_are_numbered_without_gaps():
     numbers = [int(path.name[:4]) for path in sorted((ROOT / "docs" / "adr").glob("*.md"))]
     assert numbers == list(range(1, len(numbers) + 1))
+
+
+@pytest.mark.torch
+def test_python_blocks_of_the_guide_to_learning_run_one_after_another(tmp_path, checkpoint, digits):
+    names = {
+        "folder": tmp_path,
+        "checkpoint": checkpoint,
+        "x": digits.life.x,
+        "y": [str(digit) for digit in digits.life.y],
+    }
+    for block in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL):
+        exec(compile(block, str(GUIDE), "exec"), names)
+    status = names["status"]
+    assert (status.head, status.phase, status.labels) == (1, "probation", list("0123456789"))  # as the guide says
+    assert names["erased"] == 1
+
+
+def test_settings_that_the_guide_to_learning_shows_or_names_exist():
+    text = re.sub(r"```.*?```", "", GUIDE.read_text(), flags=re.DOTALL)
+    for block in re.findall(r"(?:^    .*\n)+", text, flags=re.MULTILINE):
+        if block.lstrip().startswith("["):
+            msgspec.toml.decode(textwrap.dedent(block), type=edge_sdk.config.DeviceConfig)
+    config = msgspec.to_builtins(edge_sdk.config.DeviceConfig())
+    for section, key in re.findall(r"`(\w+)\.([a-z_]+)`", text):
+        if isinstance(config.get(section), dict):
+            assert key in config[section], f"{section}.{key}"
 
 
 def test_every_benchmark_that_is_quoted_exists():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edge_sdk.adapt import Adaptation
-from edge_sdk.config import DeviceConfig, GateConfig, JoinConfig, LearnConfig, PolicyConfig, ReplayConfig
+from edge_sdk.config import DeviceConfig, GateConfig, LearnConfig, PolicyConfig
 from edge_sdk.errors import DiskFullError
 from edge_sdk.files import npz_bytes
 from edge_sdk.head import Head, dequantize
@@ -80,7 +80,7 @@ class Rig:
         manifest = Manifest(
             name="rig", release=release, created="", task=task, labels=list(labels), input=InputSpec(shape=[1]),
             latent=SPEC, head=HeadSpec(list(hidden)), thresholds=[0.5] * len(labels) if task == "multilabel" else [],
-            targets=[TargetSpec(0.0, 1.0, 0.5)] if task == "regression" else [],
+            targets=[TargetSpec(0.0, 1.0, 0.5)] * (len(labels) if task == "regression" else 0),
             files={MOMENTS_NPZ: FileEntry(0, "")} if moments else {},
         )  # fmt: skip
         rng = np.random.default_rng(7)
@@ -95,7 +95,10 @@ class Rig:
             layers[f"W{i}"] = rng.normal(size=(inputs, outputs)).astype(np.float32)
             layers[f"b{i}"] = np.zeros(outputs, np.float32)
         last = len(hidden)
-        empty = {f"W{last}": np.zeros((widths[-1], len(labels)), np.float32), f"b{last}": np.zeros(len(labels), np.float32)}
+        empty = {
+            f"W{last}": np.zeros((widths[-1], len(labels)), np.float32),
+            f"b{last}": np.zeros(len(labels), np.float32),
+        }
         head = Head({**layers, **empty}, tuple(labels))
         known = Moments.of(head.hidden(dequantize(latents, SPEC)), truths, np.ones(len(latents)), labels)
         found = closed_form(known, task)
@@ -187,12 +190,12 @@ class Rig:
             latent = self.latent(thing, moved=moved)
             truth = label or self.truth(latent, thing)
             new.append(
-                NewSample(self.now if time is None else time, latent.tobytes(), truth, role, self.manifest.trunk_id, **rest)
+                NewSample(
+                    self.now if time is None else time, latent.tobytes(), truth, role, self.manifest.trunk_id, **rest
+                )
             )
-        before = self.store.newest_sample("judge", self.manifest.trunk_id)
         with self.store.transaction():
             self.store.add_samples(new)
-        del before
         (newest,) = self.store.execute("SELECT max(key) FROM samples").fetchone()
         return list(range(newest - count + 1, newest + 1))
 
@@ -226,7 +229,7 @@ class Rig:
     def moments(self):
         """Of the device; None: nothing was summed up."""
         data = self.store.get(f"moments:{self.manifest.trunk_id[:16]}")
-        return Moments.load(data) if data else None
+        return Moments.load(data[16:]) if data else None
 
     @property
     def head(self):
@@ -249,6 +252,3 @@ def rig(tmp_path):
     yield make
     for each in made:
         each.store.close()
-
-
-__all__ = ["JoinConfig", "ReplayConfig"]

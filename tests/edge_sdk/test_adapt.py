@@ -599,7 +599,11 @@ def test_a_new_class_is_learned_and_served(make_device, world, digits):
 
 
 def test_the_head_never_grows_beyond_its_limit(make_device, clock, digits, config):
-    config = msgspec.structs.replace(config, learn=msgspec.structs.replace(config.learn, max_labels=9))
+    config = msgspec.structs.replace(
+        config,
+        learn=msgspec.structs.replace(config.learn, max_labels=9),
+        policy=msgspec.structs.replace(config.policy, min_fresh_rows=20),
+    )
     device = make_device(config=config)
     for label in (8, 9):
         pool = digits.life.only({label})

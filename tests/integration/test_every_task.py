@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -18,11 +19,20 @@ from onnx import TensorProto, helper, numpy_helper
 
 import edge_quantize.cli
 import edge_sdk.cli
-from edge_quantize import Dataset, build_checkpoint
+from edge_quantize import Dataset, build_checkpoint, repack_checkpoint
 from edge_sdk.config import UpdateConfig
-from edge_sdk.errors import InputError, LabelError
+from edge_sdk.errors import IncompatibleError, InputError, LabelError
+from edge_sdk.head import Head
 from edge_sdk.http import create_app
-from edge_sdk.manifest import MANIFEST_NAME, MODEL_INT8, StateSpec, digest_of, parse_manifest, verify_checkpoint
+from edge_sdk.manifest import (
+    HEAD_NPZ,
+    MANIFEST_NAME,
+    MODEL_INT8,
+    StateSpec,
+    digest_of,
+    parse_manifest,
+    verify_checkpoint,
+)
 from edge_sdk.messages import (
     Desired,
     Envelope,
@@ -37,6 +47,7 @@ from edge_sdk.messages import (
     unpack,
 )
 from edge_sdk.schema import Column, Impute, InputSpec, OneHot, Permute, Resize, Scale, Window
+from edge_sdk.streams import rotation
 from edge_sdk.transport import MemoryBroker, MemoryTransport
 
 pytestmark = pytest.mark.torch
@@ -135,6 +146,7 @@ def multilabel():
     return Kind(
         net, Dataset(*halves(x, y)), settings, lambda row: row - 3,
         lambda y: [label for label, there in zip(labels, y, strict=True) if there], ("hot", 1.0, ["cold"]),
+        learns=True,
     )  # fmt: skip
 
 
@@ -156,7 +168,7 @@ def regression():
     settings = {"labels": ("temperature", "pressure"), "task": "regression", "input_spec": InputSpec([5])}
     return Kind(
         net, Dataset(*halves(x, y)), settings, lambda row: row + 2.5, lambda y: [float(v) for v in y],
-        ("20", [20.0], {"temperature": 20.0}),
+        ("20", [20.0], {"temperature": 20.0}), learns=True,
     )  # fmt: skip
 
 
@@ -498,13 +510,18 @@ def test_device_predicts_takes_truths_and_counts_what_was_right(packed, make_dev
         return
     for prediction, y in zip(said, kind.data.holdout_y, strict=False):
         device.observe(prediction.id, kind.truth(y))
+    if manifest.task != "classification":
+        with pytest.raises(LabelError, match="needs a classification"):
+            device.reward(said[0].id, 1.0)
     report = device.step()
     assert (report.predictions, report.labelled, report.problem) == (120, 120, "")
     status = device.status()
     variant = packed.result.comparison.variants[status.variant]
     assert status.accuracy == pytest.approx(variant.accuracy.value, abs=0.12)
     assert status.counters.labelled == 120
-    if not kind.learns:
+    if kind.learns:
+        assert status.fresh_rows + status.judge_rows == 120
+    else:
         assert "served, not learned on" in status.waits
         assert (status.fresh_rows, status.replay_rows) == (0, 0)
 
@@ -692,6 +709,300 @@ def test_model_with_several_inputs_takes_them_by_name(pack, make_device):
         device.predict(row["picture"])
     with pytest.raises(InputError, match="readings"):
         device.predict({**row, "readings": np.zeros(3, np.float32)})
+
+
+# ---- learning
+
+
+@dataclass(frozen=True)
+class Change:
+    """How the world of a kind changes, and what a device needs to follow it.
+
+    Attributes:
+        kind: The model and its rows.
+        folder: Its checkpoint.
+        x: Rows as they look now, to live on.
+        truths: Of them.
+        then: Rows that nobody learns from, as they looked in training.
+        now: The same as they look now.
+        answers: Of both.
+        settings: Of the device.
+    """
+
+    kind: Kind
+    folder: Any
+    x: Any
+    truths: list[Any]
+    then: Any
+    now: Any
+    answers: list[Any]
+    settings: dict[str, Any]
+
+
+def turned_digits(digits, folder):
+    """Several labels of one handwritten digit; the camera is turned by 20 degrees."""
+    from torch import nn
+    from torch.nn.functional import binary_cross_entropy_with_logits
+
+    def facts(y):
+        return np.stack([y % 2 == 1, y >= 5, np.isin(y, [0, 6, 8, 9])], axis=1).astype(np.int64)
+
+    labels, turn = ("odd", "high", "looped"), rotation(20)
+    x, y = digits.factory.x, facts(digits.factory.y)
+    net = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 48, 3, padding=1), nn.BatchNorm2d(48), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(48, 3),
+    )  # fmt: skip
+    fit(net, x[:660], y[:660].astype(np.float32), binary_cross_entropy_with_logits, epochs=12)
+    settings = {"labels": labels, "task": "multilabel", "input_spec": InputSpec([1, 8, 8], low=0, high=1)}
+    kind = Kind(net, Dataset(x[:660], y[:660], x[660:], y[660:]), settings, turn)
+    kind.build(folder)
+    truths, answers = (
+        [[label for label, there in zip(labels, row, strict=True) if there] for row in facts(pool.y)]
+        for pool in (digits.life, digits.score)
+    )
+    return Change(
+        kind, folder, turn(digits.life.x, None), truths, digits.score.x, turn(digits.score.x, None), answers, {}
+    )
+
+
+def slow_machine(pack):
+    """A recording of a machine at half its speed: one label now looks like another did."""
+    packed = pack("sensor")
+    data, slow = packed.kind.data, lambda x: np.repeat(x, 2, axis=1)[:, :40]
+    return Change(
+        packed.kind, packed.folder, slow(data.train_x), [packed.kind.truth(y) for y in data.train_y], data.holdout_x,
+        slow(data.holdout_x), [packed.kind.truth(y) for y in data.holdout_y], {},
+    )  # fmt: skip
+
+
+FORGETFUL = {
+    "gate": {"factory_margin": 1.0, "class_margin": 1.0}, "policy": {"accuracy_target": 0.8},
+    "replay": {"factory_rows": 0},
+}  # fmt: skip
+"""For a device whose old world will not come back: it learns until the new one is known, whatever it forgets."""
+BIAS = np.array([1, 0.5, 0, 0, 0], np.float32)
+
+
+def biased_sensors(pack):
+    """Two of the sensors that a regression reads are off from now on: the very same rows mean something else."""
+    packed = pack("regression")
+    data = packed.kind.data
+    return Change(
+        packed.kind, packed.folder, data.train_x + BIAS, [packed.kind.truth(y) for y in data.train_y], data.holdout_x,
+        data.holdout_x + BIAS, [packed.kind.truth(y) for y in data.holdout_y], FORGETFUL,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def change_of(pack, digits, tmp_path_factory):
+    """Makes each change once."""
+    made = {}
+
+    def one(name):
+        if name not in made:
+            made[name] = {
+                "multilabel": lambda: turned_digits(digits, tmp_path_factory.mktemp("turned") / "release-1"),
+                "sensor": lambda: slow_machine(pack),
+                "regression": lambda: biased_sensors(pack),
+            }[name]()
+        return made[name]
+
+    return one
+
+
+@pytest.fixture
+def adapting(make_device, config):
+    """Opens a device for a change: `adapting(change, learn={...})`."""
+
+    def make(change, home="device", *, checkpoint=None, **sections):
+        changed = {
+            name: msgspec.structs.replace(
+                getattr(config, name), **change.settings.get(name, {}), **sections.get(name, {})
+            )
+            for name in {*change.settings, *sections}
+        }
+        return make_device(home, checkpoint=checkpoint or change.folder, variant="auto", **changed)
+
+    return make
+
+
+def live(device, clock, x, truths, *, ticks, until=lambda device: False):
+    """Rows and their truths, over and over, until something is so."""
+    for tick in range(ticks):
+        clock.advance(300)
+        rows = np.arange(tick * 40, tick * 40 + 40) % len(x)
+        for prediction, row in zip(device.predict_batch(x[rows]), rows, strict=True):
+            device.observe(prediction.id, truths[row])
+        assert device.step().problem == ""
+        if until(device):
+            break
+    return device
+
+
+def has_learned(device):
+    status = device.status()
+    return status.counters.promotions > 0 and status.phase == "idle" and (status.accuracy or 0) >= 0.65
+
+
+@pytest.mark.parametrize(
+    ("name", "fall", "rise", "forgets"),
+    [("multilabel", 0.2, 0.1, 0.03), ("sensor", 0.3, 0.3, 0.05), ("regression", 0.8, 0.5, 1)],
+)
+def test_device_follows_its_world_and_takes_what_it_learned_to_the_next_release_on_the_same_trunk(
+    change_of, adapting, clock, tmp_path, name, fall, rise, forgets
+):
+    change = change_of(name)
+    device = adapting(change)
+    before, drifted = device.evaluate(change.then, change.answers), device.evaluate(change.now, change.answers)
+    assert drifted <= before - fall
+
+    live(device, clock, change.x, change.truths, ticks=40, until=has_learned)
+
+    learned = device.evaluate(change.now, change.answers)
+    assert learned >= drifted + rise
+    assert device.evaluate(change.then, change.answers) >= before - forgets
+    status = device.status()
+    assert status.counters.promotions >= 1
+    promoted = [entry for entry in device.lineage() if entry.outcome == "promoted"]
+    assert promoted[-1].head == status.head
+    assert all(entry.detail["evidence"] >= 1 / entry.detail["alpha"] for entry in promoted)
+    device.stop()
+
+    again = adapting(change)  # after a restart
+    assert (again.status().head, again.evaluate(change.now, change.answers)) == (status.head, learned)
+    again.stop()
+
+    following, other = tmp_path / "release-2", tmp_path / "release-3"
+    repack_checkpoint(
+        change.folder, following, head=Head.load(change.folder / HEAD_NPZ), release=2, created=CREATED,
+        data=change.kind.data,
+    )  # fmt: skip
+    updated = adapting(change, checkpoint=following)
+    assert updated.status().release == 2
+    assert carried(updated) == (True, "kept: personal head")
+    assert updated.evaluate(change.now, change.answers) == learned
+    assert updated.status().judge_rows + updated.status().replay_rows > 0
+    updated.stop()
+
+    replace(change.kind, model=retrained(change.kind.model)).build(other, release=3)
+    anew = adapting(change, checkpoint=other)
+    assert (anew.status().release, anew.status().head) == (3, 0)
+    assert carried(anew) == (False, "dropped: the new release has another trunk")
+    assert anew.evaluate(change.now, change.answers) == pytest.approx(drifted, abs=0.05)
+
+
+def carried(device):
+    """Whether the last release took the personal head along, and the beginning of why."""
+    (*_, detail) = [entry.detail for entry in device.history(limit=1_000) if entry.name == "release_activated"]
+    return detail["carried"], detail["head"].partition(" 0.")[0]
+
+
+def retrained(net):
+    """As good a network, with another trunk."""
+    import torch
+
+    changed = copy.deepcopy(net)
+    with torch.no_grad():
+        next(changed.parameters()).mul_(1.01)
+    return changed
+
+
+@pytest.mark.parametrize("name", ["classification_none", "raw", "recurrent"])
+def test_feedback_to_a_model_that_does_not_learn_is_counted_and_can_be_forgotten(pack, make_device, name):
+    packed = pack(name)
+    device = make_device(checkpoint=packed.folder, holdout_share=0.5)
+    said = ask(device, rows_of(packed, 20))
+    labelled = 0
+    if packed.kind.truth is not None:
+        labelled = 10
+        for prediction, y in zip(said[:8], packed.kind.data.holdout_y, strict=False):
+            device.observe(prediction.id, packed.kind.truth(y))
+        device.reward(said[8].id, 1.0)
+        device.reward(said[9].id, 0.0)
+    with pytest.raises((IncompatibleError, InputError)):
+        device.learn(np.stack(rows_of(packed, 2)), ["any", "any"])
+    device.learn_now()
+    report = device.step()
+    assert (report.labelled, report.problem) == (labelled, "")
+    status = device.status()
+    assert (status.fresh_rows, status.judge_rows, status.phase) == (0, 0, "idle")
+    assert (device.label_requests(5), device.lineage(), device.skew().training.rows) == ([], [], 0)
+    assert device.forget([prediction.id for prediction in said[10:15]]) == 5
+    assert device.forget_all().head == 0
+    assert device._store.read("SELECT count(*) FROM rows") == [(0,)]
+    assert device.predict(packed.kind.data.holdout_x[0]).release == 1
+    assert device.step().problem == ""
+
+
+@pytest.mark.parametrize("name", ["multilabel", "regression"])
+def test_a_world_that_contradicts_the_factory_s_is_not_learned_unless_that_may_be_forgotten(
+    pack, make_device, clock, name
+):
+    packed = pack(name)
+    device = make_device(checkpoint=packed.folder, variant="auto")
+    off = np.resize(BIAS, packed.kind.data.train_x.shape[1])
+    truths = [packed.kind.truth(y) for y in packed.kind.data.train_y]
+    live(device, clock, packed.kind.data.train_x + off, truths, ticks=10)
+    rejected = [entry.detail["reason"] for entry in device.lineage() if entry.outcome == "rejected"]
+    assert rejected
+    assert all(reason.startswith("forgets: ") for reason in rejected)
+    assert device.status().head == 0
+
+
+@pytest.mark.parametrize(
+    ("learning", "learned"),
+    [
+        ({"learner": "sgd", "ewc_lambda": 0.0, "passes": 60}, False),
+        ({"learner": "sgd", "ewc_lambda": 0.0, "passes": 60, "loss": "huber", "huber_delta": 0.3}, True),
+        ({"learner": "hybrid", "filter_share": 0.2}, True),
+    ],
+    ids=["squared", "huber", "filtered"],
+)
+def test_regression_learns_although_every_tenth_truth_is_far_off(change_of, adapting, clock, learning, learned):
+    change = change_of("regression")
+    device = adapting(change, learn=learning)
+    stds = [target.std for target in device._served.manifest.targets]
+    truths = [
+        truth if i % 10 else [value + 10 * std for value, std in zip(truth, stds, strict=True)]
+        for i, truth in enumerate(change.truths)
+    ]
+    live(device, clock, change.x, truths, ticks=25)
+    assert (device.evaluate(change.now, change.answers) >= 0.4) == learned
+
+
+def test_device_learns_a_digit_that_it_never_saw_and_takes_it_to_the_next_release(
+    make_device, checkpoint, digits, clock, tmp_path
+):
+    known, eights = digits.score.only(set(range(8))), digits.score.only({8})
+    names = [str(y) for y in known.y]
+    pool = digits.life.only(set(range(9)))
+    device = make_device()
+    before = device.evaluate(known.x, names)
+    assert "8" not in device.labels
+
+    truths = [str(y) for y in pool.y]
+    live(device, clock, pool.x, truths, ticks=10)
+    assert device.status().new_labels["8"] >= 20
+    device.learn_now()
+    live(device, clock, pool.x, truths, ticks=20, until=has_learned)
+
+    assert device.labels == (*(str(i) for i in range(8)), "8")
+    learned = device.evaluate(eights.x, ["8"] * len(eights.y)), device.evaluate(known.x, names)
+    assert learned[0] >= 0.8
+    assert learned[1] >= before - 0.03
+    device.stop()
+    base = digits.factory.only(set(range(8)))
+    repack_checkpoint(
+        checkpoint, tmp_path / "release-2", head=Head.load(checkpoint / HEAD_NPZ), release=2, created=CREATED,
+        data=Dataset(base.x[:480], base.y[:480], base.x[480:], base.y[480:]),
+    )  # fmt: skip
+    updated = make_device(checkpoint=tmp_path / "release-2")
+    assert updated.status().release == 2
+    assert carried(updated) == (True, "kept: personal head")
+    assert updated.labels[-1] == "8"
+    assert (updated.evaluate(eights.x, ["8"] * len(eights.y)), updated.evaluate(known.x, names)) == learned
 
 
 # ---- releases between adapt levels

@@ -1,0 +1,48 @@
+"""The forgetting benchmark runs, reuses what it has measured, and its committed tables say what its results say."""
+
+import json
+from pathlib import Path
+
+import forgetting
+import pytest
+from forgetting_tables import markdown
+
+pytestmark = pytest.mark.torch
+BENCHMARKS = Path(forgetting.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forgetting")
+    arguments = ["--digits", "--quick", "--seeds", "0", "--only", "incremental", "--cache", str(folder / "cache"),
+                 "--out", str(folder / "found.json")]  # fmt: skip
+    forgetting.main(arguments)
+    return folder, arguments
+
+
+def test_learning_new_classes_with_moments_beats_learning_them_naively(quick):
+    folder, _ = quick
+    found = json.loads((folder / "found.json").read_text())
+    accuracy = {line["method"]: line["accuracy"] for line in found["incremental"] if not line["rows"]}
+    assert accuracy["hybrid, defaults"] > accuracy["naive"] + 0.1
+    assert all(not line["diverged"] for line in found["incremental"])
+
+
+def test_the_tables_say_what_stood_in_and_what_was_not_measured(quick):
+    folder, _ = quick
+    text = (folder / "found.md").read_text()
+    assert "digits (stand-in)" in text
+    assert "Not measured in this run: it takes `--peers PYTHON`" in text
+
+
+def test_what_has_been_measured_is_not_measured_again(quick, monkeypatch):
+    folder, arguments = quick
+    before = (folder / "found.json").read_bytes()
+    monkeypatch.setattr(forgetting, "run", lambda *_: pytest.fail("measured again"))
+    forgetting.main(arguments)
+    assert (folder / "found.json").read_bytes() == before
+
+
+def test_the_committed_tables_are_those_of_the_committed_results():
+    results = json.loads((BENCHMARKS / "forgetting.json").read_text())
+    assert (BENCHMARKS / "forgetting.md").read_text() == markdown(results)
