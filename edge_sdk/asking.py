@@ -84,9 +84,14 @@ class Asking:
         self._requests = requests
 
     @property
+    def waiting_ids(self) -> frozenset[str]:
+        """Predictions whose labels are asked for and not given yet."""
+        return frozenset(request.id for request in self._requests.asked if request.waiting)
+
+    @property
     def waiting(self) -> int:
         """How many labels are asked for and not given yet."""
-        return sum(request.waiting for request in self._requests.asked)
+        return len(self.waiting_ids)
 
     def forget(self, ids: set[str]) -> None:
         """Nothing is asked about these any longer; inside a transaction."""

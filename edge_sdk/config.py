@@ -111,7 +111,7 @@ class LearnConfig(_Section, frozen=True):
     """Further passes at the end over as many rows, fresh and replayed, drawn so that every label comes as often (sgd,
     torch)."""
     loss: Literal["squared", "huber"] = "squared"
-    """Of a regression."""
+    """Of a regression (sgd, torch, and what hybrid adds to the closed form, which is least squares)."""
     huber_delta: Positive = 1.0
     """Where the Huber loss becomes linear, in standard deviations of the target."""
     label_smoothing: Annotated[float, Meta(ge=0, lt=1)] = 0.0

@@ -289,6 +289,7 @@ class EdgeDevice:
         Raises:
             InputError: Wrong dtype, shape, NaN/Inf or out of range; the message says which.
             DuplicateIdError: The id is in use.
+            LabelError: The id or the slice is none.
             ModelError: There is no model yet, or the engine failed.
         """
         return self._front.predict(self._model(), x, id, state, slice)
@@ -331,7 +332,8 @@ class EdgeDevice:
     def reward(self, id: str, value: float, *, source: str = "") -> None:  # noqa: A002
         """Say how right a prediction proved, without knowing the truth: clicked, accepted, ignored. Thread-safe.
 
-        It is learned from, in proportion to how clear it is, and never judges.
+        It is learned from, in proportion to how clear it is, and never judges. It stands for the truth: one that is
+        observed after the next step is a `duplicate`.
 
         Args:
             id: The prediction's.
@@ -346,7 +348,8 @@ class EdgeDevice:
     def apply_rules(self, id: str, x: Any, *, source: str = "rules") -> str | None:  # noqa: A002
         """Let the labelling functions vote on a sample. Thread-safe as far as they are.
 
-        Their label is learned from, weighted by the share of the votes that it got, and never judges.
+        Their label is learned from, weighted by the share of the votes that it got, and never judges. It stands for the
+        truth, as a reward does.
 
         Args:
             id: Of its prediction.
@@ -470,6 +473,7 @@ class EdgeDevice:
         """
         joined = None
         adaptation = self._adaptation
+        self._joiner.requested = self._asking.waiting_ids
         self._joiner.judges_full = adaptation is not None and adaptation.judges_full
         if self._joiner.drain() or is_due(now, self._saved_at, _SAVE_S):
             with self._store.transaction():
@@ -682,9 +686,8 @@ class EdgeDevice:
         with self._step_lock:
             self._model()
             self._write(self._clock.now())
-            version = self.reset_to_base()
-            self._slots.promote(0)  # once more: what `rollback` goes back to is the release's own head, too
-            self._slots.collect_garbage()
+            self.reset_to_base()
+            version = self._slots.forget_heads()
             with self._store.transaction():
                 gone = self._store.trim_rows(older_than=math.inf, max_bytes=1)
                 self._asking.forget({*gone})

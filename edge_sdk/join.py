@@ -23,6 +23,8 @@ _REMEMBERED_IDS = 10_000
 _ROW_BYTES = 120
 _SAMPLE_BYTES = 200
 _CAP = "cap"
+_TRUSTED = 0.5
+"""Labels of a source that counts less are learned from; like guesses, they say nothing of the version in use."""
 
 
 class Judged(NamedTuple):
@@ -73,6 +75,8 @@ class Joiner:
         self._cap = msgspec.json.decode(saved, type=HourlyCap) if saved else HourlyCap()
         self.judges_full = False
         """No more rows may judge for now: new ones are learned from instead."""
+        self.requested: frozenset[str] = frozenset()
+        """Predictions whose labels were asked for: chosen for being hard, they say nothing of the others."""
         self._labelled: deque[str] = deque(maxlen=_REMEMBERED_IDS)
 
     @property
@@ -167,7 +171,8 @@ class Joiner:
         """A label that its source may give says how the version in use did, and is learned from or judges."""
         if label.label in self._pending.refused:
             return
-        if label.trusted and (row.release, row.head) == (current.version.release, current.version.head):
+        fair = label.trusted and counts >= _TRUSTED and row.id not in self.requested
+        if fair and (row.release, row.head) == (current.version.release, current.version.head):
             latent = np.frombuffer(row.latent, dtype=np.uint8)
             right = is_right(row.predicted, label.label, current.manifest)
             joined.live.append(Judged(latent, label.label, right, row.holdout))
@@ -175,11 +180,11 @@ class Joiner:
         if label.reward is not None:
             truth, weight = from_reward(row.predicted, label.reward)
         weight *= row.weight * counts
-        never_learned = row.holdout and (self.judges_full or not label.trusted)  # and it cannot judge
+        never_learned = row.holdout and (self.judges_full or not fair)  # and it cannot judge
         if not (current.manifest.learns and row.latent and weight) or never_learned:
             return
         sample = NewSample(row.time, row.latent, truth, "fresh", row.trunk, row.id, label.source, row.slice, weight)
-        joined.samples.append(self._with_role(sample, row.id, row.holdout) if label.trusted else sample)
+        joined.samples.append(self._with_role(sample, row.id, row.holdout) if fair else sample)
 
     def _admitted(self, source: str, joined: Joined, now: float) -> bool:
         admitted = joined.cap.admit(source, now, self._config.feedback)

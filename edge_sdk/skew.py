@@ -29,7 +29,7 @@ _COMPARISONS = {
         "training",
         "judge",
     ): "overfits: {} right on rows it was trained on, {} on judge rows. Collect more samples, lower "
-    "learn.passes or raise learn.ewc_lambda",
+    "learn.passes, or raise learn.anchor_rows (hybrid) or learn.ewc_lambda (sgd)",
     (
         "judge",
         "next_day",

@@ -255,6 +255,22 @@ class Slots:
         if self.pointer.boots:
             self._flip(msgspec.structs.replace(self.pointer, boots=0))
 
+    def forget_heads(self) -> Version:
+        """Give up every personal head, also those that one could go back to; returns what serves then."""
+        pointer = self.pointer
+
+        def plain(version: Version | None) -> Version | None:
+            return version and msgspec.structs.replace(version, head=0)
+
+        current = msgspec.structs.replace(self._current(), head=0)
+        self._flip(
+            msgspec.structs.replace(
+                pointer, current=current, previous=plain(pointer.previous), fallback=plain(pointer.fallback)
+            )
+        )
+        self.collect_garbage()
+        return current
+
     def collect_garbage(self) -> None:
         """Delete heads and half-built folders that no version needs."""
         pointer = self.pointer

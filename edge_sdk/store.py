@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 
 from edge_sdk.database import Database
+from edge_sdk.errors import StoreError
 
 Role = Literal["fresh", "replay", "judge"]
 _ROW_BYTES = 120
@@ -193,7 +194,8 @@ class Store(Database):
             part = rows[start : start + _ROWS_A_STATEMENT]
             marks = ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * len(part))
             values = [value for row in part for value in row]
-            self.execute(f"INSERT OR REPLACE INTO rows VALUES {marks}", values)  # noqa: S608 - marks only
+            names = ", ".join(LoggedRow._fields)  # by name: a newer version may have added columns
+            self.execute(f"INSERT OR REPLACE INTO rows ({names}) VALUES {marks}", values)  # noqa: S608 - no values
 
     def take_rows(self, ids: Sequence[str]) -> dict[str, LoggedRow]:
         """Remove and return the logged predictions among `ids`."""
@@ -341,9 +343,14 @@ class Store(Database):
             self.execute("DELETE FROM meta WHERE key LIKE ?", (f"{kind}:%",))
 
     def compact(self) -> None:
-        """Give up the pages of deleted rows, so that nothing of them is left in the file; outside a transaction."""
+        """Give up the pages of deleted rows, so that nothing of them is left in the files; outside a transaction.
+
+        Raises:
+            StoreError: Another process reads: what was deleted is still in the log. A retry helps.
+        """
         self.execute("VACUUM")
-        self.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        if self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            raise StoreError("another process reads the database: what was erased is still in its log; try again")
 
     # ---- outbox
 

@@ -196,8 +196,10 @@ def check(report: FleetReport, rollouts: list[dict[str, object]]) -> list[str]:
     if left := [d.device for d in report.devices if d.release != 2]:
         problems.append(f"not on release 2: {', '.join(left)}")
     drifted = [d for d in report.devices if d.drifts]
-    if worse := [d.device for d in drifted if d.after <= d.under]:
-        problems.append(f"no better after learning: {', '.join(worse)}")
+    if worse := [d.device for d in drifted if d.after < d.under]:
+        problems.append(f"worse after learning: {', '.join(worse)}")
+    if same := [d.device for d in drifted if d.after == d.under < 0.95]:
+        problems.append(f"no better after learning: {', '.join(same)}")
     if forgot := [d.device for d in report.devices if d.original < d.before - 0.05]:
         problems.append(f"more than five points forgotten: {', '.join(forgot)}")
     return problems
