@@ -602,7 +602,7 @@ def peer_cost(bench: Bench, interpreter: str) -> Line:
 def cost(bench: Bench, interpreter: str) -> Line:
     """CPU time and memory, of the class-incremental stream of the first seed."""
     where = ("class-incremental", bench.seeds[0], bench.source, bench.cache)
-    stream, repeats = open_stream(*where), 3 if bench.quick else 15
+    stream, repeats = open_stream(*where), 3 if bench.quick else 5
     learners: list[Line] = []
     for name, rows in cells("class-incremental", quick=bench.quick):
         if METHODS[name].learner == "joint" or METHODS[name].stateless:

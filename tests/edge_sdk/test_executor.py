@@ -17,9 +17,10 @@ import pytest
 
 from edge_sdk.config import LearnConfig
 from edge_sdk.errors import LearnError, StoreError
-from edge_sdk.head import Head
-from edge_sdk.learn.base import CHALLENGER, JOB_JSON, JOB_NPZ, RESULT_JSON, LearnJob
+from edge_sdk.head import Head, dequantize
+from edge_sdk.learn.base import CHALLENGER, JOB_JSON, JOB_NPZ, RESULT_JSON, LearnJob, Rows
 from edge_sdk.learn.executor import InlineExecutor, ProcessExecutor, new_executor, read_result
+from edge_sdk.learn.moments import Moments
 from edge_sdk.learn.worker import ORPHANED, PAUSE, hold, run_job
 from edge_sdk.manifest import LatentSpec
 
@@ -91,16 +92,25 @@ def job(*, passes=4, fresh=40, hidden=0, **settings):
     for i, (inputs, outputs) in enumerate(pairwise(widths)):
         weights[f"W{i}"] = rng.normal(0, 0.3, (inputs, outputs)).astype(np.float32)
         weights[f"b{i}"] = np.zeros(outputs, np.float32)
+    head = Head(weights, ("a", "b", "ü"))
+    latent = LatentSpec(dim=8, scale=1 / 64, zero_point=3)
+    new, old = (
+        Rows(rng.integers(0, 256, (n, 8), dtype=np.uint8), rng.integers(3, size=n), np.ones(n, np.float32))
+        for n in (fresh, 70)
+    )
+    features = head.hidden(dequantize(old.latents, latent))
     return LearnJob(
-        champion=Head(weights, ("a", "b", "ü")),
+        champion=head,
+        base=head,
         anchor=weights,
         fisher={key: np.abs(value) for key, value in weights.items()},
-        fresh_latents=rng.integers(0, 256, (fresh, 8), dtype=np.uint8),
-        fresh_labels=rng.integers(3, size=fresh),
-        replay_latents=rng.integers(0, 256, (70, 8), dtype=np.uint8),
-        replay_labels=rng.integers(3, size=70),
-        latent=LatentSpec(dim=8, scale=1 / 64, zero_point=3),
-        config=LearnConfig(passes=passes, **settings),
+        fresh=new,
+        replay=old,
+        moments=Moments.of(features, old.targets, old.weights, head.labels),
+        fresh_mass=np.ones(fresh, np.float32),
+        latent=latent,
+        task="classification",
+        config=LearnConfig(**{"learner": "sgd", "passes": passes} | settings),
         seed=9,
     )
 
@@ -305,11 +315,11 @@ def test_an_error_of_learning_is_an_error_result(folder, kind, settings, error):
 def test_rows_that_do_not_fit_the_head_are_an_error_result(folder, kind, part):
     given = job()
     if part == "label":
-        given.fresh_labels[0] = 3
+        given.fresh.targets[0] = 3
     elif part == "width":
-        given = replace(given, replay_latents=given.replay_latents[:, :-1])
+        given = replace(given, replay=replace(given.replay, latents=given.replay.latents[:, :-1]))
     elif part == "count":
-        given = replace(given, fresh_latents=given.fresh_latents[:-1])
+        given = replace(given, fresh=replace(given.fresh, latents=given.fresh.latents[:-1]))
     else:
         given = replace(given, anchor={"W0": given.anchor["W0"]})
     given.save(folder)
