@@ -50,6 +50,7 @@ from edge_sdk.types import FloatArray, IndexArray, LatentArray
 BASE = 6
 PEER = Path(__file__).parent / "peers" / "avalanche_peer.py"
 SIZES = (50, 200, 500, 1500)
+IMAGE_BYTES = 784
 BUDGETS = (71_000, 401_000, 1_200_000)
 TUNING_SEEDS = (0, 1)
 LAMBDAS = (0.0, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6)
@@ -153,6 +154,8 @@ def cells(stream: str, *, quick: bool) -> Iterator[tuple[str, int]]:
     for budget, name in itertools.product(() if quick else BUDGETS, ("replay", "hybrid", "hybrid, defaults")):
         if METHODS[name].rows_for(budget) > 0:
             yield name, METHODS[name].rows_for(budget)
+    for images in () if quick else SIZES[1:]:  # in as many bytes as Avalanche's images take
+        yield "hybrid", METHODS["hybrid"].rows_for(images * IMAGE_BYTES)
     yield from ((name, 0) for name in ("sgd, from scratch", "hybrid, from scratch"))
 
 
@@ -602,6 +605,7 @@ def peer_cost(bench: Bench, interpreter: str) -> Line:
 def cost(bench: Bench, interpreter: str) -> Line:
     """CPU time and memory, of the class-incremental stream of the first seed."""
     where = ("class-incremental", bench.seeds[0], bench.source, bench.cache)
+    load = os.getloadavg()[0]
     stream, repeats = open_stream(*where), 3 if bench.quick else 5
     learners: list[Line] = []
     for name, rows in cells("class-incremental", quick=bench.quick):
@@ -610,11 +614,12 @@ def cost(bench: Bench, interpreter: str) -> Line:
         params, buffers = bench.tuned("class-incremental", name, rows), replayed(*where, rows)
         learned = [run(stream, buffers, METHODS[name], params, "test") for _ in range(repeats)]
         upkeep = [cpu_s(lambda rows=rows: replayed.__wrapped__(*where, rows)) for _ in range(3)] if rows else [0.0]
-        samples, steps = learned[0]["samples"], max(1, learned[0]["steps"])
+        samples, steps = learned[0]["samples"], learned[0]["steps"]
         learn_s = float(np.median([line["cpu_s"] for line in learned]))
         learners.append({
             "method": name, "rows": rows, "ms_per_sample": 1e3 * (learn_s + min(upkeep)) / samples,
-            "ms_per_step": 1e3 * learn_s / steps, **worker(stream, buffers, METHODS[name], params, bench.cache),
+            "ms_per_step": 1e3 * learn_s / steps if steps else None,
+            **worker(stream, buffers, METHODS[name], params, bench.cache),
         })  # fmt: skip
         print("cost", learners[-1], flush=True)
     trunk = OnnxRuntime(stream.factory.checkpoint)
@@ -626,6 +631,8 @@ def cost(bench: Bench, interpreter: str) -> Line:
         "learners": learners,
         "encode_ms": 1e3 * float(np.median(encode)) / len(images),
         "head_step_ms": head_step(),
+        "load": round(load, 1),
+        "cores": os.cpu_count(),
     }
 
 
