@@ -168,7 +168,7 @@ class Adaptation:
                 self._emit("promoted", {"to": version.head, "trigger": state.reason, "recovered": True})
         elif (state.phase == "judging" and state.parent != version) or (state.phase == "probation" and not promoted):
             with self._transition():
-                if not self._rollback_is_recorded():
+                if state.phase == "probation" and not self._rollback_is_recorded():
                     experience.unfold()
                     self._emit("head_rolled_back", {"reason": "on probation", "to": version.head, "recovered": True})
                 state.last_ended = state.since
@@ -527,7 +527,8 @@ class Adaptation:
         assert self.experience is not None
         newest = self._store.newest_sample("judge", self.experience.trunk)
         if newest == self._judged_up_to and now - self.state.since < self._config.gate.max_wait_s:
-            return  # nothing new to judge by
+            self._supersede(now)  # nothing new to judge by
+            return
         try:
             challenger = Head.load(self._job_folder / CHALLENGER)
         except (EdgeError, OSError) as error:

@@ -45,7 +45,7 @@ def as_before(monkeypatch):
     root.handlers[:] = handlers
 
 
-SPEC = LatentSpec(dim=6, scale=0.02, zero_point=128)
+SPEC = LatentSpec(dim=8, scale=0.02, zero_point=128)
 LEARNS_SOON = DeviceConfig(
     mode="adapt",
     learn=LearnConfig(executor="inline"),
@@ -64,7 +64,7 @@ class Rig:
     def __init__(self, folder, config=LEARNS_SOON, *, task="classification", labels=("a", "b", "c"), hidden=(),
                  moments=False, release=1, executor=None):  # fmt: skip
         self.folder, self.config, self.rng, self.now = folder, config, np.random.default_rng(0), 1_000_000.0
-        self.executor = executor or InlineExecutor()
+        self.executor, self.resources = executor or InlineExecutor(), ResourceState()
         self.full = 0
         """So many transactions find no room at their end."""
         self.fails_on = ""
@@ -111,9 +111,9 @@ class Rig:
         return manifest
 
     def latent(self, thing, *, moved=False, rng=None):
-        """uint8 [6], somewhere around the thing's centre."""
-        values = (rng or self.rng).normal(0, 0.3, SPEC.dim)
-        values[(thing + 3 * moved) % SPEC.dim] += 1.5
+        """uint8 [8], somewhere around the thing's centre."""
+        values = (rng or self.rng).normal(0, 0.2, SPEC.dim)
+        values[(thing + 4 * moved) % SPEC.dim] += 1.5
         return np.clip(np.round(values / SPEC.scale + SPEC.zero_point), 0, 255).astype(np.uint8)
 
     def truth(self, latent, thing, manifest=None, *, numbers=False):
@@ -169,7 +169,7 @@ class Rig:
         self.adaptation.attach(self.slots.pointer.current, self.manifest)
         self.attached = self.slots.pointer.current
 
-    def turn(self, *, mode="adapt", alarms=(), changed_at=None, resources=ResourceState(), seconds=1.0):
+    def turn(self, *, mode="adapt", alarms=(), changed_at=None, seconds=1.0):
         """A step of the device's, as far as it concerns learning."""
         self.now += seconds
         if self.attached != self.slots.pointer.current:
@@ -177,7 +177,7 @@ class Rig:
         with self.store.transaction():
             self.adaptation.trim()
             self.adaptation.save()
-        self.adaptation.turn(self.now, mode=mode, alarms=alarms, changed_at=changed_at, resources=resources)
+        self.adaptation.turn(self.now, mode=mode, alarms=alarms, changed_at=changed_at, resources=self.resources)
         if self.attached != self.slots.pointer.current:
             self.attach()
 
@@ -199,13 +199,14 @@ class Rig:
         (newest,) = self.store.execute("SELECT max(key) FROM samples").fetchone()
         return list(range(newest - count + 1, newest + 1))
 
-    def live(self, count, *, right=True, moved=False, things=(0, 1, 2)):
+    def live(self, count, *, moved=True, label=None):
         """Labelled predictions of the version in use."""
         rows = []
         for i in range(count):
-            thing = things[i % len(things)]
-            latent = self.latent(thing, moved=moved)
-            rows.append(Judged(latent, self.truth(latent, thing), right))
+            latent = self.latent(i % 3, moved=moved)
+            truth = label or self.truth(latent, i % 3)
+            outcome = self.adaptation._outcomes(self.head, latent[None], [truth])
+            rows.append(Judged(latent, truth, bool(outcome.right[0])))
         self.adaptation.see(rows, self.now, predictions=count, errors=0)
 
     # ---- looking
@@ -238,13 +239,14 @@ class Rig:
 
 @pytest.fixture
 def rig(tmp_path):
-    """Makes rigs: `rig(learn={"decay": 1.0}, task="regression")`; keywords of configuration sections change them."""
+    """Makes rigs: `rig(learn={"decay": 1.0}, task="regression")`; keywords of the configuration change it."""
     made = []
 
     def make(name="rig", **options):
-        sections = {key: options.pop(key) for key in list(options) if isinstance(options[key], dict)}
-        config = options.pop("config", LEARNS_SOON)
-        changed = {key: msgspec.structs.replace(getattr(config, key), **values) for key, values in sections.items()}
+        config, changed = options.pop("config", LEARNS_SOON), {}
+        for key in options.keys() & {*DeviceConfig.__struct_fields__}:
+            value = options.pop(key)
+            changed[key] = msgspec.structs.replace(getattr(config, key), **value) if isinstance(value, dict) else value
         (tmp_path / name).mkdir()
         made.append(Rig(tmp_path / name, msgspec.structs.replace(config, **changed), **options))
         return made[-1]

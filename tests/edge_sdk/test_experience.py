@@ -129,7 +129,7 @@ def test_the_checkpoints_moments_are_those_of_all_its_rows_but_the_judging_ones(
 @pytest.mark.parametrize("kind", sorted(BUFFERS))
 @pytest.mark.parametrize("task", TASKS)
 def test_a_buffer_goes_on_after_a_restart_as_if_there_had_been_none(rig, kind, task):
-    made = rig(task=task, replay={"kind": kind, "max_bytes": 12 * (6 + OVERHEAD)})
+    made = rig(task=task, replay={"kind": kind, "max_bytes": 12 * (8 + OVERHEAD)})
     made.add(20, moved=False)
     consolidate(made, made.experience)
     assert len(made.experience.buffer) == 12
@@ -152,7 +152,7 @@ def test_what_a_smaller_budget_leaves_no_room_for_is_forgotten(rig):
     made.add(20)
     consolidate(made, made.experience)
     kept = rows_of(made.experience)[:5]
-    smaller = open_experience(made, config=with_section(made.config, "replay", max_bytes=5 * (6 + OVERHEAD)))
+    smaller = open_experience(made, config=with_section(made.config, "replay", max_bytes=5 * (8 + OVERHEAD)))
     assert rows_of(smaller) == stored_rows(made) == kept
 
 
@@ -198,7 +198,7 @@ def test_counts_that_do_not_fit_the_rows_are_begun_anew(rig, caplog):
 
 
 def test_a_regressions_rows_are_kept_balanced_over_the_range_of_its_target(rig):
-    made = rig(task="regression", labels=("value",), replay={"max_bytes": 16 * (6 + OVERHEAD)})
+    made = rig(task="regression", labels=("value",), replay={"max_bytes": 16 * (8 + OVERHEAD)})
     rows = [(made.latent(0), value) for value in [0.1] * 60 + [-9.0, 9.0, 1.7, -0.7] * 4]
     with made.store.transaction():
         made.store.add_samples(
@@ -225,9 +225,7 @@ def test_more_sets_of_labels_than_are_told_apart_share_a_place(rig):
 
 def test_judge_rows_weigh_by_the_most_that_a_row_may_count(rig):
     feedback = FeedbackConfig(sources={"expert": 0.8, "crowd": 0.2}, default_weight=0.4)
-    made = rig(
-        config=msgspec.structs.replace(rig().config, feedback=feedback, join=JoinConfig(log_fraction=0.5)), name="w"
-    )
+    made = rig(feedback=feedback, join=JoinConfig(log_fraction=0.5))
     for weight in (1.6, 0.4, 0.8, 16.0, 1e-9):  # expert, crowd, none named; and from other settings
         made.add(1, "judge", weight=weight)
     weights = made.experience.judge_rows.weights
@@ -238,7 +236,7 @@ def test_judge_rows_weigh_by_the_most_that_a_row_may_count(rig):
 def test_there_may_be_no_judge_rows(rig):
     made = rig(task="multilabel")
     rows = made.experience.judge_rows
-    assert rows.latents.shape == (0, 6)
+    assert rows.latents.shape == (0, 8)
     assert (rows.truths, rows.slices, rows.weights.tolist()) == ([], [], [])
     made.add(40)
     made.turn()
