@@ -15,6 +15,7 @@ from edge_sdk.errors import DiskFullError
 from edge_sdk.files import npz_bytes
 from edge_sdk.head import Head, dequantize
 from edge_sdk.join import Judged
+from edge_sdk.learn.base import LearnJob
 from edge_sdk.learn.executor import InlineExecutor
 from edge_sdk.learn.moments import Moments
 from edge_sdk.learn.slda import closed_form
@@ -57,12 +58,12 @@ LEARNS_SOON = DeviceConfig(
 class Rig:
     """The learning transaction on latents that tests make up: things, each around a centre of its own.
 
-    A thing that has `moved` looks as the release never saw it. Of a multi-label model the labels are halves of the
-    latent, of a regression the target is its first value.
+    A thing that has `moved` looks as the release never saw it. Of a multi-label model the labels say which of the first
+    values are large; of a regression each target is the first value.
     """
 
     def __init__(self, folder, config=LEARNS_SOON, *, task="classification", labels=("a", "b", "c"), hidden=(),
-                 moments=False, release=1, executor=None):  # fmt: skip
+                 moments=False, executor=None):  # fmt: skip
         self.folder, self.config, self.rng, self.now = folder, config, np.random.default_rng(0), 1_000_000.0
         self.executor, self.resources = executor or InlineExecutor(), ResourceState()
         self.full = 0
@@ -70,15 +71,15 @@ class Rig:
         self.fails_on = ""
         """Events of this name find no room."""
         self.slots = Slots(folder / "slots")
-        self.manifest = self.write(self.slots.root / "a", task, labels, hidden, moments, release)
-        self.slots._flip(Pointer(current=Version("a", release, "digest")))
+        self.manifest = self.write(self.slots.root / "a", task, labels, hidden, moments)
+        self.slots._flip(Pointer(current=Version("a", 1, "digest")))
         self.open()
 
-    def write(self, folder, task, labels, hidden=(), moments=False, release=1):
+    def write(self, folder, task, labels, hidden=(), moments=False):
         """A checkpoint as far as learning reads it."""
         folder.mkdir(exist_ok=True)
         manifest = Manifest(
-            name="rig", release=release, created="", task=task, labels=list(labels), input=InputSpec(shape=[1]),
+            name="rig", release=1, created="", task=task, labels=list(labels), input=InputSpec(shape=[1]),
             latent=SPEC, head=HeadSpec(list(hidden)), thresholds=[0.5] * len(labels) if task == "multilabel" else [],
             targets=[TargetSpec(0.0, 1.0, 0.5)] * (len(labels) if task == "regression" else 0),
             files={MOMENTS_NPZ: FileEntry(0, "")} if moments else {},
@@ -254,3 +255,50 @@ def rig(tmp_path):
     yield make
     for each in made:
         each.store.close()
+
+
+class Working:
+    """A learner that works until it is told what came of it."""
+
+    def __init__(self):
+        self.paused, self.worked_s, self.result, self.calls = False, 0.0, None, []
+
+    def start(self, folder):
+        self.calls.append("start")
+
+    def poll(self):
+        result, self.result = self.result, None
+        return result
+
+    def pause(self):
+        self.paused = True
+        self.calls.append("pause")
+
+    def resume(self):
+        self.paused = False
+        self.calls.append("resume")
+
+    def cancel(self):
+        self.calls.append("cancel")
+
+
+@pytest.fixture
+def working():
+    return Working()
+
+
+class Recording(InlineExecutor):
+    """Keeps the jobs that it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.jobs = []
+
+    def start(self, folder):
+        self.jobs.append(LearnJob.load(folder))
+        super().start(folder)
+
+
+@pytest.fixture
+def recording():
+    return Recording()

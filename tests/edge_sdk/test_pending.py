@@ -113,6 +113,19 @@ def test_memory_is_bounded_and_what_went_is_counted(bound, actions):
         assert given_in[kind] == out[kind] + lost[kind]
 
 
+def test_what_is_forgotten_is_not_drained_and_its_id_is_free():
+    pending = Pending(10, "p-")
+    for name in "ab":
+        pending.log([prediction(pending.new_id(name))])
+        pending.label(Label(name, "1", 1.0))
+    pending.teach([taught("1")])
+    assert pending.forget({"a", "unknown"}) == 2
+    batch = pending.drain()
+    assert [row.id for row in batch.predictions] == [label.id for label in batch.labels] == ["b"]
+    assert len(batch.taught) == 1
+    assert pending.new_id("a") == "a"
+
+
 def test_the_oldest_go_first():
     pending = Pending(2, "p-")
     for name in "abc":

@@ -1,11 +1,16 @@
 """Nobody can walk up to the device: damaged files are put aside, and it lives on."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 
+from edge_sdk.database import Database
 from edge_sdk.errors import IntegrityError
+from edge_sdk.head import Head
+from edge_sdk.manifest import HEAD_NPZ, MANIFEST_NAME, parse_manifest
+from edge_sdk.store import STEPS
 
 
 def test_a_damaged_database_is_put_aside_and_serving_goes_on(make_device, tmp_path, digits):
@@ -80,3 +85,45 @@ def test_a_damaged_fallback_does_not_stop_the_device(make_device, build, tmp_pat
     (tmp_path / "device" / "slots" / "a" / "manifest.json").write_bytes(b"{")
     device = make_device(checkpoint=None)
     assert device.predict(digits.life.x[0]).release == 2
+
+
+EARLIER_STATE = {
+    "phase": "idle", "reason": "volume", "since": 1.0, "attempts": 4, "last_ended": 1.0, "parent": None,
+    "fresh_keys": [7], "rows": 1, "steps": 9, "before": [], "after": [], "predictions": 0, "errors": 0,
+    "recent": [True, False], "demand": "", "waits": "",
+}  # fmt: skip
+
+
+def test_a_device_goes_on_with_the_database_of_an_earlier_version(make_device, tmp_path, checkpoint, digits, clock):
+    trunk = parse_manifest((checkpoint / MANIFEST_NAME).read_bytes()).trunk_id
+    dim = Head.load(checkpoint / HEAD_NPZ).latent_dim
+    (tmp_path / "device").mkdir()
+    old = Database(tmp_path / "device" / "edge.db", STEPS[:1])
+    with old.transaction():
+        old.execute("INSERT INTO meta VALUES ('adaptation', ?)", (json.dumps(EARLIER_STATE).encode(),))
+        old.execute(f"INSERT INTO meta VALUES ('seen:{trunk[:16]}', x'7b7d')")
+        old.execute("INSERT INTO rows VALUES ('order-7', ?, ?, '3', 1, 0, ?)", (clock.now(), bytes(range(dim)), trunk))
+        for number in range(60):
+            role, slot = [("fresh", None), ("judge", None), ("replay", number // 3)][number % 3]
+            old.execute(
+                "INSERT INTO samples (time, latent, label, role, slot, trunk) VALUES (?, ?, ?, ?, ?, ?)",
+                (clock.now(), bytes([number] * dim), str(number % 8), role, slot, trunk),
+            )
+    old.close()
+
+    device = make_device()
+    status = device.status()
+    assert (status.fresh_rows, status.judge_rows, status.replay_rows) == (20, 20, 20)
+    device.observe("order-7", "3")
+    pool = digits.life.only(set(range(8)))
+    for x, y in zip(pool.x[:60], pool.y[:60], strict=True):
+        device.observe(device.predict(x).id, str(y))
+    device.learn_now()
+    assert device.step().problem == ""
+    assert device.status().fresh_rows + device.status().judge_rows + device.status().replay_rows == 121
+    assert "learn_started" in [entry.name for entry in device.history()]
+    clock.advance(3_600)
+    assert device.step().problem == ""
+    assert device.lineage()
+    device.stop()
+    assert make_device().step().problem == ""

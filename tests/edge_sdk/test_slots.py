@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from hypothesis.stateful import (
 from edge_sdk.errors import DiskFullError, IntegrityError, RollbackRefusedError, StoreError
 from edge_sdk.files import set_crash_hook
 from edge_sdk.head import Head
+from edge_sdk.learn.ewc import Importance
 from edge_sdk.manifest import (
     CARD,
     HEAD_NPZ,
@@ -193,6 +195,47 @@ def test_head_numbers_are_never_used_again(slots, releases):
     assert number_of_heads(slots) == 0
     again = Slots(slots.root)
     assert again.write_head("a", releases.head) == 2
+
+
+def important(head, scale):
+    return Importance(head.weights, {key: np.full_like(value, scale) for key, value in head.weights.items()})
+
+
+def test_what_ewc_holds_on_to_lies_beside_its_head_and_goes_with_it(slots, releases):
+    first = releases.install(slots, 1)
+    assert slots.importance(first) is None
+    versions = [
+        slots.promote(slots.write_head("a", releases.head, important(releases.head, scale)))
+        for scale in (1.0, 2.0, 3.0)
+    ]
+    again = Slots(slots.root)
+    for version, scale in zip(versions, (1.0, 2.0, 3.0), strict=True):
+        assert {float(value.max()) for value in again.importance(version).fisher.values()} == {scale}
+    again.collect_garbage()
+    names = sorted(file.name for file in (slots.root / "a" / "heads").iterdir())
+    assert names == ["0002.ewc.npz", "0002.npz", "0003.ewc.npz", "0003.npz"]
+    assert again.importance(again.rollback()).fisher["b0"].max() == 2.0
+    assert again.importance(again.promote(again.write_head("a", releases.head))) is None
+    (slots.root / "a" / "heads" / "0002.ewc.npz").write_bytes(b"damaged")
+    with pytest.raises(IntegrityError):
+        again.importance(versions[1])
+
+
+def test_a_kill_between_a_head_and_what_ewc_holds_on_to_leaves_neither(slots, releases, crash_hook):
+    releases.install(slots, 1)
+
+    def cut(point):
+        if point == "renamed:0001.ewc.npz":
+            raise PowerCut
+
+    crash_hook(cut)
+    with pytest.raises(PowerCut):
+        slots.write_head("a", releases.head, important(releases.head, 1.0))
+    crash_hook(None)
+    again = Slots(slots.root)
+    again.collect_garbage()
+    assert number_of_heads(again) == 0
+    assert again.importance(again.promote(again.write_head("a", releases.head))) is None
 
 
 def test_only_heads_that_a_version_needs_are_kept(slots, releases):

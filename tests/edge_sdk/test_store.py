@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
+from edge_sdk.database import Database
 from edge_sdk.errors import DiskFullError, StoreError
-from edge_sdk.store import LoggedRow, NewSample, OutboxRow, Store, stack
+from edge_sdk.store import STEPS, Lineage, LoggedRow, NewSample, OutboxRow, Store, stack
 
 TRUNK = "trunk"
 
@@ -162,6 +163,30 @@ def test_another_process_may_read_while_the_device_writes(store, path):
         assert reader.outbox_size()[0] == 1
     assert reader.outbox_size()[0] == 2
     reader.close()
+
+
+def test_a_file_of_an_earlier_form_keeps_its_rows_with_defaults_for_what_is_new(path):
+    old = Database(path, STEPS[:1])
+    with old.transaction():
+        old.execute("INSERT INTO rows VALUES ('a', 1.0, x'01', '3', 1, 0, ?)", (TRUNK,))
+        for role, slot in (("fresh", None), ("judge", None), ("replay", 0)):
+            old.execute(
+                "INSERT INTO samples (time, latent, label, role, slot, trunk) VALUES (2.0, x'02', '4', ?, ?, ?)",
+                (role, slot, TRUNK),
+            )
+        old.execute("INSERT INTO meta VALUES ('key', x'03')")
+    old.close()
+    store = Store(path)
+    assert store.get("key") == b"\x03"
+    assert store.waiting_rows(TRUNK, limit=9) == [LoggedRow("a", 1.0, b"\x01", "3", 1, 0, TRUNK, "", 1.0, False)]
+    for role in ("fresh", "judge", "replay"):
+        (kept,) = store.samples(role, TRUNK)
+        assert kept[1:] == (2.0, b"\x02", "4", role, 0 if role == "replay" else None, "", 1.0, 0.0)
+    assert store.samples_of(["a"]) == store.lineage() == []
+    add(store, row("b"))
+    sample(store, "5", id="b", source="expert", slice="left", weight=-0.5)
+    assert waiting(store) == ["a", "b"]
+    store.close()
 
 
 # ---- transactions
@@ -362,6 +387,61 @@ def test_samples_can_be_forgotten(store):
     assert labels(store, "fresh") == []
 
 
+def test_samples_are_found_by_prediction_by_label_and_by_age(store):
+    for number in range(1_200):
+        sample(store, str(number % 3), time=float(number), id=f"p{number}", trunk=TRUNK if number % 2 else "other")
+    found = store.samples_of([f"p{number}" for number in range(0, 1_200, 2)] + ["unknown"])
+    assert sorted(kept.key for kept, _ in found) == list(range(1, 1_200, 2))
+    assert {trunk for _, trunk in found} == {"other"}
+    assert [(kept.label, trunk) for kept, trunk in store.samples_labelled("1")[:2]] == [("1", TRUNK), ("1", "other")]
+    assert [kept.time for kept, _ in store.old_samples(before=2.0)] == [0.0, 1.0]
+
+
+def test_what_came_with_a_sample_is_kept(store):
+    sample(store, id="p", source="expert", slice="left", weight=-0.25)
+    (kept,) = store.samples("fresh", TRUNK)
+    assert (kept.slice, kept.weight, kept.mass) == ("left", -0.25, 0.0)
+
+
+def test_labels_are_counted_by_role_trunk_and_age(store):
+    for label, time in (("a", 1.0), ("b", 2.0), ("a", 3.0)):
+        sample(store, label, time=time)
+    sample(store, "c", "judge")
+    sample(store, "c", trunk="other")
+    assert store.count_labels("fresh", TRUNK) == {"a": 2, "b": 1}
+    assert store.count_labels("fresh", TRUNK, since=2.0) == {"a": 1, "b": 1}
+
+
+def masses(store):
+    return {kept.key: kept.mass for kept in store.samples("replay", TRUNK)}
+
+
+def test_what_samples_have_added_fades_and_is_set(store):
+    for slot in range(3):
+        sample(store)
+        with store.transaction():
+            store.move_to_replay(slot + 1, slot, TRUNK, mass=2.0 * slot)
+    with store.transaction():
+        store.fade_mass(TRUNK, 0.5)
+    assert masses(store) == {1: 0.0, 2: 1.0, 3: 2.0}
+    with store.transaction():
+        store.set_mass(TRUNK, [(1, 5.0), (99, 1.0)])
+    assert masses(store) == {1: 5.0, 2: 0.0, 3: 0.0}
+
+
+def test_what_is_known_of_samples_goes_with_their_trunk_and_with_all_of_them(store):
+    kinds, trunks = ("moments", "undo", "buffer", "strata"), ("a" * 20, "b" * 20)
+    with store.transaction():
+        for key in [*(f"{kind}:{trunk[:16]}" for kind in kinds for trunk in trunks), "adaptation", "note:of an app"]:
+            store.put(key, b"x")
+        store.keep_trunks(trunks[1:])
+    left = {key for (key,) in store.read("SELECT key FROM meta")}
+    assert left == {*(f"{kind}:{'b' * 16}" for kind in kinds), "adaptation", "note:of an app"}
+    with store.transaction():
+        store.delete_learned()
+    assert {key for (key,) in store.read("SELECT key FROM meta")} == {"adaptation", "note:of an app"}
+
+
 def test_what_no_installed_trunk_can_read_is_dropped(store):
     for trunk in ("old", "new", "gone"):
         sample(store, "1", trunk=trunk)
@@ -433,6 +513,20 @@ def test_a_gap_at_the_end_does_not_give_its_numbers_again(store):
         store.replace_with_gap(store.outbox(), 9.0, b"gap")
         store.acknowledge(3)
     assert append(store) == [4]
+
+
+# ---- how heads came to be
+
+
+def test_lines_are_told_oldest_first_and_are_bounded(store):
+    with store.transaction():
+        for number in range(505):
+            head = number if number % 2 else None
+            store.record_lineage(Lineage(float(number), 1, 0, head, "promoted", {"rows": number}))
+    assert store.lineage(limit=2) == [
+        Lineage(503.0, 1, 0, 503, "promoted", {"rows": 503}), Lineage(504.0, 1, 0, None, "promoted", {"rows": 504})
+    ]  # fmt: skip
+    assert len(store.lineage(limit=1_000)) == 500
 
 
 # ---- history

@@ -1,6 +1,8 @@
 """Releases come, prove themselves or are left; what was learned survives where it can."""
 
 import shutil
+import subprocess
+import sys
 
 import msgspec
 import numpy as np
@@ -8,9 +10,19 @@ import pytest
 
 from edge_quantize import Dataset, repack_checkpoint
 from edge_sdk.config import UpdateConfig
+from edge_sdk.experience import meaning_of_outputs
 from edge_sdk.files import load_npz, npz_bytes
 from edge_sdk.head import Head
-from edge_sdk.manifest import HEAD_NPZ, MANIFEST_NAME, describe_folder, digest_of, manifest_bytes, parse_manifest
+from edge_sdk.manifest import (
+    HEAD_NPZ,
+    MANIFEST_NAME,
+    Manifest,
+    TargetSpec,
+    describe_folder,
+    digest_of,
+    manifest_bytes,
+    parse_manifest,
+)
 from edge_sdk.messages import (
     Desired,
     Need,
@@ -21,7 +33,9 @@ from edge_sdk.messages import (
     encode,
     from_bitmap,
 )
+from edge_sdk.schema import InputSpec
 from edge_sdk.transport import MemoryBroker, MemoryTransport
+from edge_sdk.upgrade import Upgrade
 
 pytestmark = pytest.mark.torch
 BLOCK = 16 * 1024
@@ -469,3 +483,65 @@ def test_ids_of_predictions_that_went_with_their_trunk_are_free_again(online, pu
         settle(device, publisher)
     assert device.status().release == 3
     assert device.predict(digits.life.x[0], id="order-7").id == "order-7"
+
+
+# ---- what a personal head can be carried over to
+
+
+@pytest.mark.parametrize(
+    ("task", "next_release", "reason"),
+    [
+        ("classification", {}, "kept: personal head"),
+        ("classification", {"labels": ("a", "b", "c", "d")}, "kept: personal head"),
+        ("classification", {"hidden": (8,)}, "dropped: the new release's head has other outputs or hidden layers"),
+        ("multilabel", {}, "kept: personal head"),
+        ("multilabel", {"labels": ("b", "a", "c")}, "dropped: the new release's head has other outputs"),
+        ("multilabel", {"labels": ("a", "b")}, "dropped: the new release's head has other outputs"),
+        ("regression", {"labels": ("a", "b")}, "dropped: the new release's head has other outputs"),
+        ("multilabel", {"task": "classification"}, "dropped: the new release's head has other outputs"),
+    ],
+)
+def test_a_personal_head_is_carried_where_its_outputs_mean_the_same(rig, monkeypatch, task, next_release, reason):
+    made = rig(task=task)
+    made.slots.promote(made.slots.write_head("a", made.head))
+    made.add(5, "judge", moved=False)
+    manifest = made.write(made.slots.root / "b", **{"task": task, "labels": ("a", "b", "c"), **next_release})
+    monkeypatch.setattr(made.slots, "manifest", lambda version: made.manifest)
+    upgrade = Upgrade(store=made.store, slots=made.slots, client=None, config=made.config, emit=made.emit)
+    rebase = upgrade._rebase("b", manifest, made.adaptation)
+    assert rebase.reason.startswith(reason)
+    assert (rebase.head is not None) == reason.startswith("kept")
+
+
+def test_values_in_another_unit_are_other_outputs():
+    def release(mean, std, tolerance):
+        return Manifest(
+            name="m", release=1, created="", task="regression", labels=["t"], input=InputSpec(shape=[1]), files={},
+            targets=[TargetSpec(mean, std, tolerance)],
+        )  # fmt: skip
+
+    assert meaning_of_outputs(release(0, 1, 0.5)) == meaning_of_outputs(release(0, 1, 0.7))
+    for other in (release(1, 1, 0.5), release(0, 2, 0.5)):
+        assert meaning_of_outputs(other) != meaning_of_outputs(release(0, 1, 0.5))
+
+
+FIRST_READ = """
+import sys, threading
+from pathlib import Path
+sys.setswitchinterval(1e-6)
+import edge_sdk.device
+from edge_sdk.manifest import parse_manifest
+data, go = Path(sys.argv[1]).read_bytes(), threading.Barrier(4)
+threads = [threading.Thread(target=lambda: (go.wait(), parse_manifest(data))) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_a_release_is_verified_and_loaded_by_two_threads_that_read_their_first_manifest(checkpoint):
+    """A type that msgspec meets in two threads at once for the first time ended one start of a hundred."""
+    for _ in range(5):
+        done = subprocess.run([sys.executable, "-c", FIRST_READ, checkpoint / MANIFEST_NAME], timeout=60, check=False)
+        assert done.returncode == 0

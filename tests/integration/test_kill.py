@@ -60,7 +60,7 @@ def crash(name):
 set_crash_hook(crash)
 config = DeviceConfig(
     mode="adapt",
-    learn=LearnConfig(executor="inline", passes=8),
+    learn=LearnConfig(executor="inline", passes=8, consolidation="online"),
     policy=PolicyConfig(min_fresh_rows=20, cooldown_s=0),
     replay=ReplayConfig(max_bytes=5_000_000),
     gate=GateConfig(probation_rows=20),
@@ -172,11 +172,17 @@ class Life:
             assert self._last_seq() > before >= self._highest
             self._highest = self._last_seq()
             kept = Counter(row[0] for row in device._store.conn.execute("SELECT time FROM samples"))
+            experience = device._adaptation.experience
+            replayed = device._store.samples("replay", experience.trunk)
+            summed_up = experience._device_moments().mass
         finally:
             device.stop()
         acknowledged = [float(time) for (time,) in self.lines("label")]
         assert {time: kept[time] for time in acknowledged} == dict.fromkeys(acknowledged, 1)
         assert set(kept.values()) <= {1}
+        assert [sample.slot for sample in replayed] == list(range(len(experience.buffer)))
+        # what was summed up is what the rows added: no row was dropped, and nothing was added twice
+        assert summed_up == pytest.approx(sum(s.mass for s in replayed), rel=1e-4)
         bodies = {}
         for seq, body in self.lines("seq"):
             assert bodies.setdefault(seq, body) == body
@@ -189,6 +195,14 @@ class Life:
         finally:
             store.close()
         return [(entry.name, entry.detail["release"]) for entry in entries if entry.name.startswith("release_")]
+
+    def lineage(self):
+        """How each head came to be, or why it did not."""
+        store = Store(self.home / "edge.db")
+        try:
+            return store.lineage(limit=500)
+        finally:
+            store.close()
 
     def _last_seq(self):
         conn = sqlite3.connect(self.home / "edge.db")
@@ -262,6 +276,26 @@ def test_a_device_killed_at_every_crash_point_comes_back(life, digits):
         child = device.launch(turns=2)
         assert child.wait(DEADLINE_S) == 0, name
         device.assert_alive(digits.life.x[0])
+
+
+def test_a_device_killed_around_any_record_of_the_learning_transaction_goes_on_with_it(life, digits):
+    whole = life("whole")
+    assert whole.launch().wait(DEADLINE_S) == 0
+    passed = whole.passed.read_text().split()
+    begun, ended = passed.index("written:job.npz"), passed.index("removed:job")
+    trained, flips = passed.index("renamed:result.json"), range(passed.index("renamed:0001.npz") + 1, ended - 2)
+    assert [passed[at] for at in flips] == ["written:pointer.json", "renamed:pointer.json"] * 2
+    records = [at + step for at in (begun - 2, trained + 1, ended - 2) for step in (0, 1)]
+    assert [passed[at] for at in records] == ["commit:before", "commit:after"] * 3
+    for at in [*records, *flips]:
+        device = life(f"moment-{at}")
+        assert device.launch(deadly=passed[at], spared=passed[:at].count(passed[at])).wait(DEADLINE_S) == EXIT_KILLED
+        device.assert_alive(digits.life.x[0])
+        assert device.launch().wait(DEADLINE_S) == 0, passed[at]
+        device.assert_alive(digits.life.x[0])
+        heads = [line.head for line in device.lineage() if line.outcome == "promoted"]
+        assert heads, passed[at]
+        assert len(set(heads)) == len(heads)
 
 
 def test_a_device_killed_at_every_crash_point_of_an_update_comes_back_and_updates(life, digits, next_release):
