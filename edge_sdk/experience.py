@@ -298,12 +298,7 @@ class Experience:
             anchor=grown_like(importance.anchor, base.weights),
             fisher=grown_like(importance.fisher, base.weights),
             fresh=fresh_part,
-            replay=Rows(
-                *(
-                    np.concatenate([getattr(own, part), getattr(factory, part)])
-                    for part in ("latents", "targets", "weights")
-                )
-            ),
+            replay=own + factory,
             moments=factory_moments if scratch else factory_moments + device.aligned(labels),
             fresh_mass=mass,
             latent=manifest.latent,

@@ -43,6 +43,14 @@ class Rows:
     def __len__(self) -> int:
         return len(self.latents)
 
+    def __add__(self, other: Rows) -> Rows:
+        """These, and then the others."""
+        return Rows(
+            np.concatenate([self.latents, other.latents]),
+            np.concatenate([self.targets, other.targets]),
+            np.concatenate([self.weights, other.weights]),
+        )
+
     def take(self, rows: AnyArray) -> Rows:
         """Some of them, by position or mask."""
         return Rows(self.latents[rows], self.targets[rows], self.weights[rows])

@@ -13,6 +13,7 @@ import numpy as np
 
 from edge_sdk.errors import IntegrityError
 from edge_sdk.files import load_npz, npz_bytes
+from edge_sdk.learn.ridge import one_hot
 from edge_sdk.types import AnyArray, DoubleArray, FloatArray, Task
 
 _MOST = 100.0
@@ -60,7 +61,7 @@ class Moments:
             labels: C of them.
         """
         x, w = np.asarray(features, dtype=np.float64), np.asarray(weights, dtype=np.float64)
-        y = one_hot(targets, len(labels)) if np.ndim(targets) == 1 else np.asarray(targets, dtype=np.float64)
+        y = np.asarray(one_hot(targets, len(labels)) if np.ndim(targets) == 1 else targets, dtype=np.float64)
         weighted = x * w[:, None]
         return cls(tuple(labels), float(np.count_nonzero(w)), float(w.sum()), weighted.sum(axis=0), weighted.T @ x,
                    w @ y, weighted.T @ y)  # fmt: skip
@@ -151,12 +152,6 @@ class Moments:
         if "labels" not in arrays or arrays["labels"].ndim != 1:
             raise IntegrityError("the moments have no list of labels")
         return cls.of_arrays(arrays, [str(label) for label in arrays["labels"]])
-
-
-def one_hot(targets: AnyArray, count: int) -> DoubleArray:
-    """Numbers of labels, int64 [N], as float64 [N, C]."""
-    result: DoubleArray = np.eye(count)[np.asarray(targets, dtype=np.int64)]
-    return result
 
 
 def fresh_mass(factory: Moments, targets: AnyArray, weights: AnyArray, task: Task) -> FloatArray:

@@ -40,17 +40,16 @@ def train_sgd(job: LearnJob, *, between: Between = nothing_between) -> tuple[Hea
     """
     job = job.counted()
     config, rng, started = job.config, np.random.default_rng(job.seed), time.process_time()
-    x = dequantize(np.concatenate([job.fresh.latents, job.replay.latents]), job.latent)
-    targets = np.concatenate([job.fresh.targets, job.replay.targets])
-    row_weights = np.concatenate([job.fresh.weights, job.replay.weights])
+    rows = job.fresh + job.replay
+    x = dequantize(rows.latents, job.latent)
     rate = step_size(x[: len(job.fresh)], config, job.task)
     weights = job.champion.weights
     velocity = {key: np.zeros_like(value) for key, value in weights.items()}
     losses: list[float] = []
-    for drawn, factor in batches(targets, len(job.fresh), job.task, config, rng):
+    for drawn, factor in batches(rows.targets, len(job.fresh), job.task, config, rng):
         between()
         loss, gradients = loss_and_gradients(
-            weights, x[drawn], targets[drawn], row_weights[drawn], task=job.task, config=config
+            weights, x[drawn], rows.targets[drawn], rows.weights[drawn], task=job.task, config=config
         )
         if not np.isfinite(loss):
             raise DivergedError(f"the loss became {loss} after {len(losses)} steps; a lower learning rate may help")

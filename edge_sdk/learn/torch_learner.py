@@ -62,17 +62,16 @@ def train_torch(
     """
     job = job.counted()
     config, started = job.config, time.process_time()
-    x = dequantize(np.concatenate([job.fresh.latents, job.replay.latents]), job.latent)
-    targets = np.concatenate([job.fresh.targets, job.replay.targets])
-    row_weights = np.concatenate([job.fresh.weights, job.replay.weights])
+    rows = job.fresh + job.replay
+    x = dequantize(rows.latents, job.latent)
     rate = step_size(x[: len(job.fresh)], config, job.task)
-    rows = batches(targets, len(job.fresh), job.task, config, np.random.default_rng(job.seed))
-    features, wanted, counts = (torch.from_numpy(part) for part in (x, targets, row_weights))
+    drawing = batches(rows.targets, len(job.fresh), job.task, config, np.random.default_rng(job.seed))
+    features, wanted, counts = (torch.from_numpy(part) for part in (x, rows.targets, rows.weights))
     weights = {key: torch.tensor(value, requires_grad=True) for key, value in job.champion.weights.items()}
     velocity = {key: torch.zeros_like(value) for key, value in weights.items()}
     losses: list[float] = []
     with _one_thread_and_seed(job.seed):
-        for drawn, factor in rows:
+        for drawn, factor in drawing:
             between()
             index = torch.from_numpy(drawn)
             loss = mean_loss(
