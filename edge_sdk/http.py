@@ -74,6 +74,12 @@ _WAITING_THREADS = 16
 _LINGER_S = 2.0
 _RETRY_S = 1
 _CLIENT_LEFT = 499
+_BODIES = (
+    PredictRequest, ObserveRequest, RewardRequest, AskRequest, LabelRuling, LearnNowRequest, ForgetRequest,
+)  # fmt: skip
+_READ: dict[type, msgspec.json.Decoder[Any]] = {kind: msgspec.json.Decoder(kind) for kind in _BODIES}
+"""Built before any thread reads a body: of a type that two of them meet at once for the first time, msgspec may end the
+process."""
 
 
 class Device(Protocol):
@@ -481,7 +487,8 @@ def _encode(value: Any) -> bytes:
 
 def _decode(body: bytearray, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(body, type=kind)
+        read: msgspec.json.Decoder[T] = _READ[kind]
+        return read.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedError(f"body: {error}") from error
 

@@ -143,6 +143,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return REQUIRED_WHOLE if self.adapt == "none" else REQUIRED
 
 
+_READ = msgspec.json.Decoder(Manifest)
+"""Built here: msgspec learns of a type when it first reads one, and two threads that do so at once end the process."""
+
+
 def parse_manifest(data: bytes) -> Manifest:
     """The manifest in `data`.
 
@@ -151,7 +155,7 @@ def parse_manifest(data: bytes) -> Manifest:
         IncompatibleError: It was written by a newer major schema.
     """
     try:
-        manifest = msgspec.json.decode(data, type=Manifest)
+        manifest = _READ.decode(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise IntegrityError(f"{MANIFEST_NAME} is damaged or not a manifest: {error}") from error
     if manifest.schema != SCHEMA:

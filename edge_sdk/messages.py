@@ -171,6 +171,11 @@ class Desired(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 
 
 M = TypeVar("M", bound=msgspec.Struct)
+_READ: dict[type, msgspec.msgpack.Decoder[Any]] = {
+    kind: msgspec.msgpack.Decoder(kind)
+    for kind in (State, MonitorState, Report, Event, Gap, Envelope, Ack, Need, Offer, Desired)
+}
+"""Built before two devices of one process may read their first message at once, which could end it."""
 
 
 def encode(message: msgspec.Struct) -> bytes:
@@ -196,7 +201,8 @@ def decode(payload: bytes, kind: type[M]) -> M:
     if payload[0] != WIRE_VERSION:
         raise ProtocolError(f"wire version {payload[0]}, this side reads {WIRE_VERSION}")
     try:
-        return msgspec.msgpack.decode(memoryview(payload)[1:], type=kind)
+        read: msgspec.msgpack.Decoder[M] = _READ[kind]
+        return read.decode(memoryview(payload)[1:])
     except msgspec.MsgspecError as error:
         raise ProtocolError(f"not a {kind.__name__}: {error}") from error
 
@@ -213,7 +219,8 @@ def unpack(body: msgspec.Raw | bytes, kind: type[M]) -> M:
         ProtocolError: Not of the message's form.
     """
     try:
-        return msgspec.msgpack.decode(body, type=kind)
+        read: msgspec.msgpack.Decoder[M] = _READ[kind]
+        return read.decode(body)
     except msgspec.MsgspecError as error:
         raise ProtocolError(f"not a {kind.__name__}: {error}") from error
 

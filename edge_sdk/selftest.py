@@ -39,6 +39,9 @@ class Choice(msgspec.Struct, frozen=True):
     fp32_ms: float | None = None
 
 
+_READ = msgspec.json.Decoder(Choice)  # as in `manifest.py`: built before threads may read their first one
+
+
 def self_test(folder: Path, manifest: Manifest, *, variant: Variant, trunks: Trunks | None = None) -> ServedModel:
     """Replay the stored inputs with one variant and the shipped head, and compare with the stored outputs.
 
@@ -137,7 +140,7 @@ def write_choice(folder: Path, choice: Choice) -> None:
 def read_choice(folder: Path, manifest: Manifest) -> Choice | None:
     """The choice kept beside a release's files; None if it was lost in a crash."""
     try:
-        choice = msgspec.json.decode((folder / CHOICE_NAME).read_bytes(), type=Choice)
+        choice = _READ.decode((folder / CHOICE_NAME).read_bytes())
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError):
         return None
     return choice if choice.variant in manifest.model_files else None

@@ -43,9 +43,6 @@ from edge_sdk.update import FetchedRelease, UpdateClient
 
 Emit = Callable[[str, dict[str, Any]], None]
 _STATE = "upgrade"
-for _read_beside_loading in (Manifest, Choice):
-    # msgspec learns of a type when it first reads one, and two threads that do so at once end the process
-    msgspec.json.Decoder(_read_beside_loading)
 
 
 class UpgradeState(msgspec.Struct):

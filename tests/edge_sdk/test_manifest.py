@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -199,3 +201,28 @@ def test_nested_specs_refuse_typos():
     latent = {"dim": 8, "scale": 0.1, "zero_point": 0, "zeropoint": 1}
     with pytest.raises(IntegrityError, match="zeropoint"):
         parse_manifest(edited(latent=latent))
+
+
+FIRST_READS = """
+import importlib, sys, threading
+from pathlib import Path
+import edge_sdk.manifest, edge_sdk.schema
+sys.setswitchinterval(1e-6)
+data = Path(sys.argv[1]).read_bytes()
+for _ in range(50):
+    importlib.reload(edge_sdk.schema)  # new types, which nothing has been read of yet
+    importlib.reload(edge_sdk.manifest)
+    go = threading.Barrier(8)
+    threads = [threading.Thread(target=lambda: (go.wait(), edge_sdk.manifest.parse_manifest(data))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+"""
+
+
+def test_threads_may_read_their_first_manifest_at_once(tmp_path):
+    """A type that msgspec first meets in two threads at once ended one start of a hundred."""
+    (tmp_path / MANIFEST_NAME).write_bytes(manifest_bytes(make_manifest()))
+    done = subprocess.run([sys.executable, "-c", FIRST_READS, tmp_path / MANIFEST_NAME], timeout=60, check=False)
+    assert done.returncode == 0

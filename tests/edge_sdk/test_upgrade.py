@@ -1,8 +1,6 @@
 """Releases come, prove themselves or are left; what was learned survives where it can."""
 
 import shutil
-import subprocess
-import sys
 
 import msgspec
 import numpy as np
@@ -523,25 +521,3 @@ def test_values_in_another_unit_are_other_outputs():
     assert meaning_of_outputs(release(0, 1, 0.5)) == meaning_of_outputs(release(0, 1, 0.7))
     for other in (release(1, 1, 0.5), release(0, 2, 0.5)):
         assert meaning_of_outputs(other) != meaning_of_outputs(release(0, 1, 0.5))
-
-
-FIRST_READ = """
-import sys, threading
-from pathlib import Path
-sys.setswitchinterval(1e-6)
-import edge_sdk.device
-from edge_sdk.manifest import parse_manifest
-data, go = Path(sys.argv[1]).read_bytes(), threading.Barrier(4)
-threads = [threading.Thread(target=lambda: (go.wait(), parse_manifest(data))) for _ in range(4)]
-for thread in threads:
-    thread.start()
-for thread in threads:
-    thread.join()
-"""
-
-
-def test_a_release_is_verified_and_loaded_by_two_threads_that_read_their_first_manifest(checkpoint):
-    """A type that msgspec meets in two threads at once for the first time ended one start of a hundred."""
-    for _ in range(5):
-        done = subprocess.run([sys.executable, "-c", FIRST_READ, checkpoint / MANIFEST_NAME], timeout=60, check=False)
-        assert done.returncode == 0
