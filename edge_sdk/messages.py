@@ -22,6 +22,8 @@ DEFAULT_PREFIX = "edge"
 THRESHOLD_ALL = 2**32
 """A rollout threshold that every device is below."""
 
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding raises, whatever bytes it is given."""
 _HEX = frozenset("0123456789abcdef")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _INDEX = re.compile(r"[0-9]{1,9}")
@@ -203,7 +205,7 @@ def decode(payload: bytes, kind: type[M]) -> M:
     try:
         read: msgspec.msgpack.Decoder[M] = _READ[kind]
         return read.decode(memoryview(payload)[1:])
-    except msgspec.MsgspecError as error:
+    except _UNREADABLE as error:
         raise ProtocolError(f"not a {kind.__name__}: {error}") from error
 
 
@@ -221,7 +223,7 @@ def unpack(body: msgspec.Raw | bytes, kind: type[M]) -> M:
     try:
         read: msgspec.msgpack.Decoder[M] = _READ[kind]
         return read.decode(body)
-    except msgspec.MsgspecError as error:
+    except _UNREADABLE as error:
         raise ProtocolError(f"not a {kind.__name__}: {error}") from error
 
 

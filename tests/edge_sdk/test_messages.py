@@ -164,6 +164,18 @@ def test_what_is_not_a_message_is_refused(payload, reason):
         decode(payload, Ack)
 
 
+DEEP = b"\x91" * 100_000
+
+
+@pytest.mark.parametrize("body", [b"\x96\xa4\x00\x00\x00\x80", b"\x96\xa1s\x01\x01\xca\0\0\0\0\xa1e" + DEEP])
+def test_text_that_is_none_and_endless_nesting_are_refused(body):
+    with pytest.raises(ProtocolError, match="not a Envelope"):
+        decode(bytes([WIRE_VERSION]) + body, Envelope)
+    for part in (b"\x94\xa4\x00\x00\x00\x80", b"\x94\xa1n\x01\x01" + DEEP, b"\x95\xa1n\x01\x01\x80" + DEEP):
+        with pytest.raises(ProtocolError, match="not a Event"):
+            unpack(part, Event)
+
+
 @given(payload=st.binary(max_size=200), name=st.sampled_from(sorted(MESSAGES)))
 def test_no_bytes_make_decode_raise_anything_else(payload, name):
     for start in (b"", bytes([WIRE_VERSION])):
