@@ -7,102 +7,36 @@ every step leaves the champion serving until the pointer has been flipped.
 from __future__ import annotations
 
 import logging
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from edge_sdk.config import DeviceConfig
-from edge_sdk.errors import EdgeError, IntegrityError
+from edge_sdk.errors import EdgeError
 from edge_sdk.experience import Chosen, Experience
-from edge_sdk.files import remove_tree
-from edge_sdk.gate import Verdict, is_healthy, judge, watch
-from edge_sdk.head import Head, dequantize
+from edge_sdk.head import Head
 from edge_sdk.join import Judged
-from edge_sdk.learn.base import CHALLENGER, LearnJob, LearnResult
-from edge_sdk.learn.ewc import Importance, consolidate, fisher_diagonal
 from edge_sdk.learn.executor import LearnExecutor
 from edge_sdk.manifest import Manifest
-from edge_sdk.outcomes import Outcomes, group_names, members, outcomes
-from edge_sdk.policy import Decision, ResourceState, Signals, Spent, decide, obstacle, spend
+from edge_sdk.outcomes import Outcomes
+from edge_sdk.policy import Decision, ResourceState, Signals, decide, obstacle, spend
+from edge_sdk.progress import Phase, saved_state
 from edge_sdk.skew import Skew
 from edge_sdk.slots import Slots, Version
-from edge_sdk.stats import calibration_error
-from edge_sdk.store import Lineage, Sample, Store, stack
-from edge_sdk.tasks import as_scores
-from edge_sdk.types import LatentArray, Mode
+from edge_sdk.store import Sample, Store
+from edge_sdk.training import Training
+from edge_sdk.trial import Trial, head_outcomes, judge_probation, without_small_scores
+from edge_sdk.types import Mode
 
 logger = logging.getLogger(__name__)
 
 Emit = Callable[[str, dict[str, Any]], None]
-_STATE = "adaptation"
 _CHOSEN = "chosen"
-_RECENT = 200
-_MIN_RECENT = 30
 _DAY_S = 86_400.0
-_LATENCY_RUNS = 31
-
-
-class Recent(msgspec.Struct, frozen=True, array_like=True):
-    """A live labelled row: whether it was right, and if that is known, how sure the model was and how right."""
-
-    right: bool
-    confidence: float | None = None
-    success: float = 0.0
-    """1 less its loss: what the confidence foretells. Of a multi-label model a part of the labels may be right."""
-
-
-class AdaptState(msgspec.Struct):
-    """Where the transaction stands; persisted."""
-
-    phase: Literal["idle", "training", "judging", "probation"] = "idle"
-    reason: str = ""
-    since: float = 0.0
-    """When the phase began."""
-    attempts: int = 0
-    """Learning jobs ever started; makes the seed of each."""
-    superseded: int = 0
-    """Challengers that gave way to the present one: they share the error level."""
-    last_ended: float | None = None
-    parent: Version | None = None
-    rows: int = 0
-    """Fresh samples that the challenger knows."""
-    replayed: int = 0
-    result: LearnResult = LearnResult()
-    """Of the learner."""
-    before: list[float] = []
-    """On probation: losses of the version before."""
-    after: list[float] = []
-    predictions: int = 0
-    errors: int = 0
-    """Both on probation."""
-    recent: list[Recent] = []
-    """Of the latest live predictions."""
-    skew: Skew = Skew()
-    """Of the head in use."""
-    trained: Skew = Skew()
-    """Of the challenger."""
-    promoted_at: float | None = None
-    demand: str = ""
-    """Why learning should start whatever the cool-down says."""
-    waits: str = ""
-    """Why learning that is wanted does not start, or has stopped."""
-    decision: str = ""
-    """The last decision that was noted."""
-    obstacle: str = ""
-    """What stood against learning at the last look."""
-    spent: Spent = Spent()
-    asked: list[str] = []
-    """New labels that were told of."""
-    accepted: list[str] = []
-    refused: list[str] = []
-    """What a person said about them."""
-    retained_at: float = 0.0
 
 
 class Adaptation:
@@ -120,22 +54,21 @@ class Adaptation:
     def __init__(
         self, folder: Path, *, store: Store, slots: Slots, executor: LearnExecutor, config: DeviceConfig, emit: Emit
     ) -> None:
-        self._folder, self._store, self._slots, self._executor = folder, store, slots, executor
-        self._config, self._emit = config, emit
+        self._store, self._slots, self._config, self._emit = store, slots, config, emit
+        self._training = Training(folder / "job", executor, config.learn)
         chosen = store.get(_CHOSEN)
-        self.state = _saved_state(store)
+        self.state = saved_state(store)
         self._chosen = msgspec.json.decode(chosen, type=Chosen) if chosen else Chosen()
         self.experience: Experience | None = None
         """The rows of the release in use; None if it is served and not learned on."""
+        self._trial: Trial | None = None
         self._head: Head | None = None
         self._before: Head | None = None
         self._judged_up_to = -1
         self._since = 0.0
-        self._result: LearnResult | None = None
-        """What came of the job, until that is recorded."""
         if self.state.phase == "training":  # the child died with us
             self._begin("idle", now=self.state.since)
-            self._discard_job()
+            self._training.discard()
 
     # ---- the release in use
 
@@ -146,7 +79,7 @@ class Adaptation:
         """
         folder = self._slots.folder(version)
         self._version, self._manifest = version, manifest
-        self._head = self._before = self.experience = None
+        self._head = self._before = self._trial = self.experience = None
         self._judged_up_to = -1
         if not manifest.learns:
             self._begin("idle", now=self.state.since)
@@ -156,6 +89,7 @@ class Adaptation:
         experience = Experience(self._store, self._config, manifest, folder, seed=seed)
         self._head = self._slots.head(version)
         self._recover(version, experience)
+        self._trial = Trial(version, manifest, experience, slots=self._slots, config=self._config)
         self.experience = experience  # once all is recorded: before, no turn may be taken
 
     def _recover(self, version: Version, experience: Experience) -> None:
@@ -182,8 +116,8 @@ class Adaptation:
 
     def abandon(self, now: float) -> None:
         """Stop whatever runs: another release takes over. Fresh rows stay for the next time."""
-        self._executor.cancel()
-        self._discard_job()
+        self._training.cancel()
+        self._training.discard()
         self._begin("idle", now=now)
         self.state.last_ended, self.state.superseded = None, 0
 
@@ -195,56 +129,24 @@ class Adaptation:
     @property
     def accuracy(self) -> float | None:
         """Live accuracy over the latest labels, or None below 30 of them."""
-        recent = self.state.recent
-        return float(np.mean([row.right for row in recent])) if len(recent) >= _MIN_RECENT else None
-
-    @property
-    def calibration(self) -> float | None:
-        """Expected calibration error over the latest labels, or None below 30 of them."""
-        sure = [(row.confidence, row.success) for row in self.state.recent if row.confidence is not None]
-        if len(sure) < _MIN_RECENT:
-            return None
-        confidence, success = np.array(sure).T
-        return calibration_error(confidence, success)
+        return self.state.accuracy
 
     def see(self, rows: list[Judged], now: float, *, predictions: int, errors: int) -> None:
         """Take note of what the version in use did: live labelled rows, and counts."""
-        state = self.state
-        if state.phase == "probation":
+        state, probation = self.state, self.state.phase == "probation"
+        if probation:
             state.predictions += predictions
             state.errors += errors
-        if not rows:
-            return
-        again = self._again(rows)
-        if again is None:
-            state.recent = [*state.recent, *(Recent(row.correct) for row in rows)][-_RECENT:]
-            return
-        found = zip(again.confidence.round(3).tolist(), (1 - again.losses).round(3).tolist(), strict=True)
-        seen = [
-            Recent(row.correct, sure, success) if math.isfinite(sure) else Recent(row.correct)
-            for row, (sure, success) in zip(rows, found, strict=True)
-        ]
-        state.recent = [*state.recent, *seen][-_RECENT:]
-        if state.promoted_at is not None and now - state.promoted_at <= _DAY_S:
-            state.skew = state.skew.add_live(np.array([row.correct for row in rows]), again.right)
-        if held := [row.correct for row in rows if row.holdout]:
-            state.skew = state.skew.add("holdout", np.array(held))
-        if state.phase == "probation" and self._before is not None:
-            latents, truths = np.stack([row.latent for row in rows]), [row.label for row in rows]
-            state.before += self._outcomes(self._before, latents, truths).losses.tolist()
-            state.after += again.losses.tolist()
+        if rows:
+            scored = self._scored(self._head, rows)
+            before = self._scored(self._before, rows) if probation else None
+            state.note_live(rows, now, scored, before)
 
-    def _again(self, rows: list[Judged]) -> Outcomes | None:
-        """The rows scored anew by the head in use; None if it is not known here."""
-        if self._head is None:
+    def _scored(self, head: Head | None, rows: list[Judged]) -> Outcomes | None:
+        """The rows scored anew by a head that is known here."""
+        if head is None:
             return None
-        return self._outcomes(self._head, np.stack([row.latent for row in rows]), [row.label for row in rows])
-
-    def _outcomes(self, head: Head, latents: LatentArray, truths: list[str], groups: Sequence[str] = ()) -> Outcomes:
-        scores = as_scores(head.logits(dequantize(latents, self._manifest.latent)), self._manifest)
-        return outcomes(
-            scores, head.labels, truths, groups or group_names(truths, head.labels, self._manifest), self._manifest
-        )
+        return head_outcomes(head, np.stack([row.latent for row in rows]), [row.label for row in rows], self._manifest)
 
     @property
     def replay_rows(self) -> int:
@@ -259,8 +161,7 @@ class Adaptation:
     @property
     def judges_full(self) -> bool:
         """Whether further rows must not judge: the challenger on trial has had as many as are kept."""
-        on_trial = self.state.phase in ("training", "judging")
-        return on_trial and self.experience is not None and self.experience.judges_full
+        return self.state.on_trial and self.experience is not None and self.experience.judges_full
 
     @property
     def new_labels(self) -> dict[str, int]:
@@ -284,12 +185,12 @@ class Adaptation:
 
     def save(self) -> None:
         """Persist the state; inside a transaction."""
-        self._store.put(_STATE, msgspec.json.encode(self.state))
+        self.state.save(self._store)
 
     def trim(self) -> None:
         """Keep what is stored within its bounds; inside a transaction."""
         if self.experience is not None:
-            self.experience.trim_judges(on_trial=self.state.phase in ("training", "judging"))
+            self.experience.trim_judges(on_trial=self.state.on_trial)
             self._store.trim_samples("fresh", self.experience.trunk, self._config.join.max_pending)
 
     def charge(self, now: float, *, flash_bytes: int) -> None:
@@ -323,8 +224,8 @@ class Adaptation:
         """Stop a job, or drop a challenger, that knows one of these samples."""
         fresh, replayed = {*self._chosen.fresh, *self._chosen.older}, unlearn
         known = any(sample.key in fresh or (replayed and sample.role == "replay") for sample, _ in found)
-        if known and self.state.phase in ("training", "judging"):
-            self._executor.cancel()
+        if known and self.state.on_trial:
+            self._training.cancel()
             self._fail(now, "samples that it knows were to be forgotten")
 
     def _erase(self, found: list[tuple[Sample, str]], *, unlearn: bool) -> None:
@@ -431,9 +332,9 @@ class Adaptation:
         signals = Signals(
             alarms=alarms,
             fresh_rows=self._learnable(),
-            accuracy=self.accuracy,
-            calibration=self.calibration,
-            since_last_s=self._since_last(now),
+            accuracy=self.state.accuracy,
+            calibration=self.state.calibration,
+            since_last_s=self.state.since_last(now),
             demand=self.state.demand,
         )
         decision: Decision = decide(signals, self.state.obstacle, self._config.policy)
@@ -450,13 +351,9 @@ class Adaptation:
                 self.state.decision = said
                 self._store.record(now, "learn_decided", {"learn": decision.learn, "reason": decision.reason})
 
-    def _since_last(self, now: float) -> float | None:
-        ended = self.state.last_ended
-        return None if ended is None or now < ended else now - ended  # a clock that was set back ends the cool-down
-
     def _train(self, now: float, reason: str) -> None:
-        assert self.experience is not None
-        job, chosen = self._job()
+        assert self._trial is not None
+        job, chosen = self._trial.job(may_grow=self._may_grow, since=self._since, attempt=self.state.attempts)
         with self._transition():
             self._begin("training", now=now)
             self.state.reason, self.state.parent, self.state.demand = reason, self._version, ""
@@ -464,42 +361,16 @@ class Adaptation:
             self._chosen = chosen
             self.state.rows, self.state.replayed = len(job.fresh), len(job.replay)
             self._emit("learn_started", {"reason": reason, "rows": len(job.fresh), "replayed": len(job.replay)})
-        self._result = None
-        try:
-            self._discard_job()
-            self._job_folder.mkdir(parents=True)
-            job.save(self._job_folder)
-            self.charge(now, flash_bytes=sum(file.stat().st_size for file in self._job_folder.iterdir()))
-            self._executor.start(self._job_folder)
-        except (EdgeError, OSError) as error:
-            self._result = LearnResult(error=f"{type(error).__name__}: {error}")
+        self.charge(now, flash_bytes=self._training.start(job))
         self._collect(now)
 
-    def _job(self) -> tuple[LearnJob, Chosen]:
-        assert self.experience is not None
-        return self.experience.job(
-            self._slots.head(self._version),
-            self._importance(),
-            may_grow=self._may_grow,
-            since=self._since,
-            attempt=self.state.attempts,
-        )
-
-    def _importance(self) -> Importance:
-        assert self.experience is not None
-        try:
-            return self._slots.importance(self._version) or self.experience.importance
-        except IntegrityError as error:
-            logger.warning("EWC holds on to what the release came with: %s", error)
-            return self.experience.importance
-
     def _collect(self, now: float) -> None:
-        if self.state.obstacle:
-            self._executor.pause()
-        else:
-            self._executor.resume()
+        self._training.hold(on=bool(self.state.obstacle))
         self.state.waits = f"paused: {self.state.obstacle}" if self.state.obstacle else ""
-        result = self._ended(now)
+        known, result = self._training.result, self._training.poll()
+        if known is None and result is not None:  # it ended now: what it cost counts once
+            watts = self._config.resources.watts
+            self.state.spent = spend(self.state.spent, now, watts=watts, seconds=result.seconds)
         if result is None:
             return
         if result.error:
@@ -510,32 +381,22 @@ class Adaptation:
             self.state.result = msgspec.structs.replace(result, wrong=[])
             self._chosen.wrong = result.wrong
 
-    def _ended(self, now: float) -> LearnResult | None:
-        """What came of the job, once it has ended: the executor says so only once, and it may not be recorded then."""
-        if self._result is None:
-            self._result = self._executor.poll()
-            limit, worked = self._config.learn.max_seconds, self._executor.worked_s
-            if self._result is None and worked > limit:
-                self._executor.cancel()
-                self._result = LearnResult(error=f"stopped after {limit:g} s", seconds=worked)
-            if self._result is not None:
-                seconds, watts = self._result.seconds, self._config.resources.watts
-                self.state.spent = spend(self.state.spent, now, watts=watts, seconds=seconds)
-        return self._result
-
     def _judge(self, now: float, mode: Mode) -> None:
         assert self.experience is not None
+        assert self._trial is not None
         newest = self._store.newest_sample("judge", self.experience.trunk)
         if newest == self._judged_up_to and now - self.state.since < self._config.gate.max_wait_s:
             self._supersede(now)  # nothing new to judge by
             return
         try:
-            challenger = Head.load(self._job_folder / CHALLENGER)
+            challenger = self._training.challenger()
         except (EdgeError, OSError) as error:
             self._fail(now, f"the challenger is lost: {error}")
             return
-        full = self._verdict(challenger, now)
-        verdict = self._without_small_scores(full)
+        waited_s, superseded = now - self.state.since, self.state.superseded
+        full, judged = self._trial.judge(challenger, waited_s=waited_s, challengers_before=superseded)
+        self.state.trained = self._trial.skew(challenger, self._chosen, judged, self.state.trained)
+        verdict = without_small_scores(full, self._config)
         detail = {**msgspec.structs.asdict(verdict), "trigger": self.state.reason, "steps": self.state.result.steps}
         if verdict.outcome == "need_more":
             self.state.waits, self._judged_up_to = verdict.reason, newest
@@ -545,7 +406,9 @@ class Adaptation:
         # labels that led to a worse head may be to blame: they are not summed up for good
         fold = promotes or verdict.reason.startswith("not proven")
         if promotes and mode == "adapt":
-            number = self._slots.write_head(self._version.slot, challenger, self._consolidated(challenger))
+            number = self._slots.write_head(
+                self._version.slot, challenger, self._trial.consolidated(challenger, self._chosen)
+            )
             self._slots.promote(number)
             with self._transition():
                 self._promoted(number, msgspec.structs.asdict(full), self.experience, now=now)
@@ -560,7 +423,7 @@ class Adaptation:
                 self._emit(outcome, detail)
                 self._record(outcome, msgspec.structs.asdict(full))
                 self._consolidate(self.experience, fold=fold)
-        self._discard_job()
+        self._training.discard()
 
     def _promoted(self, number: int, verdict: dict[str, Any], experience: Experience, *, now: float) -> None:
         """The challenger serves as head `number`; inside a transaction."""
@@ -570,45 +433,11 @@ class Adaptation:
         self._record("promoted", verdict, head=number)
         self._consolidate(experience, fold=True)
 
-    def _consolidated(self, challenger: Head) -> Importance | None:
-        """What EWC will hold on to once the challenger serves; None: what the checkpoint came with."""
-        learn, known = self._config.learn, self._importance()
-        if learn.consolidation == "checkpoint":
-            return None
-        learned = self._learned()
-        if not learned:
-            return known
-        latents = stack([sample.latent for sample in learned], self._manifest.latent.dim)
-        fisher = fisher_diagonal(challenger, dequantize(latents, self._manifest.latent), task=self._manifest.task)
-        return consolidate(known, challenger.weights, fisher, mode=learn.consolidation, decay=learn.decay)
-
-    def _learned(self) -> list[Sample]:
-        """The fresh samples that the challenger was trained on, without those that say what a label is not."""
-        assert self.experience is not None
-        keys = self._chosen.learned
-        samples = self._store.samples("fresh", self.experience.trunk)
-        return [sample for sample in samples if sample.key in keys and sample.weight > 0]
-
     def _record(self, outcome: str, verdict: dict[str, Any], head: int | None = None) -> None:
         """Note how the challenger came to be; inside a transaction."""
-        state, result = self.state, self.state.result
-        parent = state.parent or self._version
-        detail = {
-            **verdict,
-            "trigger": state.reason,
-            "fresh": state.rows,
-            "used": result.rows,
-            "wrong": len(self._chosen.wrong),
-            "replayed": state.replayed,
-            "seed": self._config.seed * 1_000_003 + state.attempts - 1,
-            "steps": result.steps,
-            "first_loss": result.first_loss,
-            "last_loss": result.last_loss,
-            "cpu_s": result.seconds,
-            "note": result.note,
-            "config": msgspec.to_builtins(self._config.learn),
-        }
-        self._store.record_lineage(Lineage(state.since, parent.release, parent.head, head, outcome, detail))
+        wrong, version = len(self._chosen.wrong), self._version
+        entry = self.state.lineage(outcome, verdict, version=version, wrong=wrong, head=head, config=self._config)
+        self._store.record_lineage(entry)
 
     def _supersede(self, now: float) -> None:
         """Let a challenger that proves nothing give way to one that knows twice as many samples.
@@ -625,77 +454,10 @@ class Adaptation:
             self._chosen = Chosen()
             self.state.superseded += 1
             self.state.demand = "more samples than the challenger before knew"
-        self._discard_job()
-
-    def _without_small_scores(self, verdict: Verdict) -> Verdict:
-        """Scores over so few rows that they say too much about single samples do not leave the device."""
-        few = self._config.report.min_count
-        if verdict.rows < few:
-            verdict = msgspec.structs.replace(
-                verdict, champion=0.0, challenger=0.0, champion_calibration=0.0, challenger_calibration=0.0
-            )
-        if min(verdict.rows, self._config.gate.min_class_rows) < few:
-            verdict = msgspec.structs.replace(verdict, worst_group=0.0, worst_slice=0.0)
-        if verdict.factory_rows < few:
-            verdict = msgspec.structs.replace(verdict, champion_factory=0.0, challenger_factory=0.0)
-        return verdict
-
-    def _verdict(self, challenger: Head, now: float) -> Verdict:
-        assert self.experience is not None
-        champion, rows = self._slots.head(self._version), self.experience.judge_rows
-        names = (*champion.labels, *(label for label in challenger.labels if label not in champion.labels))
-        groups = group_names(rows.truths, names, self._manifest)
-        before, after = (self._outcomes(head, rows.latents, rows.truths, groups) for head in (champion, challenger))
-        self._measure(challenger, after)
-        return judge(
-            before,
-            after,
-            groups=groups,
-            members=members(rows.truths, groups, self._manifest),
-            factory_champion=self.experience.factory.right(champion),
-            factory_challenger=self.experience.factory.right(challenger),
-            waited_s=now - self.state.since,
-            config=self._config.gate,
-            slices=rows.slices,
-            weights=rows.weights,
-            challengers_before=self.state.superseded,
-            latency_ms=self._latency(champion, challenger),
-        )
-
-    def _measure(self, challenger: Head, judged: Outcomes) -> None:
-        """The challenger's scores on what it was trained on and on what it is judged by."""
-        trained = self.state.trained
-        if not trained.training.rows:
-            samples = self._learned()
-            latents = stack([sample.latent for sample in samples], self._manifest.latent.dim)
-            right = self._outcomes(challenger, latents, [sample.label for sample in samples]).right
-            trained = Skew().add("training", right)
-        self.state.trained = msgspec.structs.replace(Skew(), training=trained.training).add("judge", judged.right)
-
-    def _latency(self, champion: Head, challenger: Head) -> tuple[float, float] | None:
-        """Median time of one row in each head, in milliseconds, taken in turns; None in simulations."""
-        if self._config.learn.executor == "inline":
-            return None
-        row = np.zeros((1, champion.latent_dim), dtype=np.float32)
-        times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(_LATENCY_RUNS):
-            for head, found in zip((champion, challenger), times, strict=True):
-                started = time.perf_counter()
-                head.logits(row)
-                found.append(time.perf_counter() - started)
-        return float(np.median(times[0]) * 1e3), float(np.median(times[1]) * 1e3)
+        self._training.discard()
 
     def _watch(self, now: float) -> None:
-        gate = self._config.gate
-        verdict = watch(
-            np.array(self.state.before),
-            np.array(self.state.after),
-            waited_s=now - self.state.since,
-            healthy=is_healthy(self.state.errors, self.state.predictions),
-            alpha=gate.alpha,
-            rows=gate.probation_rows,
-            seconds=gate.probation_s,
-        )
+        verdict = judge_probation(self.state, now, self._config.gate)
         if verdict.outcome == "need_more":
             return
         if verdict.outcome == "rollback":
@@ -718,42 +480,17 @@ class Adaptation:
             self.charge(self.state.since, flash_bytes=experience.nbytes)
 
     def _fail(self, now: float, reason: str) -> None:
-        self._discard_job()
+        self._training.discard()
         with self._transition():
             self._begin("idle", now=now)
             self.state.last_ended = now
             self.state.superseded = 0
-            if self._result is not None:
-                self.state.result = msgspec.structs.replace(self._result, wrong=[])
+            if self._training.result is not None:
+                self.state.result = msgspec.structs.replace(self._training.result, wrong=[])
             self._emit("learn_failed", {"reason": reason})
             self._record("learn_failed", {"reason": reason})
             self._chosen = Chosen()
 
-    def _begin(self, phase: Literal["idle", "training", "judging", "probation"], *, now: float) -> None:
+    def _begin(self, phase: Phase, *, now: float) -> None:
         self._judged_up_to = -1
-        self.state.phase, self.state.since = phase, now
-        self.state.before, self.state.after, self.state.waits = [], [], ""
-        self.state.predictions = self.state.errors = 0
-        if phase == "training":
-            self.state.trained, self.state.result = Skew(), LearnResult()
-
-    @property
-    def _job_folder(self) -> Path:
-        return self._folder / "job"
-
-    def _discard_job(self) -> None:
-        remove_tree(self._job_folder)
-
-
-def is_on_probation(store: Store) -> bool:
-    """Whether the state says that a promoted head is being watched: known before any model is loaded."""
-    return _saved_state(store).phase == "probation"
-
-
-def _saved_state(store: Store) -> AdaptState:
-    data = store.get(_STATE)
-    try:
-        return msgspec.json.decode(data, type=AdaptState) if data else AdaptState()
-    except msgspec.MsgspecError as error:  # of an earlier version
-        logger.warning("how far learning had come is lost; it begins anew: %s", error)
-        return AdaptState()
+        self.state.begin(phase, now)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from edge_sdk.config import DeviceConfig
     from edge_sdk.device import EdgeDevice
     from edge_sdk.installed import Use
-    from edge_sdk.skew import Skew
     from edge_sdk.slots import Version
     from edge_sdk.store import HistoryEntry, Lineage, Store
     from edge_sdk.transport import Transport
@@ -425,10 +424,11 @@ def _head_line(entry: Lineage) -> list[str]:
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def skew(home: Path | None, as_json: bool) -> None:
     """Show where the learned head's score falls between training and use, and what that says."""
+    from edge_sdk.progress import saved_state
     from edge_sdk.skew import findings
 
     with _open_store(home) as store:
-        scores = _saved_skew(store)
+        scores = saved_state(store).skew
     table, found = scores.table(), findings(scores)
     if as_json:
         click.echo(json.dumps({"scores": [row._asdict() for row in table], "findings": found}, indent=2))
@@ -572,13 +572,6 @@ def _saved_status(store: Store) -> dict[str, Any]:
         )
     found: dict[str, Any] = json.loads(data)
     return found
-
-
-def _saved_skew(store: Store) -> Skew:
-    from edge_sdk.skew import Skew
-
-    state = json.loads(store.get("adaptation") or b"{}")
-    return msgspec.convert(state.get("skew", {}), Skew)
 
 
 @contextmanager

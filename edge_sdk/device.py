@@ -21,7 +21,7 @@ from weakref import WeakValueDictionary
 import msgspec
 import numpy as np
 
-from edge_sdk.adapt import Adaptation, is_on_probation
+from edge_sdk.adapt import Adaptation
 from edge_sdk.ask import LabelRequest
 from edge_sdk.asking import Asking
 from edge_sdk.clock import Clock, SystemClock, is_due
@@ -47,6 +47,7 @@ from edge_sdk.model import Arrays, Trunks
 from edge_sdk.monitoring import Monitoring
 from edge_sdk.pending import Pending
 from edge_sdk.policy import check_policy
+from edge_sdk.progress import saved_state
 from edge_sdk.reporter import Identity, Reporter
 from edge_sdk.resources import PsutilReader, ResourceReader, SafeReader
 from edge_sdk.selftest import read_choice
@@ -205,7 +206,7 @@ class EdgeDevice:
 
     def _count_boot(self) -> None:
         """Note a start on a head on probation; one that keeps crashing the app is left, before it is loaded."""
-        if not is_on_probation(self._store) or self._upgrade.state.watching:
+        if saved_state(self._store).phase != "probation" or self._upgrade.state.watching:
             return
         if self._slots.count_boot() > self.config.gate.max_boots:
             logger.error("%s: the head in use is left: too many starts without a healthy step", self.name)

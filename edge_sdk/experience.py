@@ -218,6 +218,10 @@ class Experience:
         """Labelled samples not learned from yet, whose inputs came at `since` or later."""
         return self._store.count_samples("fresh", self.trunk, since=since)
 
+    def fresh(self) -> list[Sample]:
+        """Labelled samples not learned from yet."""
+        return self._store.samples("fresh", self.trunk)
+
     @property
     def judge_rows(self) -> JudgeRows:
         """All of them."""
@@ -233,7 +237,7 @@ class Experience:
 
     def known_latents(self, most: int) -> LatentArray:
         """Latents whose label is known, the newest of them; uint8 [N, D]."""
-        samples = [*self._store.samples("fresh", self.trunk), *self._store.samples("judge", self.trunk)]
+        samples = [*self.fresh(), *self._store.samples("judge", self.trunk)]
         newest = sorted(samples, key=lambda sample: sample.key)[-most:]
         own = stack([s.latent for s in newest], self._manifest.latent.dim)
         return np.concatenate([self.factory.latents, self.buffer.latents, own])
@@ -275,7 +279,7 @@ class Experience:
         manifest, config = self._manifest, self._config.learn
         device = self._device_moments()
         labels = self._labels(champion, device, may_grow)
-        waiting = self._store.samples("fresh", self.trunk)
+        waiting = self.fresh()
         if manifest.task == "classification":
             waiting = [sample for sample in waiting if sample.label in labels]
         fresh = [sample for sample in waiting if sample.time >= since]
@@ -372,7 +376,7 @@ class Experience:
             chosen: What the job was made of.
             fold: Also add it to the device's moments. Not if the challenger did harm: the labels may be to blame.
         """
-        waiting = {sample.key: sample for sample in self._store.samples("fresh", self.trunk)}
+        waiting = {sample.key: sample for sample in self.fresh()}
         mass, learned = dict(zip(chosen.fresh, chosen.mass, strict=True)), chosen.learned.union(chosen.older)
         used = [waiting[key] for key in (*chosen.older, *chosen.fresh) if key in waiting and key in learned]
         used = [sample for sample in used if sample.weight > 0]

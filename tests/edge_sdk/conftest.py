@@ -34,6 +34,7 @@ from edge_sdk.policy import ResourceState
 from edge_sdk.schema import InputSpec
 from edge_sdk.slots import Pointer, Slots, Version
 from edge_sdk.store import NewSample, Store
+from edge_sdk.trial import head_outcomes
 
 
 @pytest.fixture(autouse=True)
@@ -206,7 +207,7 @@ class Rig:
         for i in range(count):
             latent = self.latent(i % 3, moved=moved)
             truth = label or self.truth(latent, i % 3)
-            outcome = self.adaptation._outcomes(self.head, latent[None], [truth])
+            outcome = head_outcomes(self.head, latent[None], [truth], self.manifest)
             rows.append(Judged(latent, truth, bool(outcome.right[0])))
         self.adaptation.see(rows, self.now, predictions=count, errors=0)
 

@@ -15,10 +15,10 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
-from edge_sdk.adapt import AdaptState
 from edge_sdk.cli import main
 from edge_sdk.config import load_config
 from edge_sdk.errors import IntegrityError
+from edge_sdk.progress import AdaptState
 from edge_sdk.skew import Score, Skew
 from edge_sdk.store import Lineage, Store
 

@@ -7,11 +7,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_sdk.adapt import Recent
 from edge_sdk.errors import DiskFullError
 from edge_sdk.head import Head
 from edge_sdk.learn.base import CHALLENGER, LearnJob, LearnResult
 from edge_sdk.policy import ResourceState
+from edge_sdk.progress import Recent
 from edge_sdk.slots import Slots
 
 
@@ -99,10 +99,10 @@ def test_a_model_that_is_too_sure_of_itself_learns_once_enough_labels_tell(rig):
     made.add(30)
     made.live(29, moved=False, label="b")
     made.turn()
-    assert (made.adaptation.calibration, made.events()) == (None, [])
+    assert (made.state.calibration, made.events()) == (None, [])
     made.live(1, moved=False, label="b")
     made.turn()
-    assert made.adaptation.calibration > 0.5
+    assert made.state.calibration > 0.5
     assert made.events("learn_started")[0]["reason"].startswith("calibration error 0.")
 
 
@@ -111,7 +111,7 @@ def test_a_model_that_is_right_as_often_as_it_is_sure_does_not(rig):
     made.add(30)
     made.live(200, moved=False)
     made.turn()
-    assert made.adaptation.calibration < 0.1
+    assert made.state.calibration < 0.1
     assert made.events() == []
 
 
@@ -122,8 +122,8 @@ def test_of_a_multi_label_model_the_share_of_right_labels_is_what_it_is_sure_of(
     made.live(1, moved=False, label='["a", "c"]')
     assert [(row.right, row.success) for row in made.state.recent] == [(False, 0.0), (False, 0.667)]
     made.state.recent = [Recent(False, 0.95, 0.95), Recent(True, 0.95, 0.95)] * 20
-    assert made.adaptation.calibration == pytest.approx(0.0)
-    assert made.adaptation.accuracy == 0.5
+    assert made.state.calibration == pytest.approx(0.0)
+    assert made.state.accuracy == 0.5
 
 
 def test_rows_that_may_not_be_learned_start_nothing(rig):
@@ -358,7 +358,7 @@ def test_the_importance_of_a_promoted_head_is_kept_beside_it_and_held_on_to(rig,
     else:
         assert (first.fisher["W0"] >= shipped.fisher["W0"]).all()
     confirm(made)
-    made.executor = made.adaptation._executor = recording
+    made.executor = made.adaptation._training._executor = recording
     made.add(12, label="new", things=[3])
     learn(made, moved=False)
     (job,) = made.executor.jobs
@@ -379,10 +379,10 @@ def test_the_importance_goes_with_its_head_and_a_rollback_finds_the_one_before(r
     second = made.slots.head(made.slots.pointer.previous)
     made.slots.rollback()
     made.attach()
-    np.testing.assert_array_equal(made.adaptation._importance().anchor["W0"], second.weights["W0"])
+    np.testing.assert_array_equal(made.adaptation._trial.importance().anchor["W0"], second.weights["W0"])
     made.slots.promote(0)
     made.attach()
-    assert made.adaptation._importance() is made.experience.importance
+    assert made.adaptation._trial.importance() is made.experience.importance
 
 
 def test_damaged_importance_is_that_of_the_release(rig, caplog):
@@ -645,7 +645,7 @@ def test_every_challenger_leaves_a_line(rig, working):
     made.turn()
     assert made.state.phase == "judging"
     made.turn(seconds=3_600)
-    made.executor = made.adaptation._executor = working
+    made.executor = made.adaptation._training._executor = working
     made.now += 60
     learn(made)
     made.executor.result = LearnResult(error="LearnError: no luck", seconds=2.0)
