@@ -13,9 +13,10 @@ _FRACTIONS = np.array([0.05, 0.15, 0.4])
 _WARNING = 0.05
 _RECENT = 0.97
 _CAP = 1e200
-_LOG_CAP = math.log(_CAP)
 _CHUNK = 256
 _LEAST = 1e-3
+_MOST_STRIDE = 32
+"""So many factors of at most 1 / _LEAST each, times _CAP, stay finite."""
 
 
 class EDetector(DriftDetector):
@@ -26,11 +27,15 @@ class EDetector(DriftDetector):
     mean stays in its band, the expected number of rows until the average reaches `threshold` is at least `threshold`,
     whatever else the channels do and however they depend on each other within a row.
 
+    With a stride s the statistic takes one step in s rows: M_t = (s + M_{t-1}) times the product of their L. It is an
+    e-detector of the same run length in rows, looked at every s rows only, and takes a fraction of the time.
+
     Args:
         mean: float64 [K], reference means in [0, 1].
         slack: float64 [K], half-width of the band: what the reference itself does not know.
         run_length: Rows between two false alarms; the threshold.
         sides: "both", or "up" for channels such as errors, where only more is bad.
+        stride: Rows in a step, 1 to 32. Those of a step that is not full yet count when it is.
 
     Source:
         Shin, Ramdas & Rinaldo 2024, "E-detectors: a nonparametric framework for sequential change detection",
@@ -43,30 +48,51 @@ class EDetector(DriftDetector):
         True
     """
 
-    def __init__(self, mean: DoubleArray, slack: DoubleArray, *, run_length: float, sides: str = "both") -> None:
-        self._mean = np.asarray(mean, dtype=np.float64)
-        slack = np.asarray(slack, dtype=np.float64)
-        if self._mean.ndim != 1 or self._mean.shape != slack.shape or not len(self._mean):
-            raise ValueError(f"mean and slack need one value a channel, got {self._mean.shape} and {slack.shape}")
+    def __init__(
+        self, mean: DoubleArray, slack: DoubleArray, *, run_length: float, sides: str = "both", stride: int = 1
+    ) -> None:
         if run_length <= 1 or not math.isfinite(run_length):
             raise ValueError(f"the run length must be a number above 1, got {run_length}")
-        self._run_length = run_length
-        # a bet pays in units of its bound's distance to the end of the range, which must not vanish: where it would,
-        # the band is widened, never narrowed. A bound beyond the other end is one that no mean can cross.
-        up = np.maximum(self._mean + slack, _LEAST)
-        down = np.minimum(self._mean - slack, 1 - _LEAST)
-        # log of the factor of a bet b on "above": log(1 + b (x - up) / up); of one on "below": log(1 + b (down - x) /
-        # (1 - down)). Both are at least 1 - b > 0 for every x in [0, 1].
-        centres, slopes = [np.repeat(up[:, None], len(_FRACTIONS), 1)], [_FRACTIONS / up[:, None]]
-        if sides == "both":
-            centres.append(np.repeat(down[:, None], len(_FRACTIONS), 1))
-            slopes.append(-_FRACTIONS / (1 - down[:, None]))
-        elif sides != "up":
+        if sides not in ("both", "up"):
             raise ValueError(f'sides is "both" or "up", got {sides!r}')
-        self._centre, self._slope = np.concatenate(centres, axis=1), np.concatenate(slopes, axis=1)
-        self._m: DoubleArray = np.zeros_like(self._centre)
+        if not 1 <= stride <= _MOST_STRIDE:
+            raise ValueError(f"the stride must lie in 1..{_MOST_STRIDE}, got {stride}")
+        self._run_length, self._sides, self._stride = run_length, sides, stride
+        self._mean = np.zeros(np.shape(mean))
+        self.refit(mean, slack)
+        self._m: DoubleArray = np.zeros_like(self._slope)
         self._recent: DoubleArray = self._mean.copy()
         self._evidence = self._peak = 0.0
+        self._phase = self._quiet = 0
+
+    def refit(self, mean: DoubleArray, slack: DoubleArray) -> None:
+        """Take another band for the rows to come, and keep the evidence.
+
+        Args:
+            mean: float64 [K], as many as before.
+            slack: float64 [K].
+
+        Raises:
+            ValueError: The shapes are wrong.
+        """
+        mean, slack = np.asarray(mean, dtype=np.float64), np.asarray(slack, dtype=np.float64)
+        if mean.ndim != 1 or mean.shape != slack.shape or not len(mean):
+            raise ValueError(f"mean and slack need one value a channel, got {mean.shape} and {slack.shape}")
+        if mean.shape != self._mean.shape:
+            raise ValueError(f"expected {len(self._mean)} channels as before, got {len(mean)}")
+        self._mean = mean.copy()
+        # a bet pays in units of its bound's distance to the end of the range, which must not vanish: where it would,
+        # the band is widened, never narrowed. A bound beyond the other end is one that no mean can cross.
+        up = np.maximum(mean + slack, _LEAST)
+        down = np.minimum(mean - slack, 1 - _LEAST)
+        # the factor of a bet b on "above" is 1 + b (x - up) / up, of one on "below" 1 + b (down - x) / (1 - down).
+        # Both are at least 1 - b > 0 for every x in [0, 1]. Here as constant + slope x, float64 [bets, K].
+        bets = _FRACTIONS[:, None]
+        self._slope, self._constant = bets / up, np.repeat(1 - bets, len(mean), axis=1)
+        if self._sides == "both":
+            below = bets / (1 - down)
+            self._slope = np.concatenate([self._slope, -below])
+            self._constant = np.concatenate([self._constant, 1 + below * down])
 
     def update(self, block: DoubleArray) -> None:
         """Fold rows, float64 [N, K] in [0, 1]."""
@@ -79,24 +105,24 @@ class EDetector(DriftDetector):
             self._fold(block[start : start + _CHUNK])
 
     def _fold(self, rows: DoubleArray) -> None:
-        logs = np.log1p(self._slope * (rows[:, :, None] - self._centre))
-        running = np.cumsum(logs, axis=0)
-        if math.log(self._m.max() + len(rows)) + running.max() - min(0.0, running.min()) < _LOG_CAP:
-            # M_t = exp(S_t) (M_0 + sum_{s<=t} exp(-S_{s-1})), S the running sum of log factors: no loop over rows
-            path = np.exp(running) * (self._m + np.cumsum(np.exp(logs - running), axis=0))
-        else:  # it may reach the cap, which holds at every row
-            path = np.exp(logs)
-            before = self._m
-            for row in path:
-                before = row[:] = np.minimum((1 + before) * row, _CAP)
-        self._m = path[-1].copy()
-        average = path.mean(axis=(1, 2))
-        self._evidence = float(average[-1])
-        self._peak = max(self._peak, float(average.max()))
-        decay = _RECENT ** np.arange(len(rows), -1, -1.0)
-        stacked = np.concatenate([self._recent[None], rows])
-        weights = np.concatenate([decay[:1], (1 - _RECENT) * decay[1:]])
-        self._recent = (weights[:, None] * stacked).sum(axis=0)
+        factors = rows[:, None, :] * self._slope
+        factors += self._constant
+        m, begin = self._m.copy(), 0
+        while begin < len(rows):
+            if not self._phase:
+                m += self._stride
+            take = min(self._stride - self._phase, len(rows) - begin)
+            m *= np.multiply.reduce(factors[begin : begin + take], axis=0) if take > 1 else factors[begin]
+            begin += take
+            self._phase = (self._phase + take) % self._stride
+            if not self._phase:
+                np.minimum(m, _CAP, out=m)
+                self._evidence = float(m.sum()) / m.size
+                self._peak = max(self._peak, self._evidence)
+                self._quiet = 0 if self._evidence >= _WARNING * self._run_length else self._quiet + self._stride
+        self._m = m
+        weights = (1 - _RECENT) * _RECENT ** np.arange(len(rows) - 1, -1, -1.0)
+        self._recent = _RECENT ** len(rows) * self._recent + weights @ rows
 
     @property
     def evidence(self) -> float:
@@ -118,24 +144,34 @@ class EDetector(DriftDetector):
         """Whether the statistic has reached the threshold since the last reset."""
         return self._peak >= self._run_length
 
+    @property
+    def quiet_rows(self) -> int:
+        """Rows since the statistic last was at or above the warning level, or since the last reset."""
+        return self._quiet
+
     def suspects(self, count: int = 3) -> list[tuple[int, float]]:
         """Channels by their share of the evidence, with the shift of their recent mean (over about 33 rows)."""
-        order = np.argsort(-self._m.max(axis=1), kind="stable")[:count]
+        order = np.argsort(-self._m.max(axis=0), kind="stable")[:count]
         return [(int(i), float(self._recent[i] - self._mean[i])) for i in order]
 
     def reset(self) -> None:
         """Forget the evidence and take the alarm down."""
-        self._m = np.zeros_like(self._centre)
-        self._evidence = self._peak = 0.0
+        self._m = np.zeros_like(self._slope)
         self._recent = self._mean.copy()
+        self._evidence = self._peak = 0.0
+        self._phase = self._quiet = 0
 
     def state(self) -> dict[str, AnyArray]:
         """Evidence so far."""
-        return {"m": self._m, "recent": self._recent, "scalars": np.array([self._evidence, self._peak])}
+        scalars = np.array([self._evidence, self._peak, self._phase, self._quiet])
+        return {"m": self._m, "recent": self._recent, "scalars": scalars}
 
     def restore(self, state: dict[str, AnyArray]) -> None:
         """Continue from `state`."""
-        if state["m"].shape != self._m.shape or state["recent"].shape != self._recent.shape:
-            raise ValueError(f"state of {state['m'].shape[0]} channels for a detector of {len(self._mean)}")
+        if any(state[key].shape != array.shape for key, array in self.state().items()):
+            raise ValueError(f"state of shape {state['m'].shape} for a detector of {self._m.shape}")
+        evidence, peak, phase, quiet = (float(v) for v in state["scalars"])
+        if not 0 <= phase < self._stride:
+            raise ValueError(f"state within a step of more than {phase:g} rows for a stride of {self._stride}")
         self._m, self._recent = state["m"].copy(), state["recent"].copy()
-        self._evidence, self._peak = (float(v) for v in state["scalars"])
+        self._evidence, self._peak, self._phase, self._quiet = evidence, peak, int(phase), int(quiet)

@@ -24,9 +24,9 @@ def first_alarm(detector, stream):
 
 @pytest.mark.parametrize("mean", [0.002, 0.3, 0.5])
 @pytest.mark.parametrize("sides", ["both", "up"])
-@pytest.mark.parametrize("channels", [1, 12])
-def test_edetector_keeps_the_contract(channels, sides, mean):
-    check_detector(lambda: make(channels, sides=sides, mean=mean), channels=channels)
+@pytest.mark.parametrize(("channels", "stride"), [(1, 1), (12, 1), (12, 8)])
+def test_edetector_keeps_the_contract(channels, stride, sides, mean):
+    check_detector(lambda: make(channels, sides=sides, mean=mean, stride=stride), channels=channels)
 
 
 class Forgetting(EDetector):
@@ -91,19 +91,56 @@ def test_contract_suite_finds_a_broken_detector(broken, rule):
         check_detector(lambda: broken(np.full(3, 0.5), np.full(3, 0.02), run_length=1_000.0))
 
 
-def test_evidence_is_the_average_of_the_statistics_computed_row_by_row(rng):
+@pytest.mark.parametrize("stride", [1, 3, 8, 32])
+def test_evidence_is_the_average_of_the_statistics_computed_row_by_row(rng, stride):
+    """At the end of the last whole step: with a stride, all bets of a step begin at its first row."""
     stream = rng.random((300, 2)) ** 0.8
-    detector = EDetector(np.array([0.5, 0.4]), np.array([0.02, 0.05]), run_length=1e9)
+    detector = EDetector(np.array([0.5, 0.4]), np.array([0.02, 0.05]), run_length=1e9, stride=stride)
     detector.update(stream)
     total = 0.0
     for channel, (up, down) in enumerate([(0.52, 0.48), (0.45, 0.35)]):
         for bet in (0.05, 0.15, 0.4):
             above = below = 0.0
-            for x in stream[:, channel]:
-                above = (1 + above) * (1 + bet * (x - up) / up)
-                below = (1 + below) * (1 + bet * (down - x) / (1 - down))
+            for index, x in enumerate(stream[: 300 - 300 % stride, channel]):
+                begun = stride if index % stride == 0 else 0
+                above = (begun + above) * (1 + bet * (x - up) / up)
+                below = (begun + below) * (1 + bet * (down - x) / (1 - down))
             total += above + below
     assert detector.evidence == pytest.approx(total / 12, rel=1e-9)
+
+
+def test_quiet_rows_are_those_since_the_last_warning_level(rng):
+    detector = make(2, run_length=10_000.0, slack=0.1, stride=4)
+    calm = rng.uniform(0.4, 0.6, (600, 2))
+    detector.update(calm[:42])
+    assert detector.quiet_rows == 40
+    detector.update(np.ones((42, 2)))
+    assert detector.warning
+    assert detector.quiet_rows == 0
+    detector.update(calm)
+    assert 0 < detector.quiet_rows < 600
+    assert detector.warning
+    detector.reset()
+    assert detector.quiet_rows == 0
+
+
+def test_another_band_keeps_the_evidence_and_counts_from_then_on(rng):
+    stream = rng.uniform(0.5, 0.7, (200, 2))
+    narrow, wide = make(2, run_length=1e9), make(2, run_length=1e9)
+    for detector in (narrow, wide):
+        detector.update(stream)
+    before = wide.evidence
+    wide.refit(np.full(2, 0.6), np.full(2, 0.05))
+    assert wide.evidence == before > 0
+    assert all(np.array_equal(wide.state()[key], narrow.state()[key]) for key in ("m", "recent", "scalars"))
+    for detector in (narrow, wide):
+        detector.update(stream)
+    assert wide.evidence < before < narrow.evidence
+
+
+def test_a_band_of_another_width_is_refused():
+    with pytest.raises(ValueError, match="3 channels as before"):
+        make(3).refit(np.full(2, 0.5), np.full(2, 0.1))
 
 
 def test_alarm_index_on_a_seeded_stream_is_the_known_one():
@@ -219,9 +256,9 @@ def test_a_mean_close_to_the_end_of_its_range_keeps_the_budget(mean):
 @pytest.mark.parametrize(
     ("mean", "value"), [(0.0, 1.0), (1.0, 0.0), (0.002, 0.0), (0.998, 1.0), (0.5, 1.0), (0.5, 0.0)]
 )
-@pytest.mark.parametrize("rows", [1, 32, 1_000])
-def test_extreme_streams_stay_finite_and_raise_no_numpy_warning(mean, value, rows):
-    detector = make(2, mean=mean, slack=0.0, run_length=1e4)
+@pytest.mark.parametrize(("rows", "stride"), [(1, 1), (1, 32), (32, 8), (1_000, 1), (1_000, 32)])
+def test_extreme_streams_stay_finite_and_raise_no_numpy_warning(mean, value, rows, stride):
+    detector = make(2, mean=mean, slack=0.0, run_length=1e4, stride=stride)
     for _ in range(4_000 // rows):
         detector.update(np.full((rows, 2), value))
     assert math.isfinite(detector.evidence)
@@ -238,6 +275,8 @@ def test_extreme_streams_stay_finite_and_raise_no_numpy_warning(mean, value, row
         (np.zeros(2), np.zeros(2), {"run_length": 1.0}, "above 1"),
         (np.zeros(2), np.zeros(2), {"run_length": math.inf}, "above 1"),
         (np.zeros(2), np.zeros(2), {"sides": "down"}, "sides"),
+        (np.zeros(2), np.zeros(2), {"stride": 0}, "stride"),
+        (np.zeros(2), np.zeros(2), {"stride": 33}, "stride"),
     ],
 )
 def test_impossible_settings_are_refused(mean, slack, options, message):
@@ -249,3 +288,10 @@ def test_impossible_settings_are_refused(mean, slack, options, message):
 def test_the_state_of_another_detector_is_refused(other):
     with pytest.raises(ValueError, match="state of"):
         make(3).restore(other.state())
+
+
+def test_a_state_deeper_within_a_step_than_the_stride_is_refused():
+    long = make(3, stride=8)
+    long.update(np.full((5, 3), 0.5))
+    with pytest.raises(ValueError, match="stride of 4"):
+        make(3, stride=4).restore(long.state())
