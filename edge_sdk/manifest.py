@@ -118,9 +118,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def trunk_id(self) -> str:
-        """Equal for two checkpoints exactly when their latents mean the same."""
+        """Equal for two checkpoints exactly when one can read the other's rows: latents, and truths about them.
+
+        A label that a classification does not know is a new one. Of other tasks a truth speaks of all outputs at once,
+        so that it cannot be read where there are others.
+        """
         parts = [self.files[name].sha256 for name in self.model_files.values()]
-        return hashlib.sha256("".join([*parts, repr(self.latent)]).encode()).hexdigest()
+        outputs = "" if self.task == "classification" else repr((self.task, self.labels))
+        return hashlib.sha256("".join([*parts, repr(self.latent), outputs]).encode()).hexdigest()
 
     @cached_property
     def model_files(self) -> dict[Variant, str]:

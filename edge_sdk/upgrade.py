@@ -259,11 +259,14 @@ class Upgrade:
         if current is None or current.head == 0 or adaptation is None:
             return Rebase(None, "there was no personal head")
         before, folder = self._slots.manifest(current), self._slots.root / slot
+        other_head = Rebase(None, "dropped: the new release's head has other outputs or hidden layers")
+        if manifest.adapt != "none" and meaning_of_outputs(before) != meaning_of_outputs(manifest):
+            return other_head
         if manifest.adapt == "none" or before.trunk_id != manifest.trunk_id:
             return Rebase(None, "dropped: the new release has another trunk")
         shipped, personal = Head.load(folder / HEAD_NPZ), self._slots.head(current)
-        if meaning_of_outputs(before) != meaning_of_outputs(manifest) or _widths(shipped) != _widths(personal):
-            return Rebase(None, "dropped: the new release's head has other outputs or hidden layers")
+        if _widths(shipped) != _widths(personal):
+            return other_head
         memory = FactoryMemory(folder, manifest)
         rows = None if adaptation.experience is None else adaptation.experience.judge_rows
 

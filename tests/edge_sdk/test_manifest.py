@@ -197,6 +197,19 @@ def test_the_trunk_id_changes_exactly_when_latents_do():
     assert make_manifest(other_head).trunk_id == manifest.trunk_id
 
 
+def test_one_trunk_with_other_outputs_shares_no_rows():
+    """What is stored of a row is its latent and its truth, which says something else of another task or other outputs."""
+    known = make_manifest()
+    assert known.trunk_id == "bec9e9b79825863c7e73250400d3c761dafbf03dbec5def3b0f54ad838a5ce27"
+    ids = {known.trunk_id}
+    for task in ("multilabel", "regression"):
+        ids |= {
+            make_manifest(task=task, labels=labels).trunk_id for labels in (["a"], ["a", "b"], ["b", "a"], ["a, b"])
+        }
+        assert make_manifest(task=task, labels=["a"], release=9).trunk_id in ids
+    assert len(ids) == 9
+
+
 def test_nested_specs_refuse_typos():
     latent = {"dim": 8, "scale": 0.1, "zero_point": 0, "zeropoint": 1}
     with pytest.raises(IntegrityError, match="zeropoint"):
