@@ -236,14 +236,40 @@ class ReportConfig(_Section, frozen=True):
 
     interval_s: Positive = 300.0
     """Time between two reports."""
+    summary_interval_s: NonNegative = 3_600.0
+    """Time between two summaries of the data: counts by feature, quantiles, the app's own metrics; 0: none is sent."""
     min_count: Annotated[int, Meta(ge=1)] = 10
-    """Cells below this are merged or held back."""
+    """Cells below this are merged or held back; counts of a summary are rounded to multiples of it."""
     outbox_rows: Count = 5_000
-    """Messages kept; the oldest reports go first, events last, as explicit gaps."""
+    """Messages kept; the oldest summaries go first, then reports, events last, as explicit gaps."""
     outbox_bytes: Count = 4_000_000
     """The same in bytes."""
     resend_s: Positive = 30.0
     """When nothing has been acknowledged for this time, all that waits is sent again."""
+
+
+class MetricConfig(_Section, frozen=True):
+    """One of the app's own metrics, recorded by its name; those without a section of their own are only reported."""
+
+    better: Literal["higher", "lower"] = "higher"
+    """Which way is better."""
+    floor: float | None = None
+    """A recent mean below this is reason to learn."""
+    ceiling: float | None = None
+    """A recent mean above this is reason to learn."""
+    margin: NonNegative | None = None
+    """A promoted head or release with a mean that is worse than before by more than this is rolled back."""
+    low: float | None = None
+    """Values below this are refused."""
+    high: float | None = None
+    """Values above this are refused."""
+
+    def __post_init__(self) -> None:
+        """Refuse bounds that no value can meet."""
+        for lower, upper in (("low", "high"), ("floor", "ceiling")):
+            below, above = getattr(self, lower), getattr(self, upper)
+            if below is not None and above is not None and not below < above:
+                raise ValueError(f"{lower} must be below {upper}, got {below:g} and {above:g}")
 
 
 class UpdateConfig(_Section, frozen=True):
@@ -300,6 +326,8 @@ class DeviceConfig(_Section, frozen=True):
     gate: GateConfig = GateConfig()
     report: ReportConfig = ReportConfig()
     update: UpdateConfig = UpdateConfig()
+    metrics: dict[str, MetricConfig] = {}
+    """The app's own metrics, by name."""
 
 
 def load_config(path: Path) -> DeviceConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,6 +18,8 @@ from edge_sdk.errors import ProtocolError
 WIRE_VERSION = 1
 MAX_MESSAGE_BYTES = 120_000
 """Larger payloads are never published: some brokers drop the line at 128 kB."""
+MAX_SUMMARY_BYTES = 8192
+"""Of a Summary as the body of an envelope: one comes from every device in every hour, often over a mobile network."""
 BLOCK_BYTES = 64 * 1024
 DEFAULT_PREFIX = "edge"
 THRESHOLD_ALL = 2**32
@@ -93,6 +96,51 @@ class Report(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Bytes given to flash since the last report."""
 
 
+class MetricSummary(msgspec.Struct, frozen=True, array_like=True):
+    """One of the app's own metrics in a Summary."""
+
+    name: str
+    count: int
+    """Values recorded, rounded to a multiple of `unit`."""
+    mean: float
+    std: float
+    low: float
+    """Of all values, rounded away from the mean to within about one `std`; as `high`."""
+    high: float
+    sketch: bytes
+    """Quantiles; empty if there was no room for them."""
+
+
+class Summary(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """How a device's data looked over some time. Counts are rounded at random to multiples of `unit`, without bias."""
+
+    start: float
+    end: float
+    release: int
+    head: int
+    reference: str
+    """Names the reference whose quantiles the bins are of; only summaries of one reference can be added."""
+    unit: int
+    rows: int
+    """Predictions, rounded to a multiple of `unit`."""
+    features: list[str]
+    bins: int
+    """By feature; each holds as many rows of the reference."""
+    counts: bytes
+    """Rows by feature and bin in units, row after row, see `to_counts`; so `missing` by feature."""
+    missing: bytes
+    moments: bytes
+    """Little-endian float32 [features, 4]: mean, standard deviation, low and high."""
+    confidence: bytes
+    """Rows in units by 64 equal parts of 0 to 1; empty where the model has no probabilities."""
+    classes: dict[str, int]
+    """Predictions by label, rounded to multiples of `unit`."""
+    latency: bytes
+    """Quantiles of milliseconds for one prediction; may be empty."""
+    metrics: list[MetricSummary]
+    monitors: list[MonitorState]
+
+
 class Event(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Something that happened once: `name` is one of those listed in docs/protocol.md."""
 
@@ -118,7 +166,7 @@ class Envelope(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Lowest sequence number this device still holds: nothing below it will ever come."""
     time: float
     kind: str
-    """"report", "event" or "gap"; a gap's `seq` is its last row."""
+    """"report", "summary", "event" or "gap"; a gap's `seq` is its last row."""
     body: msgspec.Raw
 
 
@@ -175,7 +223,7 @@ class Desired(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 M = TypeVar("M", bound=msgspec.Struct)
 _READ: dict[type, msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (State, MonitorState, Report, Event, Gap, Envelope, Ack, Need, Offer, Desired)
+    for kind in (State, MonitorState, Report, MetricSummary, Summary, Event, Gap, Envelope, Ack, Need, Offer, Desired)
 }
 """Built before two devices of one process may read their first message at once, which could end it."""
 
@@ -252,7 +300,7 @@ class Topics:
         self.prefix = check_name(prefix, "topic prefix")
 
     def up(self, device: str, kind: str) -> str:
-        """From a device: kind is "report", "event", "need" or "state"."""
+        """From a device: kind is "report" (summaries too), "event", "need" or "state"."""
         return f"{self.prefix}/d/{device}/up/{kind}"
 
     def down(self, device: str, kind: str) -> str:
@@ -303,3 +351,35 @@ def to_bitmap(blocks: set[int], count: int) -> bytes:
 def from_bitmap(bits: bytes, count: int) -> set[int]:
     """The block numbers set in a bitmap, those beyond `count` left out."""
     return {i for i in range(min(count, len(bits) * 8)) if bits[i // 8] >> (i % 8) & 1}
+
+
+def to_counts(numbers: Iterable[int]) -> bytes:
+    """Whole numbers from 0 to 2^63 - 1, small ones in one byte each: LEB128, as DWARF and Protocol Buffers have it."""
+    data = bytearray()
+    for number in numbers:
+        rest = number
+        while rest > 127:
+            data.append(rest & 127 | 128)
+            rest >>= 7
+        data.append(rest)
+    return bytes(data)
+
+
+def from_counts(data: bytes) -> list[int]:
+    """The numbers that `to_counts` wrote.
+
+    Raises:
+        ProtocolError: The last one is cut off, or one is above 2^63 - 1.
+    """
+    numbers, number, shift = [], 0, 0
+    for byte in data:
+        number |= (byte & 127) << shift
+        shift += 7
+        if number >= 2**63 or shift > 63:
+            raise ProtocolError("a count above 2^63 - 1")
+        if byte < 128:
+            numbers.append(number)
+            number, shift = 0, 0
+    if shift:
+        raise ProtocolError("counts that end within a number")
+    return numbers

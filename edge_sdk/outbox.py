@@ -1,15 +1,13 @@
-"""The only queue of the device: every report and event is stored before it is sent, and kept until acknowledged."""
+"""The only queue of the device: what it tells is stored before it is sent, and kept until acknowledged."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import msgspec
 
 from edge_sdk.clock import is_due
 from edge_sdk.config import ReportConfig
 from edge_sdk.errors import NotConnectedError, ProtocolError
-from edge_sdk.messages import MAX_MESSAGE_BYTES, Ack, Envelope, Event, Gap, Report, Topics, encode
+from edge_sdk.messages import MAX_MESSAGE_BYTES, Ack, Envelope, Event, Gap, Report, Summary, Topics, encode
 from edge_sdk.store import OutboxRow, Store
 from edge_sdk.transport import Transport
 
@@ -61,16 +59,16 @@ class Outbox:
         size, self._bytes_sent = self._bytes_sent, 0
         return size
 
-    def put(self, message: Report | Event, time: float) -> int:
+    def put(self, message: Report | Summary | Event, time: float) -> int:
         """Store a message and return how many rows had to go to make room.
 
-        The oldest reports go first, events last. A run of dropped rows becomes one gap, so that what the coordinator
-        sees stays without holes.
+        The oldest summaries go first, then reports, events last. A run of dropped rows becomes one gap, so that what
+        the coordinator sees stays without holes.
 
         Raises:
             ProtocolError: The message is too large ever to be sent.
         """
-        kind: Literal["report", "event"] = "report" if isinstance(message, Report) else "event"
+        kind = type(message).__name__.lower()
         body = msgspec.msgpack.encode(message)
         if len(body) > _MAX_BODY:
             raise ProtocolError(f"a {kind} of {len(body)} bytes; at most {_MAX_BODY} can be sent")
@@ -117,7 +115,8 @@ class Outbox:
             kind=row.kind,
             body=msgspec.Raw(row.body),
         )
-        topic = self._topics.up(self._device, "report" if row.kind == "report" else "event")
+        happened = row.kind in ("event", "gap")
+        topic = self._topics.up(self._device, "event" if happened else "report")
         payload = encode(envelope)
         self._transport.publish(topic, payload)
         if row.seq > self._counted:
@@ -126,7 +125,7 @@ class Outbox:
 
     def _shrink(self, time: float) -> int:
         dropped = 0
-        for kind in ("report", "event"):
+        for kind in ("summary", "report", "event"):
             while self._is_full() and (gone := self._drop(kind, time)):
                 dropped += gone
         return dropped

@@ -33,12 +33,16 @@ def settings_page():
     top = edge_sdk.config.DeviceConfig
     sections = {name: type(getattr(top(), name)) for name in top.__struct_fields__}
     sections = {name: kind for name, kind in sections.items() if issubclass(kind, msgspec.Struct)}
-    for heading, kind in {"Top level": top, **{f"[{name}]": kind for name, kind in sections.items()}}.items():
+    dicts = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(top).items() if "dict" in str(hint)}
+    tables = {name: kind for name, (_, kind) in dicts.items() if issubclass(kind, msgspec.Struct)}
+    headings = {f"[{name}]": kind for name, kind in sections.items()}
+    headings |= {f"[{name}.NAME]": kind for name, kind in tables.items()}
+    for heading, kind in {"Top level": top, **headings}.items():
         page += f"## {heading}\n\n{ast.get_docstring(classes[kind.__name__])}\n\n"
         page += "| key | default | meaning |\n|---|---|---|\n"
         body, hints = classes[kind.__name__].body, typing.get_type_hints(kind)
         for field, following in zip(body, [*body[1:], None], strict=True):
-            if not isinstance(field, ast.AnnAssign) or field.target.id in sections:
+            if not isinstance(field, ast.AnnAssign) or field.target.id in {**sections, **tables}:
                 continue
             assert isinstance(following, ast.Expr), f"{kind.__name__}.{field.target.id} has no docstring"
             meaning = " ".join(following.value.value.split())

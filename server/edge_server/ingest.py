@@ -16,16 +16,20 @@ import msgspec
 
 from edge_sdk.errors import ProtocolError
 from edge_sdk.messages import (
+    MAX_SUMMARY_BYTES,
     Ack,
     Envelope,
     Event,
     Gap,
+    MonitorState,
     Need,
     Report,
     State,
+    Summary,
     Topics,
     check_name,
     decode,
+    from_counts,
     unpack,
 )
 from edge_sdk.transport import Message
@@ -37,6 +41,10 @@ _LARGEST = 2**63 - 1  # what the database can hold
 _LATEST = 253_402_300_800.0  # the year 10000, which no calendar function knows
 _MAX_TEXT = 256
 _MAX_UNKNOWN = 1000
+_HOUR_S = 3600
+_MAX_FEATURES = 64
+_MAX_BINS = 64
+_MOMENTS_BYTES = 16
 
 
 class Verdict(Enum):
@@ -78,6 +86,22 @@ class ReportRow(msgspec.Struct, frozen=True):
     time: float
     report: Report
     body: bytes
+
+
+class SummaryRow(msgspec.Struct, frozen=True):
+    """A summary that is to be stored: the latest of its device and hour stays."""
+
+    device: str
+    store_id: str
+    seq: int
+    time: float
+    summary: Summary
+    body: bytes
+
+    @property
+    def hour(self) -> int:
+        """The hour in which its window ended, since the epoch."""
+        return int(self.summary.end // _HOUR_S)
 
 
 class EventRow(msgspec.Struct, frozen=True):
@@ -141,6 +165,7 @@ class Turn:
     ) -> None:
         self.now = now
         self.reports: list[ReportRow] = []
+        self.summaries: list[SummaryRow] = []
         self.events: list[EventRow] = []
         self.gaps: list[GapRow] = []
         self.rejected: list[RejectedRow] = []
@@ -236,6 +261,8 @@ class Turn:
             report = ReportRow(*outbox, envelope.seq, envelope.time, content, body)
             self.reports.append(report)
             self.latest[device] = report
+        elif isinstance(content, Summary):
+            self.summaries.append(SummaryRow(*outbox, envelope.seq, envelope.time, content, body))
         elif isinstance(content, Event):
             event = EventRow(*outbox, envelope.seq, envelope.time, content)
             self.events.append(event)
@@ -254,11 +281,13 @@ class Turn:
         self.last_problem = text
 
 
-def _content(envelope: Envelope) -> tuple[Report | Event | Gap | None, str]:
+def _content(envelope: Envelope) -> tuple[Report | Summary | Event | Gap | None, str]:
     """The body, or None and the reason why it cannot be stored as what it claims to be."""
     try:
         if envelope.kind == "report":
             return _checked_report(unpack(envelope.body, Report)), ""
+        if envelope.kind == "summary":
+            return _checked_summary(unpack(envelope.body, Summary), len(bytes(envelope.body))), ""
         if envelope.kind == "event":
             return _checked_event(unpack(envelope.body, Event)), ""
         if envelope.kind == "gap":
@@ -269,18 +298,35 @@ def _content(envelope: Envelope) -> tuple[Report | Event | Gap | None, str]:
 
 
 def _checked_report(report: Report) -> Report:
-    for name in report.__struct_fields__:
-        value = getattr(report, name)
-        if isinstance(value, int):
-            _check_count(name, value)
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ProtocolError(f"{name} is not finite")
-    for monitor in report.monitors:
-        if not (math.isfinite(monitor.evidence) and math.isfinite(monitor.threshold)):
-            raise ProtocolError(f"monitor {monitor.name[:_MAX_TEXT]!r} is not finite")
+    _check_numbers(report)
+    _check_monitors(report.monitors)
     if report.correct > report.labelled:
         raise ProtocolError(f"{report.correct} correct of {report.labelled} labelled")
     return report
+
+
+def _checked_summary(summary: Summary, size: int) -> Summary:
+    if size > MAX_SUMMARY_BYTES:
+        raise ProtocolError(f"a summary of {size} bytes; at most {MAX_SUMMARY_BYTES} are stored")
+    _check_numbers(summary)
+    _check_monitors(summary.monitors)
+    _check_time(summary.start)
+    _check_time(summary.end)
+    features = len(summary.features)
+    if features > _MAX_FEATURES or summary.bins > _MAX_BINS or len(summary.moments) != _MOMENTS_BYTES * features:
+        raise ProtocolError(f"{features} features in {summary.bins} bins with {len(summary.moments)} bytes of moments")
+    for name, counts, expected in (
+        ("counts", summary.counts, features * summary.bins),
+        ("missing", summary.missing, features),
+    ):
+        if (got := len(from_counts(counts))) != expected:
+            raise ProtocolError(f"{got} {name} of {features} features in {summary.bins} bins")
+    from_counts(summary.confidence)
+    for label, count in summary.classes.items():
+        _check_count(f"label {label[:_MAX_TEXT]!r}", count)
+    for metric in summary.metrics:
+        _check_numbers(metric)
+    return summary
 
 
 def _checked_event(event: Event) -> Event:
@@ -310,6 +356,22 @@ def _checked_state(device: str, state: State) -> State:
         raise ProtocolError("a text is too long")
     check_name(state.group, "group")
     return state
+
+
+def _check_numbers(message: msgspec.Struct) -> None:
+    """Refuse counts that the database cannot hold, and what is not finite, in the message itself."""
+    for name in message.__struct_fields__:
+        value = getattr(message, name)
+        if isinstance(value, int):
+            _check_count(name, value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ProtocolError(f"{name} is not finite")
+
+
+def _check_monitors(monitors: list[MonitorState]) -> None:
+    for monitor in monitors:
+        if not (math.isfinite(monitor.evidence) and math.isfinite(monitor.threshold)):
+            raise ProtocolError(f"monitor {monitor.name[:_MAX_TEXT]!r} is not finite")
 
 
 def _check_time(seconds: float) -> None:

@@ -118,5 +118,22 @@ def _first_tables(db: Database) -> None:
     db.table("audit").create({"id": int, "time": float, "actor": str, "action": str, "detail": str}, pk="id")
 
 
-STEPS: tuple[Callable[[Database], None], ...] = (_first_tables,)
+def _summaries(db: Database) -> None:
+    db.table("summaries").create(
+        {
+            "device": str,
+            "hour": int,
+            "time": float,
+            "received": float,
+            "release": int,
+            "head": int,
+            "reference": str,
+            "rows": int,
+            "body": bytes,
+        },
+        pk=("device", "hour"),
+    )
+
+
+STEPS: tuple[Callable[[Database], None], ...] = (_first_tables, _summaries)
 """Step i leads from `user_version` i to i + 1. Steps are only ever appended."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from edge_sdk.database import Database
-from edge_sdk.messages import Report, unpack
+from edge_sdk.messages import Report, Summary, unpack
 from edge_server.ingest import WILL, EventRow, RejectedRow, ReportRow, Turn
 from edge_server.records import (
     DeviceRecord,
@@ -27,6 +27,8 @@ from edge_server.rollout import DeviceMetrics, RolloutPlan, RolloutState
 from edge_server.schema import STEPS
 
 _MAX_UNKNOWN = 1000
+_SUMMARY_HOURS = 31 * 24
+"""So many hours of a device's summaries are kept: of 8 kB each."""
 _NESTED = {"detail", "labels", "metrics", "revoked", "plan", "state"}
 _DEVICE = """
     name, group_name, credential IS NOT NULL, online, reason, coalesce(row_release, state_release),
@@ -89,6 +91,7 @@ class Store(Database):
                 for e in [row.event]
             ],
         )
+        self._write_summaries(turn)
         many(
             "INSERT INTO rejected (device, store_id, seq, time, received, kind, reason, body)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -120,6 +123,23 @@ class Store(Database):
                 "DELETE FROM unknown WHERE device NOT IN (SELECT device FROM unknown ORDER BY last_seen DESC LIMIT ?)",
                 [(_MAX_UNKNOWN,)],
             )
+
+    def _write_summaries(self, turn: Turn) -> None:
+        self.execute_many(
+            "INSERT OR REPLACE INTO summaries (device, hour, time, received, release, head, reference, rows, body)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            [
+                (row.device, row.hour, row.time, turn.now, s.release, s.head, s.reference, s.rows, row.body)
+                for row in turn.summaries
+                for s in [row.summary]
+            ],
+        )
+        self.execute_many(
+            # by rank of arrival: a device whose clock was once far ahead keeps what it tells now
+            "DELETE FROM summaries WHERE device = ?1 AND hour NOT IN (SELECT hour FROM summaries WHERE device = ?1"
+            " ORDER BY received DESC, hour DESC LIMIT ?2)",
+            [(device, _SUMMARY_HOURS) for device in {row.device for row in turn.summaries}],
+        )
 
     def _write_devices(self, turn: Turn) -> None:
         many = self.execute_many
@@ -220,6 +240,11 @@ class Store(Database):
         """The newest report of a device."""
         rows = self.read("SELECT body FROM reports WHERE device = ? ORDER BY id DESC LIMIT 1", device)
         return unpack(rows[0][0], Report) if rows else None
+
+    def summaries(self, device: str, *, limit: int = 24) -> list[Summary]:
+        """The newest summaries of a device, one by hour, newest first."""
+        rows = self.read("SELECT body FROM summaries WHERE device = ? ORDER BY hour DESC LIMIT ?", device, limit)
+        return [unpack(row[0], Summary) for row in rows]
 
     def fleet(self) -> FleetRecord:
         """The fleet in numbers."""

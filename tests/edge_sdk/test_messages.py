@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import struct
 from pathlib import Path
 
 import msgspec
@@ -21,11 +22,13 @@ from edge_sdk.messages import (
     Envelope,
     Event,
     Gap,
+    MetricSummary,
     MonitorState,
     Need,
     Offer,
     Report,
     State,
+    Summary,
     Topics,
     as_json,
     block_count,
@@ -34,8 +37,10 @@ from edge_sdk.messages import (
     decode,
     encode,
     from_bitmap,
+    from_counts,
     raw,
     to_bitmap,
+    to_counts,
     unpack,
 )
 
@@ -84,6 +89,25 @@ MESSAGES = {
         rss_mb=71.5,
         written_bytes=40_960,
     ),
+    "summary": Summary(
+        start=1_767_225_600.0,
+        end=1_767_229_200.0,
+        release=2,
+        head=5,
+        reference="9f86d081",
+        unit=10,
+        rows=600,
+        features=["acc_x", "acc_y"],
+        bins=4,
+        counts=to_counts([14, 16, 15, 15, 20, 10, 15, 150]),
+        missing=to_counts([0, 1]),
+        moments=struct.pack("<8f", 2.5, 0.5, 1.0, 4.0, -1.0, 0.25, -2.0, 0.5),
+        confidence=to_counts([0] * 60 + [5, 5, 10, 40]),
+        classes={"0": 300, "1": 280, "other": 20},
+        latency=b"",
+        metrics=[MetricSummary("click", 600, 0.25, 0.4375, 0.0, 1.0, b"")],
+        monitors=[MonitorState("input", 12.5, 1000.0, warning=True, alarm=False)],
+    ),
     "event": EVENT,
     "gap": Gap(7, 19),
     "envelope": Envelope(store_id="5f0c", seq=20, oldest=3, time=1_767_225_660.0, kind="event", body=raw(EVENT)),
@@ -115,7 +139,7 @@ def test_golden_bytes_still_decode(name, message):
 
 def test_every_message_has_a_golden_file():
     structs = {value for value in vars(messages).values() if isinstance(value, type(Ack))} - {msgspec.Struct}
-    assert structs - {Offer, MonitorState} == {type(message) for message in MESSAGES.values()}
+    assert structs - {Offer, MonitorState, MetricSummary} == {type(message) for message in MESSAGES.values()}
 
 
 @named_messages
@@ -238,6 +262,27 @@ def test_bitmaps_count_bits_from_the_lowest_and_ignore_those_beyond_the_end():
     assert from_bitmap(b"\xff\xff", 10) == set(range(10))
     assert from_bitmap(b"\x01", 100) == {0}
     assert from_bitmap(b"", 5) == set()
+
+
+@given(st.lists(st.integers(0, 2**63 - 1), max_size=40))
+def test_counts_survive_the_wire(numbers):
+    assert from_counts(to_counts(numbers)) == numbers
+
+
+def test_small_counts_take_one_byte_each():
+    assert to_counts([0, 1, 127, 128, 300]) == bytes([0, 1, 127, 0x80, 1, 0xAC, 2])
+
+
+@pytest.mark.parametrize("data", [b"\x80", b"\x01\xff", b"\xff" * 9 + b"\x01", b"\xff" * 100, b"\x80" * 10 + b"\x00"])
+def test_counts_that_are_cut_off_or_too_large_are_refused(data):
+    with pytest.raises(ProtocolError, match="count"):
+        from_counts(data)
+
+
+@given(st.binary(max_size=100))
+def test_no_bytes_make_counts_raise_anything_else(data):
+    with contextlib.suppress(ProtocolError):
+        assert all(0 <= number < 2**63 for number in from_counts(data))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from edge_sdk.config import ReportConfig
 from edge_sdk.errors import ProtocolError
-from edge_sdk.messages import MAX_MESSAGE_BYTES, Ack, Envelope, Event, Gap, Report, Topics, decode, unpack
+from edge_sdk.messages import MAX_MESSAGE_BYTES, Ack, Envelope, Event, Gap, Report, Summary, Topics, decode, unpack
 from edge_sdk.outbox import Outbox
 from edge_sdk.store import Store
 from edge_sdk.transport import MemoryBroker, MemoryTransport
@@ -33,7 +33,7 @@ class World:
         dropped = 0
         for kind in kinds:
             with self.store.transaction():
-                dropped += self.outbox.put(event(size=size) if kind == "event" else report(size=size), START)
+                dropped += self.outbox.put(MAKE[kind](size=size), START)
         return dropped
 
     def acknowledge(self, seq, store_id="store-1"):
@@ -89,7 +89,29 @@ def report(size=0):
     )  # fmt: skip
 
 
+def summary(size=0):
+    return Summary(
+        start=0.0, end=1.0, release=1, head=0, reference="", unit=10, rows=0, features=[], bins=0, counts=b"",
+        missing=b"", moments=b"", confidence=b"", classes={}, latency=bytes(size), metrics=[], monitors=[],
+    )  # fmt: skip
+
+
+MAKE = {"event": event, "report": report, "summary": summary}
+
+
 # ---- sending
+
+
+def test_a_summary_goes_out_beside_the_reports_and_is_the_first_to_be_dropped(make):
+    world = make(outbox_rows=3)
+    assert world.put("report", "summary", "event") == 0
+    world.outbox.send(START)
+    message = world.listener.receive()[1]
+    assert message.topic == TOPICS.up("dev-1", "report")
+    envelope = decode(message.payload, Envelope)
+    assert (envelope.kind, unpack(envelope.body, Summary)) == ("summary", summary())
+    assert world.put("event") == 2
+    assert [kind for kind, _, _ in world.held] == ["gap", "event", "event"]
 
 
 def test_messages_go_out_in_order_on_their_topics_with_what_they_need(make):

@@ -20,9 +20,11 @@ from edge_sdk.messages import (
     Envelope,
     Event,
     Gap,
+    MonitorState,
     Need,
     Report,
     State,
+    Summary,
     Topics,
     block_count,
     cohort,
@@ -30,6 +32,7 @@ from edge_sdk.messages import (
     encode,
     raw,
     to_bitmap,
+    to_counts,
 )
 from edge_sdk.schema import InputSpec
 from edge_sdk.transport import MemoryBroker, MemoryTransport
@@ -68,6 +71,29 @@ def make_report(**changes):
         "written_bytes": 0,
     }
     return Report(**{**fields, **changes})
+
+
+def make_summary(**changes):
+    fields = {
+        "start": 0.0,
+        "end": 3600.0,
+        "release": 1,
+        "head": 0,
+        "reference": "9f86d081",
+        "unit": 10,
+        "rows": 600,
+        "features": ["acc_x", "acc_y"],
+        "bins": 4,
+        "counts": to_counts([15] * 8),
+        "missing": to_counts([0, 1]),
+        "moments": bytes(32),
+        "confidence": to_counts([0] * 63 + [60]),
+        "classes": {"a": 600},
+        "latency": b"",
+        "metrics": [],
+        "monitors": [MonitorState("input", 1.0, 1000.0, warning=False, alarm=False)],
+    }
+    return Summary(**{**fields, **changes})
 
 
 class ScriptedDevice:
@@ -137,7 +163,7 @@ class ScriptedDevice:
 
     def send(self):
         for row in self.rows:
-            topic = TOPICS.up(self.name, "report" if row[2] == "report" else "event")
+            topic = TOPICS.up(self.name, "report" if row[2] in ("report", "summary") else "event")
             self.transport.publish(topic, self.payload(row))
 
     def receive(self):
@@ -270,6 +296,11 @@ def settle(coordinator):
 @pytest.fixture
 def report():
     return make_report
+
+
+@pytest.fixture
+def summary():
+    return make_summary
 
 
 @pytest.fixture

@@ -124,6 +124,34 @@ class TestIngest:
         device.receive()
         assert device.rows == []
 
+    def test_the_latest_summary_of_each_hour_is_stored_and_read_back(self, coordinator, make_device, summary, settle):
+        device = make_device("a")
+        told = [
+            summary(end=3600.0 * 5, rows=10),
+            summary(end=3600.0 * 5 + 60, rows=20),
+            summary(end=3600.0 * 6, rows=30),
+        ]
+        for message in told:
+            device.put(message)
+        settle([device])
+        store = coordinator.registry.store
+        assert store.summaries("a") == [told[2], told[1]]
+        assert store.summaries("a", limit=1) == [told[2]]
+        assert store.summaries("b") == []
+        assert coordinator.registry.device("a").release == 0, "as its state says, not its summary"
+
+    def test_summaries_are_kept_for_a_bounded_time(self, coordinator, make_device, summary, settle, clock, rows):
+        device = make_device("a")
+        device.put(summary(end=3600.0 * 100_000))  # a clock that was far ahead
+        for hour in range(800):
+            device.put(summary(end=3600.0 * hour))
+            if hour % 50 == 0:
+                settle([device])
+                clock.advance(60.0)
+        settle([device])
+        hours = [hour for (hour,) in rows("SELECT hour FROM summaries ORDER BY hour")]
+        assert hours == list(range(56, 800))
+
     def test_unknown_devices_are_turned_away_and_visible(self, make_coordinator, make_device):
         coordinator = make_coordinator(accept_unknown=False)
         device = make_device("stranger")

@@ -5,7 +5,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk.messages import Ack, Envelope, Event, Gap, Report, State, Topics, encode, raw
+from edge_sdk.messages import (
+    MAX_SUMMARY_BYTES,
+    Ack,
+    Envelope,
+    Event,
+    Gap,
+    MetricSummary,
+    MonitorState,
+    Report,
+    State,
+    Summary,
+    Topics,
+    encode,
+    raw,
+    to_counts,
+)
 from edge_sdk.transport import Message
 from edge_server.ingest import Turn, Verdict, expected_seq, judge
 
@@ -183,6 +198,41 @@ class TestTurn:
         send(turn, envelope(1, kind="report", body=report(**changes)), kind="report")
         assert turn.reports == []
         assert len(turn.rejected) == 1
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"rows": -1},
+            {"end": math.inf},
+            {"end": 1e300},
+            {"bins": 5},
+            {"bins": 2**40},
+            {"counts": b"\xff"},
+            {"missing": to_counts([0])},
+            {"moments": bytes(31)},
+            {"confidence": b"\x80"},
+            {"classes": {"a": -1}},
+            {"metrics": [MetricSummary("click", 10, math.nan, 0.0, 0.0, 0.0, b"")]},
+            {"metrics": [MetricSummary("click", -10, 0.0, 0.0, 0.0, 0.0, b"")]},
+            {"monitors": [MonitorState("input", math.inf, 1.0, warning=False, alarm=False)]},
+            {"latency": bytes(MAX_SUMMARY_BYTES)},
+            {"features": ["x"] * 65, "bins": 0, "counts": b"", "missing": bytes(65), "moments": bytes(16 * 65)},
+        ],
+    )
+    def test_a_summary_with_impossible_numbers_is_rejected(self, summary, changes):
+        turn = new_turn()
+        send(turn, envelope(1, kind="summary", body=summary(**changes)), kind="report")
+        assert turn.summaries == []
+        assert len(turn.rejected) == 1
+
+    def test_a_summary_is_kept_as_it_came_and_says_nothing_of_what_runs(self, summary):
+        turn = new_turn()
+        send(turn, envelope(1, kind="summary", body=summary(end=7201.0)), kind="report")
+        (row,) = turn.summaries
+        assert msgspec.msgpack.decode(row.body, type=Summary) == summary(end=7201.0)
+        assert row.hour == 2
+        assert turn.latest == {}
+        assert turn.acks == [("a", Ack("s", 1))]
 
     @pytest.mark.parametrize(
         "payload",
