@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 import pytest
 
-import edge_sdk.device
+import edge_sdk.maintenance
 from edge_sdk.errors import DiskFullError, LabelError, UnknownLabelError
 from edge_sdk.experience import FactoryMemory
 from edge_sdk.files import load_npz
@@ -238,7 +238,7 @@ def test_after_the_rollback_of_a_grown_head_the_monitors_watch_the_head_before(m
     life.live(device, 20)
 
     assert device.status().alarms == []
-    state = {monitor.name: monitor for monitor in device._monitoring.states()}
+    state = {monitor.name: monitor for monitor in device._maintenance.monitoring.states()}
     assert state["output"].evidence > 0
     after = World(life.clock, life.stream._base, darkening(0.3))
     assert after.live(device, 10, until=lambda device: "input" in device.status().alarms)
@@ -249,7 +249,7 @@ def test_a_version_that_fails_in_use_is_rolled_back_without_labels(make_device, 
     assert life.live(device, 40, until=phase_is("probation"))
     device.step()
     for _ in range(5):
-        device._pending.fail()
+        device._maintenance.pending.fail()
     device.step()
     assert device.status().head == 0
     assert details(device, "head_rolled_back")[0]["reason"] == "the new version fails in use"
@@ -420,12 +420,12 @@ def test_a_restart_while_a_child_learns_starts_over(make_device, world, config):
 def test_alarms_survive_a_restart_and_damaged_evidence_does_not_hinder_one(make_device, world, clock, caplog):
     device, life = make_device(mode="monitor"), world()
     life.live(device, 10)
-    alarms, evidence = device.status().alarms, device._monitoring.states()
+    alarms, evidence = device.status().alarms, device._maintenance.monitoring.states()
     assert alarms
     stop(device)
     again = make_device(mode="monitor")
     assert again.status().alarms == alarms
-    assert again._monitoring.states() == evidence
+    assert again._maintenance.monitoring.states() == evidence
     assert events(again).count("drift_alarm") == len(alarms)
     life.live(again, 1)
     assert events(again).count("drift_alarm") == len(again.status().alarms)
@@ -679,13 +679,13 @@ def test_what_is_asked_about_a_label_is_answered_by_name(make_device, digits, co
 
 
 def test_a_head_whose_app_dies_at_every_start_is_left_before_it_is_loaded(make_device, world, config, monkeypatch):
-    loaded, load = [], edge_sdk.device.load_served
+    loaded, load = [], edge_sdk.maintenance.load_served
 
     def note(slots, version, *rest):
         loaded.append(version.head)
         return load(slots, version, *rest)
 
-    monkeypatch.setattr(edge_sdk.device, "load_served", note)
+    monkeypatch.setattr(edge_sdk.maintenance, "load_served", note)
     device, life = make_device(), world()
     assert life.live(device, 40, until=phase_is("probation"))
     for _ in range(config.gate.max_boots):
@@ -723,7 +723,7 @@ def test_a_killed_learner_leaves_the_champion_untouched(make_device, world, conf
     x = digits.score.x[:20]
     before = [prediction.probabilities for prediction in device.predict_batch(x)]
     assert life.live(device, 20, until=phase_is("training"))
-    fresh, executor = device.status().fresh_rows, device._executor
+    fresh, executor = device.status().fresh_rows, device._maintenance._executor
     os.kill(executor.pid, signal.SIGKILL)
     executor._child.wait(30)
     device.step()

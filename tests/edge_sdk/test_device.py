@@ -769,7 +769,7 @@ def test_a_stopped_device_says_goodbye_and_writes_no_more(make_device, digits):
 
 def test_a_bug_in_one_part_of_a_step_does_not_keep_the_others_from_their_turn(make_device, digits, monkeypatch, caplog):
     device = make_device()
-    monkeypatch.setattr(device._upgrade, "turn", lambda *_: 1 / 0)
+    monkeypatch.setattr(device._maintenance.upgrade, "turn", lambda *_: 1 / 0)
     prediction = device.predict(digits.life.x[0])
     device.observe(prediction.id, str(digits.life.y[0]))
     report = device.step()
