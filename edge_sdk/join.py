@@ -77,6 +77,8 @@ class Joiner:
         """No more rows may judge for now: new ones are learned from instead."""
         self.requested: frozenset[str] = frozenset()
         """Predictions whose labels were asked for: chosen for being hard, they say nothing of the others."""
+        self.on_trial: frozenset[int] = frozenset()
+        """Keys of the fresh samples that a job or its challenger knows."""
         self._labelled: deque[str] = deque(maxlen=_REMEMBERED_IDS)
 
     @property
@@ -150,11 +152,14 @@ class Joiner:
         )
 
     def _join(self, labels: list[Label], joined: Joined, current: Served | None, now: float) -> None:
-        waiting = self._store.take_rows([label.id for label in labels])
-        done = {*self._labelled}
+        truths = self._store.take_rows([label.id for label in labels if label.trusted])
+        # a row that meets a guess still waits for its truth
+        others = self._store.look_at_rows([label.id for label in labels if not label.trusted])
+        done = {*self._labelled, *(name for name, row in others.items() if row.guess is not None)}
+        guesses: list[tuple[str, float]] = []
         for label in sorted(labels, key=lambda label: not label.trusted):  # of one row the truth, not a guess about it
-            row = waiting.pop(label.id, None)
-            if row is None:
+            row = truths.pop(label.id, None) if label.trusted else others.pop(label.id, None)
+            if row is None or (row.guess is not None and not label.trusted):
                 duplicate = label.id in done
                 joined.counters.duplicates += duplicate
                 joined.counters.unmatched += not duplicate
@@ -162,15 +167,22 @@ class Joiner:
                 continue
             done.add(label.id)
             joined.ids.append(label.id)
-            counts = source_weight(label.source, self._config.feedback)
+            counts, weight = source_weight(label.source, self._config.feedback), 0.0
             # a label that counts nothing is counted: it is to say nothing of the version in use, either
             if current is not None and counts and self._admitted(label.source, joined, now):
-                self._use(label, row, counts, joined, current)
+                weight = self._use(label, row, counts, joined, current)
+            if not label.trusted:
+                guesses.append((label.id, weight))
+        self._store.set_guesses(guesses)
 
-    def _use(self, label: Label, row: LoggedRow, counts: float, joined: Joined, current: Served) -> None:
-        """A label that its source may give says how the version in use did, and is learned from or judges."""
+    def _use(self, label: Label, row: LoggedRow, counts: float, joined: Joined, current: Served) -> float:
+        """A label that its source may give says how the version in use did, and is learned from or judges.
+
+        Returns:
+            What it counts for learning; 0: nothing.
+        """
         if label.label in self._pending.refused:
-            return
+            return 0.0
         fair = label.trusted and counts >= _TRUSTED and row.id not in self.requested
         if fair and (row.release, row.head) == (current.version.release, current.version.head):
             latent = np.frombuffer(row.latent, dtype=np.uint8)
@@ -182,9 +194,32 @@ class Joiner:
         weight *= row.weight * counts
         never_learned = row.holdout and (self.judges_full or not fair)  # and it cannot judge
         if not (current.manifest.learns and row.latent and weight) or never_learned:
-            return
+            return 0.0
+        unseen, says_more = self._supersede(row, truth, joined) if row.guess else (True, True)
+        if not says_more:
+            return 0.0
         sample = NewSample(row.time, row.latent, truth, "fresh", row.trunk, row.id, label.source, row.slice, weight)
-        joined.samples.append(self._with_role(sample, row.id, row.holdout) if fair else sample)
+        joined.samples.append(self._with_role(sample, row.id, row.holdout) if fair and unseen else sample)
+        return weight
+
+    def _supersede(self, row: LoggedRow, truth: str, joined: Joined) -> tuple[bool, bool]:
+        """A truth takes the place of the guess that came before it, unless that was learned from already.
+
+        What was learned from stays in the replay buffer and in the sums, and the truth is learned from as well, if it
+        says something else.
+
+        Returns:
+            Whether no model has seen the row, so that it may judge; and whether the truth says more than the guess did.
+        """
+        guesses = [sample for sample, _ in self._store.samples_of([row.id]) if sample.time == row.time]
+        known = [sample for sample in guesses if sample.role == "replay" or sample.key in self.on_trial]
+        fresh = [sample.key for sample in guesses if sample.role == "fresh"]
+        unseen = bool(fresh) and not known
+        joined.counters.late_truths += not unseen
+        says_more = not any(sample.label == truth and sample.weight > 0 for sample in known)
+        if says_more:
+            self._store.delete_samples(fresh)
+        return unseen, says_more
 
     def _admitted(self, source: str, joined: Joined, now: float) -> bool:
         admitted = joined.cap.admit(source, now, self._config.feedback)

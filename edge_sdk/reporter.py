@@ -43,6 +43,8 @@ class Counters(msgspec.Struct):
     labelled: int = 0
     unmatched: int = 0
     duplicates: int = 0
+    late_truths: int = 0
+    """Truths of predictions that a guess had been learned from already."""
     capped: int = 0
     labels_lost: int = 0
     rows_lost: int = 0

@@ -39,6 +39,8 @@ class LoggedRow(NamedTuple):
     """How many predictions it stands for: above 1 if only some are logged."""
     holdout: bool = False
     """The app did not act on it."""
+    guess: float | None = None
+    """What a guess about it counted, that came before any truth; 0: nothing was learned from it; None: none came."""
 
 
 class NewSample(NamedTuple):
@@ -148,7 +150,12 @@ def _second(db: Any) -> None:
     )
 
 
-STEPS = (_first, _second)
+def _third(db: Any) -> None:
+    """A truth may follow a guess."""
+    db["rows"].add_column("guess", float)
+
+
+STEPS = (_first, _second, _third)
 
 
 class Store(Database):
@@ -192,25 +199,38 @@ class Store(Database):
         """
         for start in range(0, len(rows), _ROWS_A_STATEMENT):
             part = rows[start : start + _ROWS_A_STATEMENT]
-            marks = ", ".join(["(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"] * len(part))
+            marks = ", ".join([f"({', '.join('?' * len(LoggedRow._fields))})"] * len(part))
             values = [value for row in part for value in row]
             names = ", ".join(LoggedRow._fields)  # by name: a newer version may have added columns
             self.execute(f"INSERT OR REPLACE INTO rows ({names}) VALUES {marks}", values)  # noqa: S608 - no values
 
     def take_rows(self, ids: Sequence[str]) -> dict[str, LoggedRow]:
         """Remove and return the logged predictions among `ids`."""
+        found = self.look_at_rows(ids)
+        for start in range(0, len(ids), _ROWS_A_STATEMENT):
+            part = list(ids[start : start + _ROWS_A_STATEMENT])
+            self.execute(f"DELETE FROM rows WHERE id IN ({','.join('?' * len(part))})", part)  # noqa: S608 - marks only
+        return found
+
+    def look_at_rows(self, ids: Sequence[str]) -> dict[str, LoggedRow]:
+        """The logged predictions among `ids`, which stay."""
         found: dict[str, LoggedRow] = {}
-        for start in range(0, len(ids), 500):
-            part = list(ids[start : start + 500])
+        for start in range(0, len(ids), _ROWS_A_STATEMENT):
+            part = list(ids[start : start + _ROWS_A_STATEMENT])
             marks = ",".join("?" * len(part))
             for row in self.execute(f"SELECT * FROM rows WHERE id IN ({marks})", part):  # noqa: S608 - marks only
                 found[row[0]] = LoggedRow(*row)
-            self.execute(f"DELETE FROM rows WHERE id IN ({marks})", part)  # noqa: S608
         return found
 
+    def set_guesses(self, guesses: Iterable[tuple[str, float]]) -> None:
+        """Note what the guesses about logged predictions, by id, counted."""
+        self.execute_many("UPDATE rows SET guess = ? WHERE id = ?", ((guess, name) for name, guess in guesses))
+
     def waiting_ids(self, *, not_like: str) -> list[str]:
-        """Ids of logged predictions that do not begin with `not_like`: those that the app gave."""
-        rows = self.execute("SELECT id FROM rows WHERE substr(id, 1, ?) != ?", (len(not_like), not_like))
+        """Ids of logged predictions that no label came for and that do not begin with `not_like`: the app's own."""
+        rows = self.execute(
+            "SELECT id FROM rows WHERE guess IS NULL AND substr(id, 1, ?) != ?", (len(not_like), not_like)
+        )
         return [row[0] for row in rows]
 
     def trim_rows(self, *, older_than: float, max_bytes: int) -> list[str]:
@@ -234,8 +254,10 @@ class Store(Database):
         )
 
     def waiting_rows(self, trunk: str, *, limit: int) -> list[LoggedRow]:
-        """The newest logged predictions whose latents come from `trunk`, newest first."""
-        rows = self.execute("SELECT * FROM rows WHERE trunk = ? ORDER BY time DESC, id DESC LIMIT ?", (trunk, limit))
+        """The newest logged predictions that no label came for and whose latents come from `trunk`, newest first."""
+        rows = self.execute(
+            "SELECT * FROM rows WHERE trunk = ? AND guess IS NULL ORDER BY time DESC, id DESC LIMIT ?", (trunk, limit)
+        )
         return [LoggedRow(*row) for row in rows]
 
     def samples(self, role: Role, trunk: str) -> list[Sample]:

@@ -217,6 +217,82 @@ def test_a_truth_outranks_a_guess_about_the_same_row_that_came_with_it(make_devi
     assert (device.status().counters.labelled, device.status().counters.duplicates) == (1, 1)
 
 
+@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("judge_share", [0.0, 1.0])
+def test_a_truth_takes_the_place_of_a_guess_that_came_before_it(make_device, known, value, restarts, judge_share):
+    options = {"mode": "monitor", "replay": ReplayConfig(judge_share=judge_share)}
+    device = make_device(**options)
+    prediction = device.predict(known.x[0])
+    device.reward(prediction.id, value)
+    device.reward(device.predict(known.x[1]).id, 1.0)
+    device.step()
+    if restarts:
+        device.stop()
+        device = make_device(**options)
+    device.observe(prediction.id, "4", source="expert")
+    assert device.step().unmatched == 0
+    role = "judge" if judge_share else "fresh"
+    assert kept(device, "label, role, weight, source")[1:] == [("4", role, 1.0, "expert")]
+    counters = device.status().counters
+    assert (counters.duplicates, counters.unmatched, counters.late_truths) == (0, 0, 0)
+    assert device._reporter.window.labelled == 1
+    for again in (lambda: device.observe(prediction.id, "5"), lambda: device.reward(prediction.id, 1.0)):
+        again()
+        device.step()
+    assert device.status().counters.duplicates == 2
+    assert [label for (label,) in kept(device, "label")][1:] == ["4"]
+
+
+def test_a_second_guess_is_a_duplicate_also_after_a_restart(make_device, known):
+    device = make_device(mode="monitor")
+    name = device.predict(known.x[0]).id
+    for restarts in (False, False, True):
+        if restarts:
+            device.stop()
+            device = make_device(mode="monitor")
+        device.reward(name, 0.0)
+        device.step()
+    assert kept(device, "weight") == [(-1.0,)]
+    assert (device.status().counters.labelled, device.status().counters.duplicates) == (1, 2)
+
+
+def test_an_id_that_met_a_guess_may_be_given_again(make_device, known):
+    device = make_device(mode="monitor")
+    for _ in range(2):
+        device.predict(known.x[0], id="mine")
+        device.reward("mine", 1.0)
+        device.step()
+    device.stop()
+    device = make_device(mode="monitor")
+    device.predict(known.x[1], id="mine")
+    device.observe("mine", "4")
+    device.step()
+    assert [label for (label,) in kept(device, "label")][2:] == ["4"]  # of the latest alone
+
+
+def test_a_truth_that_comes_after_its_guess_was_learned_from_is_counted_and_never_judges(make_device, credulous, known):
+    device = make_device(config=credulous, replay=ReplayConfig(judge_share=1.0))
+    for i, prediction in enumerate(device.predict_batch(TURN(known.x[:300], None))):
+        if i % 3 == 0:
+            device.observe(prediction.id, str(known.y[i]))
+        else:
+            device.reward(prediction.id, 1.0)
+        last = prediction
+    device.learn_now()
+    device.step()
+    assert kept(device, "role, label")[-1] == ("replay", last.label)
+    device.observe(last.id, last.label)
+    device.step()
+    assert device.status().counters.late_truths == 1
+    assert kept(device, "role, label")[-1] == ("replay", last.label)  # it says nothing new
+    before = device._store.read("SELECT id FROM samples WHERE role = 'replay' AND id != ?", last.id)[-1][0]
+    device.observe(before, "new")
+    device.step()
+    assert device.status().counters.late_truths == 2
+    assert kept(device, "role, label")[-1] == ("fresh", "new")
+
+
 def test_clicks_alone_teach_which_labels_were_wrong(make_device, credulous, known, score):
     """Every fourth row is labelled and judges; of the others it is only known whether the prediction was right."""
     device = make_device(config=credulous, replay=ReplayConfig(judge_share=1.0))

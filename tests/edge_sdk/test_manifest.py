@@ -198,7 +198,7 @@ def test_the_trunk_id_changes_exactly_when_latents_do():
 
 
 def test_one_trunk_with_other_outputs_shares_no_rows():
-    """What is stored of a row is its latent and its truth, which says something else of another task or other outputs."""
+    """What is stored of a row is its latent and its truth, which means something else for another task or outputs."""
     known = make_manifest()
     assert known.trunk_id == "bec9e9b79825863c7e73250400d3c761dafbf03dbec5def3b0f54ad838a5ce27"
     ids = {known.trunk_id}

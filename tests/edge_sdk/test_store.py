@@ -178,7 +178,7 @@ def test_a_file_of_an_earlier_form_keeps_its_rows_with_defaults_for_what_is_new(
     old.close()
     store = Store(path)
     assert store.get("key") == b"\x03"
-    assert store.waiting_rows(TRUNK, limit=9) == [LoggedRow("a", 1.0, b"\x01", "3", 1, 0, TRUNK, "", 1.0, False)]
+    assert store.waiting_rows(TRUNK, limit=9) == [LoggedRow("a", 1.0, b"\x01", "3", 1, 0, TRUNK, "", 1.0, False, None)]
     for role in ("fresh", "judge", "replay"):
         (kept,) = store.samples(role, TRUNK)
         assert kept[1:] == (2.0, b"\x02", "4", role, 0 if role == "replay" else None, "", 1.0, 0.0)
@@ -299,6 +299,16 @@ def test_a_logged_prediction_can_be_taken_once(store):
         assert store.take_rows(["b", "unknown"]) == {"b": row("b")}
         assert store.take_rows(["b"]) == {}
     assert waiting(store) == ["a"]
+
+
+def test_a_row_that_met_a_guess_still_waits_for_its_truth(store):
+    add(store, row("a"), row("b"), row("c"))
+    with store.transaction():
+        store.set_guesses([("a", -0.5)])
+    assert {name: found.guess for name, found in store.look_at_rows(["a", "b", "d"]).items()} == {"a": -0.5, "b": None}
+    assert store.waiting_ids(not_like="x") == ["b", "c"]
+    with store.transaction():
+        assert store.take_rows(["a"])["a"].guess == -0.5
 
 
 def test_more_rows_than_one_statement_takes_are_taken(store):
