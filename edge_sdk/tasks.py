@@ -17,7 +17,7 @@ import numpy as np
 from edge_sdk.errors import LabelError, UnknownLabelError
 from edge_sdk.head import sigmoid, softmax
 from edge_sdk.manifest import Manifest
-from edge_sdk.types import AnyArray, BoolArray, FloatArray, Task, Truth
+from edge_sdk.types import AnyArray, BoolArray, DoubleArray, FloatArray, Task, Truth
 
 
 def present_labels(probabilities: FloatArray, labels: Sequence[str], thresholds: Sequence[float]) -> tuple[str, ...]:
@@ -146,6 +146,20 @@ def rows_right(scores: FloatArray, truths: Any, manifest: Manifest) -> BoolArray
         case _:
             right = scores.argmax(axis=1) == truths
     result: BoolArray = right
+    return result
+
+
+def loss_of(predicted: str, truth: str, manifest: Manifest) -> float:
+    """How far a regression's prediction is off, both in stored form: mean absolute error in the targets' spreads."""
+    values, truths = np.array(json.loads(predicted)), np.array(json.loads(truth))
+    return float(rows_loss(values[None], truths[None], manifest)[0])
+
+
+def rows_loss(scores: AnyArray, truths: AnyArray, manifest: Manifest) -> DoubleArray:
+    """`loss_of` for many rows at once: values [N, T] and truths [N, T] (or [N]) to float64 [N]."""
+    spread = np.array([target.std for target in manifest.targets])
+    values = np.asarray(scores, dtype=np.float64)
+    result: DoubleArray = (np.abs(values - np.asarray(truths).reshape(values.shape)) / spread).mean(axis=1)
     return result
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import msgspec
@@ -23,7 +24,7 @@ from edge_quantize.learning import Memory, Start, check_learning, learning_start
 from edge_quantize.metrics import Score, Terms
 from edge_quantize.quantize import Trunks, head_graph
 from edge_sdk import __version__
-from edge_sdk.drift.features import Thumbnail
+from edge_sdk.drift.features import MAX_FEATURES, Thumbnail, feature_names
 from edge_sdk.drift.reference import Reference
 from edge_sdk.errors import ConfigError, IncompatibleError
 from edge_sdk.files import fsync_folder, npz_bytes, replace_file, storage_error
@@ -52,8 +53,8 @@ from edge_sdk.model import GraphModel, checked_state
 from edge_sdk.runtime import WholeModel
 from edge_sdk.schema import InputSpec
 from edge_sdk.selftest import self_test
-from edge_sdk.tasks import rows_right
-from edge_sdk.types import AnyArray, FloatArray, IndexArray, Task, Variant
+from edge_sdk.tasks import rows_loss, rows_right
+from edge_sdk.types import AnyArray, FloatArray, IndexArray, LatentArray, Task, Variant
 
 SELFTEST_ROWS = 32
 SELFTEST_BYTES = 2_000_000
@@ -373,7 +374,7 @@ class _Packer:
         )
         features = {variant: dequantize(latents[variant], trunks.latent) for variant in VARIANTS}
         apart = [[{"latent": features[v], "logits": head.logits(features[v])}] for v in VARIANTS]
-        return self._finish(folder, draft, scores, apart, start=start, selftest=len(rows))
+        return self._finish(folder, draft, scores, apart, start=start, selftest=len(rows), latents=latents)
 
     def whole(self, folder: Path, draft: Manifest, files: Mapping[str, bytes]) -> Manifest:
         for name, content in files.items():
@@ -419,6 +420,7 @@ class _Packer:
         *,
         start: Start,
         selftest: int,
+        latents: Mapping[Variant, LatentArray] = MappingProxyType({}),
     ) -> Manifest:
         """Reference, card and manifest."""
         data, task = self.data, draft.task
@@ -426,8 +428,17 @@ class _Packer:
         judged = {v: judge(Terms.of(draft), values, data.holdout_y, data.slices) for v, values in scores.items()} \
             if task != "raw" else {}  # fmt: skip
         correct = rows_right(scores[served], data.holdout_y, draft) if judged else np.zeros(0, dtype=bool)
-        seen = Thumbnail(draft.input.shape)(main_input(data.holdout_x, draft))
-        reference = Reference.build(seen, scores[served], correct, task=task)
+        reference = Reference.build(
+            Thumbnail(draft.input.shape)(main_input(data.holdout_x, draft)),
+            scores[served],
+            correct,
+            task=task,
+            names=feature_names(draft.input),
+            latents=latents.get(served),
+            losses=rows_loss(scores[served], data.holdout_y, draft) if task == "regression" else None,
+            categories=_categories(draft.input),
+            ordered=bool(draft.state),  # a recurrent model's rows are a recording
+        )
         replace_file(folder / REFERENCE_NPZ, reference.to_bytes())
         both = len(scores) > 1
         agreement = float(Terms.of(draft).same(scores["int8"], scores["fp32"]).mean()) if both and judged else None
@@ -461,6 +472,13 @@ class _Packer:
         manifest = msgspec.structs.replace(draft, files=files, metrics=metrics)
         replace_file(folder / MANIFEST_NAME, manifest_bytes(manifest))
         return manifest
+
+
+def _categories(spec: InputSpec) -> dict[str, Sequence[float]]:
+    """Codes that stand for known categories; those of a row too wide to be watched value by value are not told."""
+    if len(spec.columns) > MAX_FEATURES:
+        return {}
+    return {column.name: range(column.size) for column in spec.columns if column.kind == "category"}
 
 
 def _metrics(scores: Mapping[Variant, Score]) -> dict[str, float]:

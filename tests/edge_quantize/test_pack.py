@@ -7,6 +7,7 @@ import pytest
 from edge_quantize import CalibrationWarning, DataError, Dataset, Memory, encode, pack_checkpoint, repack_checkpoint
 from edge_quantize.card import FILL_IN, CardText
 from edge_quantize.quantize import Trunks
+from edge_sdk.drift.features import feature_names
 from edge_sdk.drift.reference import Reference
 from edge_sdk.errors import ConfigError, IncompatibleError, IntegrityError, RuntimeUnavailableError
 from edge_sdk.files import load_npz
@@ -116,6 +117,11 @@ def test_selftest_and_reference_come_from_held_out_rows(base):
     reference = Reference.load(base.folder / REFERENCE_NPZ)
     assert reference.rows == reference.labelled == len(base.data.holdout_y)
     assert reference.accuracy == pytest.approx(base.manifest.metrics["int8_accuracy"])
+    assert reference.names == feature_names(base.manifest.input)
+    latents = encode(base.folder, base.data.holdout_x, spec=base.manifest.input)
+    np.testing.assert_allclose(reference.latent_mean, reference.latent.channels(latents).mean(axis=0))
+    assert reference.class_share.sum() == pytest.approx(1)
+    assert reference.confidence_table.shape[1] >= 1
 
 
 def test_card_states_what_was_measured_and_marks_what_a_person_must_fill(base, tmp_path):

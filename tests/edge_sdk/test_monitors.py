@@ -266,4 +266,4 @@ def test_state_stays_small_over_many_rows(rng):
 
 
 def test_every_input_channel_has_a_name(reference):
-    assert input_names(reference) == [f"feature {i}" for i in range(6)]
+    assert input_names(reference) == [f"feature {i}" for i in range(4)]

@@ -1,17 +1,12 @@
-"""What the monitors compare with: features of any input, ranks within the reference, a file that keeps it."""
+"""What the monitors compare with: ranks within the reference, what raw features were like, a file that keeps it."""
 
 import numpy as np
 import pytest
 
-from edge_sdk.drift.features import MAX_FEATURES, input_features
-from edge_sdk.drift.reference import (
-    BINS,
-    MIN_ROWS,
-    Reference,
-    output_channels,
-    output_names,
-    rank_channels,
-)
+from edge_sdk.drift.estimate import estimate
+from edge_sdk.drift.features import input_features, names_of
+from edge_sdk.drift.ranks import rank_channels
+from edge_sdk.drift.reference import BINS, MIN_ROWS, Reference, output_channels, output_names
 from edge_sdk.errors import IntegrityError
 from edge_sdk.files import load_npz, npz_bytes
 
@@ -31,53 +26,6 @@ def probabilities(rng):
 @pytest.fixture
 def reference(rows, probabilities):
     return Reference.build(rows, probabilities, np.arange(100) % 10 > 0)
-
-
-@pytest.mark.parametrize(
-    ("shape", "count"),
-    [
-        ((6,), 6 + 2),
-        ((62,), 62 + 2),
-        ((63,), 62 + 2),
-        ((1000,), 62 + 2),
-        ((1, 8, 8), 16 + 4),
-        ((3, 32, 48), 16 + 4),
-        ((8, 8), 16 + 4),
-        ((6, 100), 16 + 4),
-        ((1, 100), 4 + 4),
-        ((100, 1), 4 + 4),
-        ((1, 1, 1), 1 + 4),
-        ((1,), 1 + 2),
-    ],
-    ids=str,
-)
-def test_features_of_rows_images_and_windows(rng, shape, count):
-    x = rng.normal(size=(5, *shape)).astype(np.float32)
-    features = input_features(x)
-    assert features.shape == (5, count)
-    assert count <= MAX_FEATURES
-    assert features.dtype == np.float32
-    assert np.isfinite(features).all()
-    np.testing.assert_array_equal(input_features(x[2:3])[0], features[2])
-
-
-def test_features_of_a_row_are_its_values_mean_and_spread():
-    features = input_features(np.array([[1.0, 2.0, 6.0]], np.float32))
-    np.testing.assert_allclose(features, [[1, 2, 6, 3, np.std([1, 2, 6])]], rtol=1e-6)
-
-
-def test_features_of_an_image_are_a_grid_mean_spread_and_steps():
-    image = np.repeat(np.repeat(np.arange(16.0).reshape(4, 4), 2, axis=0), 2, axis=1)[None, None].astype(np.float32)
-    features = input_features(image)[0]
-    np.testing.assert_allclose(features[:16], np.arange(16))
-    np.testing.assert_allclose(features[16:], [7.5, image.std(), 12 / 7, 3 / 7], rtol=1e-5)
-
-
-def test_noise_and_darkness_move_features(rng):
-    images = rng.random((50, 1, 8, 8)).astype(np.float32)
-    smooth = input_features(np.broadcast_to(images.mean(axis=(2, 3), keepdims=True), images.shape))
-    assert (input_features(images)[:, -1] > smooth[:, -1]).all()
-    assert (input_features(images * 0.5)[:, 16] < input_features(images)[:, 16]).all()
 
 
 def test_ranks_of_the_reference_itself_are_uniform(rows):
@@ -124,7 +72,7 @@ def test_channels_stay_between_zero_and_one(probabilities, rng):
 
 
 def test_a_reference_describes_its_rows(rows, probabilities, reference):
-    assert reference.edges.shape == (8, BINS - 1)
+    assert reference.edges.shape == (6, BINS - 1)
     np.testing.assert_allclose(reference.input_mean, 0.5, atol=0.02)
     np.testing.assert_allclose(reference.output_mean[2:], probabilities.mean(axis=0), rtol=1e-5)
     assert reference.output_std.shape == (5,)
@@ -155,7 +103,7 @@ def test_a_reference_survives_saving(reference, tmp_path):
     assert isinstance(loaded.rows, int)
 
 
-@pytest.mark.parametrize("field", ["edges", "input_mean", "output_std", "accuracy", "rows"])
+@pytest.mark.parametrize("field", ["edges", "names", "low", "input_mean", "output_std", "accuracy", "rows"])
 def test_a_reference_that_lacks_a_field_is_refused(reference, field):
     arrays = load_npz(reference.to_bytes())
     del arrays[field]
@@ -169,6 +117,148 @@ def test_a_field_of_another_form_is_refused(reference):
         Reference.load(npz_bytes(arrays))
     with pytest.raises(IntegrityError):
         Reference.load(reference.to_bytes()[:-40])
+
+
+@pytest.mark.parametrize("field", ["edges", "names", "input_std", "missing", "output_mean", "latent_std"])
+def test_a_reference_whose_fields_do_not_fit_each_other_is_refused(full, field):
+    arrays = load_npz(full.to_bytes())
+    arrays[field] = arrays[field][:-1]
+    with pytest.raises(IntegrityError, match="do not fit each other"):
+        Reference.load(npz_bytes(arrays))
+
+
+# ---- what raw features were like
+
+
+def test_features_are_described_in_their_own_unit():
+    x = np.array([[20.0, 1.0], [22.0, np.nan], [22.0, 3.0], [24.0, np.nan]] * 50, np.float32)
+    reference = Reference.from_rows(x, ["temperature", "load"])
+    assert reference.names == ("temperature", "load")
+    np.testing.assert_allclose(reference.feature_mean, [22, 2])
+    np.testing.assert_allclose(reference.feature_std, [np.sqrt(2), 1], rtol=1e-6)
+    np.testing.assert_array_equal(reference.low, [20, 1])
+    np.testing.assert_array_equal(reference.high, [24, 3])
+    np.testing.assert_array_equal(reference.missing, [0, 0.5])
+    np.testing.assert_allclose(reference.repeats, [50 / 199, 0])
+    assert np.isnan(Reference.from_rows(x, ["temperature", "load"], ordered=False).repeats).all()
+
+
+def test_a_column_that_is_always_missing_has_no_range_but_is_watched():
+    x = np.full((200, 1), np.nan, np.float32)
+    reference = Reference.from_rows(x, ["gone"])
+    assert np.isnan([reference.low, reference.high]).all()
+    assert np.isfinite(reference.edges).all()
+    back = rank_channels(np.ones((10, 1), np.float32), reference.edges)
+    assert back.mean() > reference.input_mean[0] + 0.3
+
+
+def test_categories_are_kept_if_they_are_few():
+    x = np.zeros((200, 3), np.float32)
+    reference = Reference.from_rows(x, ["a", "b", "c"], categories={"a": [2, 0, 1, 1], "c": range(65)})
+    np.testing.assert_array_equal(reference.values, [[0, 1, 2], [np.nan] * 3, [np.nan] * 3])
+    assert Reference.from_rows(x, ["a", "b", "c"]).values.shape == (3, 1)
+    with pytest.raises(ValueError, match="no feature is called d"):
+        Reference.from_rows(x, ["a", "b", "c"], categories={"d": [1]})
+
+
+def test_a_reference_of_a_table_watches_inputs_alone(rows):
+    reference = Reference.from_rows(rows, [f"sensor {i}" for i in range(6)])
+    assert (reference.output_mean.size, reference.labelled, reference.latent) == (0, 0, None)
+    assert Reference.load(reference.to_bytes()).to_bytes() == reference.to_bytes()
+    with pytest.raises(ValueError, match="2 names for 6 features"):
+        Reference.from_rows(rows, ["a", "b"])
+    with pytest.raises(ValueError, match="at least 200 rows, got 150"):
+        Reference.from_rows(rows[:150], ["a"] * 6)
+
+
+def test_features_without_names_are_numbered(rows, probabilities, reference):
+    assert reference.names == names_of((6,))
+    assert Reference.build(rows, probabilities, np.array([]), names="uvwxyz").names == tuple("uvwxyz")
+
+
+def test_few_rows_are_used_with_a_caveat(rows, probabilities):
+    few = Reference.build(rows[:250], probabilities[:250], np.array([]))
+    assert "250 rows" in few.caveat
+    assert "2.0 times" in few.caveat
+    many = Reference.build(np.tile(rows, (3, 1)), np.tile(probabilities, (3, 1)), np.array([]))
+    assert many.caveat == ""
+
+
+def test_the_digest_tells_references_apart(rows, probabilities, reference):
+    assert len(reference.digest) == 16
+    assert Reference.load(reference.to_bytes()).digest == reference.digest
+    moved = Reference.build(rows + np.float32(0.1), probabilities, np.array([]))
+    renamed = Reference.build(rows, probabilities, np.array([]), names="uvwxyz")
+    assert len({reference.digest, moved.digest, renamed.digest}) == 3
+
+
+# ---- what may be absent: latent, classes, confidence table, loss
+
+
+@pytest.fixture
+def full(rows, probabilities, rng):
+    latents = rng.integers(0, 256, (400, 20), dtype=np.uint8)
+    return Reference.build(rows, probabilities, np.arange(400) % 10 > 0, latents=latents)
+
+
+OPTIONAL = ("latent", "class_", "confidence_table", "loss_scale")
+
+
+def test_a_reference_without_the_optional_parts_still_loads(full):
+    arrays = {name: array for name, array in load_npz(full.to_bytes()).items() if not name.startswith(OPTIONAL)}
+    bare = Reference.load(npz_bytes(arrays))
+    assert bare.latent is None
+    assert (bare.latent_mean.size, bare.class_share.size, bare.class_means.size) == (0, 0, 0)
+    assert bare.confidence_table.shape == (2, 0)
+    assert np.isnan(bare.loss_scale)
+    assert Reference.load(bare.to_bytes()).to_bytes() == bare.to_bytes()
+
+
+def test_the_latent_survives_saving(full, rng):
+    latents = rng.integers(0, 256, (5, 20), dtype=np.uint8)
+    loaded = Reference.load(full.to_bytes())
+    np.testing.assert_array_equal(loaded.latent.channels(latents), full.latent.channels(latents))
+    assert loaded.to_bytes() == full.to_bytes()
+
+
+def test_classes_are_described_by_the_rows_of_which_they_were_predicted(full, rows, probabilities):
+    chosen = probabilities.argmax(axis=1)
+    np.testing.assert_allclose(full.class_share, np.bincount(chosen, minlength=3) / 400)
+    assert full.class_means.shape == (3, 6 + 5 + 32)
+    ranks = rank_channels(rows, full.edges)
+    np.testing.assert_allclose(full.class_means[1, :6], ranks[chosen == 1].mean(axis=0), rtol=1e-5)
+    whole = full.class_share @ full.class_means
+    np.testing.assert_allclose(whole, [*full.input_mean, *full.output_mean, *full.latent_mean], rtol=1e-5)
+
+
+def test_a_class_that_was_never_predicted_has_the_mean_of_all(rows):
+    scores = np.tile(np.float32([[0.6, 0.4, 0.0], [0.4, 0.6, 0.0]]), (200, 1))
+    reference = Reference.build(rows, scores, np.array([]))
+    assert reference.class_share[2] == 0
+    np.testing.assert_allclose(reference.class_means[2, :6], reference.input_mean, rtol=1e-6)
+
+
+def test_too_many_classes_are_not_described(rows, rng):
+    reference = Reference.build(rows, rng.dirichlet(np.ones(65), 400).astype(np.float32), np.array([]))
+    assert reference.class_share.size == reference.class_means.size == 0
+
+
+def test_the_confidence_table_gives_the_accuracy_of_the_reference(full, probabilities):
+    assert estimate(full.confidence_table, probabilities.max(axis=1)) == pytest.approx(full.accuracy, abs=1e-6)
+
+
+def test_the_scale_of_a_regressions_loss_is_kept(rows, rng):
+    losses = rng.exponential(size=400)
+    reference = Reference.build(rows, rng.random((400, 1)), np.array([]), task="regression", losses=losses)
+    assert reference.loss_scale == pytest.approx(np.quantile(losses, 0.95))
+    assert Reference.load(reference.to_bytes()).loss_scale == reference.loss_scale
+
+
+def test_a_reference_of_64_features_and_a_latent_of_128_is_small(rng):
+    latents = rng.integers(0, 256, (300, 128), dtype=np.uint8)
+    scores = rng.dirichlet(np.ones(10), 300).astype(np.float32)
+    x = rng.normal(size=(300, 64)).astype(np.float32)
+    assert len(Reference.build(x, scores, np.ones(300, bool), latents=latents).to_bytes()) <= 36_000
 
 
 # ---- inputs with missing values

@@ -15,7 +15,9 @@ from edge_sdk.manifest import Manifest, TargetSpec
 from edge_sdk.schema import InputSpec
 from edge_sdk.tasks import (
     is_right,
+    loss_of,
     present_labels,
+    rows_loss,
     rows_right,
     store_truth,
     stored_answer,
@@ -205,6 +207,14 @@ def test_every_value_must_lie_within_its_tolerance():
     scores = np.float32([[1.25, 7], [1.25, 7], [1.25, 7]])
     truths = [[1.0, 9.0], [0.99, 7.0], [1.25, 9.01]]
     assert rows_right(scores, truths, PLACE).tolist() == [True, False, False]
+
+
+def test_a_loss_is_in_spreads_and_the_same_alone_and_together():
+    scores, truths = np.float32([[1.25, 7], [0, 0]]), np.array([[1.0, 16.0], [0, 0]])
+    np.testing.assert_allclose(rows_loss(scores, truths, PLACE), [(0.25 / 1 + 9 / 9) / 2, 0])
+    said = stored_answer(scores[0], "", (), "regression")
+    assert loss_of(said, store_truth(truths[0], PLACE), PLACE) == pytest.approx(0.625)
+    assert rows_loss(np.float32([[1.8]]), np.array([1.7]), HEIGHT) == pytest.approx([1.0], abs=1e-5)
 
 
 def test_truths_of_one_target_need_no_second_dimension():
