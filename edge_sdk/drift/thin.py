@@ -1,0 +1,142 @@
+"""Autocorrelated streams, thinned until their rows are nearly independent."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edge_sdk.types import AnyArray, BoolArray, DoubleArray, FloatArray
+
+_LIMIT = 0.1
+_ERRORS = 1.5
+_ENOUGH = 128
+_PARTS = 3
+_MEMORY = 1 - _PARTS / 8192
+
+
+class Thinner:
+    """Finds how far apart rows must be for their autocorrelation to be small, and keeps one in so many.
+
+    The autocorrelation at a lag is one minus the mean squared difference at that lag over the one at twice the largest
+    lag, which stands for the variance nearby. A jump of the mean, which is for the detectors to see, is in those
+    differences once: stretches of rows go to three estimates in turn, a jump reaches two of them, and rows count as
+    correlated only if all three say so, by 0.1 and a margin for chance. So independent rows are all kept. The channel
+    that needs the largest step decides.
+
+    Args:
+        channels: How many there are.
+        most: Largest step, a power of two.
+
+    Source:
+        Matheron 1963, "Principles of geostatistics", doi:10.2113/gsecongeo.58.8.1246, for the variogram.
+
+    Example:
+        >>> thinner = Thinner(1)
+        >>> thinner.learn(np.repeat(np.random.default_rng(0).random(500), 4)[:, None])
+        >>> thinner.step, thinner.keep(10)
+        (4, slice(0, 10, 4))
+    """
+
+    def __init__(self, channels: int, *, most: int = 32) -> None:
+        if channels < 1 or most < 1 or most & (most - 1):
+            raise ValueError(f"at least one channel and a power of two are needed, got {channels} and {most}")
+        self._lags: list[int] = [2**i for i in range(most.bit_length())]
+        self._far = 2 * most
+        self._last = np.zeros((self._far, channels), dtype=np.float16)
+        self._squares: FloatArray = np.zeros((_PARTS, len(self._lags) + 1, channels), dtype=np.float32)
+        self._fourths: FloatArray = np.zeros((_PARTS, channels), dtype=np.float32)
+        self._pairs: DoubleArray = np.zeros(_PARTS)
+        self._rows = self._wait = 0
+
+    def learn(self, block: DoubleArray) -> None:
+        """Look at rows, float64 [N, K], oldest first, none left out. N may be 0.
+
+        Raises:
+            ValueError: The shape is wrong.
+        """
+        block = np.asarray(block)
+        if block.ndim != 2 or block.shape[1] != self._last.shape[1]:
+            raise ValueError(f"expected rows of {self._last.shape[1]} channels, got shape {block.shape}")
+        begin = 0
+        while begin < len(block):
+            end = begin + self._far - self._rows % self._far
+            self._learn(block[begin:end])
+            begin = end
+
+    def _learn(self, rows: DoubleArray) -> None:
+        """Rows of one stretch; stretches are as long as the largest difference reaches."""
+        joined = np.concatenate([self._last, rows.astype(np.float16)])
+        stretch = self._rows // self._far
+        self._last = joined[-self._far :]
+        self._rows += len(rows)
+        if not stretch:  # the first, before which there is none
+            return
+        if self._rows >= (_PARTS + 1) * self._far:  # only whose turn it is matters
+            self._rows -= _PARTS * self._far
+        values = joined.astype(np.float32)
+        weights = (_MEMORY ** np.arange(len(rows) - 1, -1, -1.0)).astype(np.float32)
+        part, fade = stretch % _PARTS, np.float32(_MEMORY ** len(rows))
+        sums = []
+        for lag in [*self._lags, self._far]:
+            steps = values[self._far :] - values[self._far - lag : len(values) - lag]
+            steps *= steps
+            sums.append(weights @ steps)
+        steps *= steps
+        squares, fourths = self._squares.copy(), self._fourths.copy()
+        squares[part] = fade * squares[part] + np.stack(sums)
+        fourths[part] = fade * fourths[part] + weights @ steps
+        self._squares, self._fourths = squares, fourths
+        self._pairs = self._pairs.copy()
+        self._pairs[part] = fade * self._pairs[part] + weights.sum()
+
+    @property
+    def step(self) -> int:
+        """One row in so many is kept: 1, 2, 4, ... `most`."""
+        if self._pairs.min() < _ENOUGH * _MEMORY**_ENOUGH:
+            return 1
+        fine = np.flatnonzero(~self._correlated().any(axis=1))
+        return self._lags[int(fine[0])] if len(fine) else self._lags[-1]
+
+    def _correlated(self) -> BoolArray:
+        """Whether each channel's autocorrelation is too large, at each lag: bool [lags, K]."""
+        pairs = self._pairs[:, None]
+        far = self._squares[:, -1]
+        moves = (far > 1e-9 * pairs).all(axis=0)
+        far = far[:, moves]
+        # a channel of rare spikes knows little: two that meet by chance look like a pattern. Its kurtosis tells.
+        kurtosis = np.maximum(3.0, pairs * self._fourths[:, moves] / far**2)
+        error = np.sqrt(2 / pairs * kurtosis / 3)
+        exceeds = 1 - self._squares[:, :-1, moves] / far[:, None] > (_LIMIT + _ERRORS * error)[:, None]
+        result: BoolArray = exceeds.all(axis=0)
+        return result
+
+    def keep(self, rows: int) -> slice:
+        """Which of the next so many rows to fold; goes on where the call before left off."""
+        step, first = self.step, self._wait
+        if first >= rows:
+            self._wait -= rows
+            return slice(rows, rows, step)
+        last = first + (rows - 1 - first) // step * step
+        self._wait = last + step - rows
+        return slice(first, rows, step)
+
+    def state(self) -> dict[str, AnyArray]:
+        """All that `restore` needs."""
+        arrays: dict[str, AnyArray] = {
+            "last": self._last,
+            "squares": self._squares,
+            "fourths": self._fourths,
+            "pairs": self._pairs,
+        }
+        return {**arrays, "scalars": np.array([self._rows, self._wait])}
+
+    def restore(self, state: dict[str, AnyArray]) -> None:
+        """Continue from what `state` gave.
+
+        Raises:
+            ValueError: It is the state of a thinner of another shape.
+        """
+        if any(state[key].shape != array.shape for key, array in self.state().items()):
+            raise ValueError(f"state of {state['last'].shape[1]} channels for a thinner of {self._last.shape[1]}")
+        self._last, self._squares = state["last"].copy(), state["squares"].copy()
+        self._fourths, self._pairs = state["fourths"].copy(), state["pairs"].copy()
+        self._rows, self._wait = (int(v) for v in state["scalars"])
