@@ -16,6 +16,7 @@ from edge_sdk.config import DeviceConfig, ReportConfig
 from edge_sdk.errors import NotConnectedError, ProtocolError
 from edge_sdk.messages import Ack, Desired, Event, MonitorState, Report, State, Topics, decode, encode
 from edge_sdk.outbox import Outbox
+from edge_sdk.sketch import QuantileSketch
 from edge_sdk.stats import suppress_small
 from edge_sdk.store import Store
 from edge_sdk.transport import Message, NoTransport, Transport
@@ -25,7 +26,6 @@ from edge_sdk.update import UpdateClient
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_MAX_LATENCIES = 2_000
 _TOTALS = {
     "drift_alarm": "alarms",
     "promoted": "promotions",
@@ -77,14 +77,17 @@ class Window(msgspec.Struct):
     errors: int = 0
     written_bytes: int = 0
     predicted: dict[str, int] = {}
-    latencies: list[float] = []
+    latency: tuple[list[int], list[int], int] = ([], [], 0)
+    """Milliseconds, as a `QuantileSketch` puts them: this is written at every flush."""
 
     def count(self, labels: list[str], confidences: list[float], latencies: list[float]) -> None:
         """Add predictions: what they said, how sure they were, and how long each took in milliseconds."""
         self.predictions += len(latencies)
         self.confidence += float(sum(confidences))
         self.predicted = dict(Counter(self.predicted) + Counter(labels))
-        self.latencies = (self.latencies + latencies)[-_MAX_LATENCIES:]
+        sketch = QuantileSketch.from_wire(*self.latency)
+        sketch.add(np.array(latencies))
+        self.latency = sketch.to_wire()
 
 
 @dataclass(frozen=True)
@@ -272,7 +275,7 @@ def build_report(
     enough = window.labelled >= config.min_count
     telling = window.predictions >= config.min_count
     mean_confidence = round(window.confidence / window.predictions, 4) if telling else 0.0
-    p50, p95 = np.percentile(window.latencies, [50, 95]) if window.latencies else (0.0, 0.0)
+    latency = QuantileSketch.from_wire(*window.latency)
     report = Report(
         start=window.start,
         end=now,
@@ -286,8 +289,8 @@ def build_report(
         rejected_inputs=window.rejected_inputs,
         errors=window.errors,
         mean_confidence=mean_confidence,
-        p50_ms=round(float(p50), 4),
-        p95_ms=round(float(p95), 4),
+        p50_ms=round(latency.quantile(0.5), 4),
+        p95_ms=round(latency.quantile(0.95), 4),
         predicted=suppress_small(window.predicted, min_count=config.min_count),
         monitors=monitors,
         replay_rows=replay_rows,
