@@ -64,6 +64,7 @@ class Reference:
         class_means: float32 [C, F + K + R]: mean of the input, output and latent channels where it was.
         confidence_table: float32 [2, T]: of `estimate.estimate`.
         loss_scale: 0.95 quantile of a regression's loss; NaN otherwise.
+        loss_mean: Mean of that loss, clipped at the scale and divided by it; NaN otherwise.
     """
 
     task: Task
@@ -91,6 +92,7 @@ class Reference:
     class_means: FloatArray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     confidence_table: FloatArray = field(default_factory=lambda: np.zeros((2, 0), np.float32))
     loss_scale: float = float("nan")
+    loss_mean: float = float("nan")
 
     @classmethod
     def build(
@@ -139,7 +141,9 @@ class Reference:
         if task in _WITH_PROBABILITIES and len(correct) == len(scores):
             optional["confidence_table"] = fit_confidence(outputs[:, 0], correct)
         if losses is not None and len(losses):
-            optional["loss_scale"] = float(np.quantile(losses, _LOSS_QUANTILE))
+            scale = optional["loss_scale"] = float(np.quantile(losses, _LOSS_QUANTILE))
+            shares = np.minimum(losses, scale) / scale if scale > 0 else losses > 0
+            optional["loss_mean"] = float(np.mean(shares))
         return cls(
             **inputs,
             task=task,
@@ -222,8 +226,7 @@ class Reference:
             fields["task"] = msgspec.convert(str(arrays["task"]), Task)
             fields["accuracy"] = float(arrays["accuracy"].item())
             fields |= {name: int(arrays[name].item()) for name in ("rows", "labelled")}
-            if "loss_scale" in arrays:
-                fields["loss_scale"] = float(arrays["loss_scale"].item())
+            fields |= {name: float(arrays[name].item()) for name in ("loss_scale", "loss_mean") if name in arrays}
             if "latent.signs" in arrays:
                 fields["latent"] = LatentChannels(*(arrays[f"latent.{name}"] for name in ("signs", "scale", "phase")))
             return cls(**fields)

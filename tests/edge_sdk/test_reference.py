@@ -201,7 +201,7 @@ def full(rows, probabilities, rng):
     return Reference.build(rows, probabilities, np.arange(400) % 10 > 0, latents=latents)
 
 
-OPTIONAL = ("latent", "class_", "confidence_table", "loss_scale")
+OPTIONAL = ("latent", "class_", "confidence_table", "loss_")
 
 
 def test_a_reference_without_the_optional_parts_still_loads(full):
@@ -250,8 +250,11 @@ def test_the_confidence_table_gives_the_accuracy_of_the_reference(full, probabil
 def test_the_scale_of_a_regressions_loss_is_kept(rows, rng):
     losses = rng.exponential(size=400)
     reference = Reference.build(rows, rng.random((400, 1)), np.array([]), task="regression", losses=losses)
-    assert reference.loss_scale == pytest.approx(np.quantile(losses, 0.95))
-    assert Reference.load(reference.to_bytes()).loss_scale == reference.loss_scale
+    scale = np.quantile(losses, 0.95)
+    assert reference.loss_scale == pytest.approx(scale)
+    assert reference.loss_mean == pytest.approx(np.minimum(losses / scale, 1).mean())
+    loaded = Reference.load(reference.to_bytes())
+    assert (loaded.loss_scale, loaded.loss_mean) == (reference.loss_scale, reference.loss_mean)
 
 
 def test_a_reference_of_64_features_and_a_latent_of_128_is_small(rng):

@@ -1,0 +1,209 @@
+"""Whether the data itself is broken: missing, out of range, unseen, frozen, or in another unit."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from edge_sdk.drift.base import DriftDetector
+from edge_sdk.drift.edetector import EDetector
+from edge_sdk.drift.reference import Reference
+from edge_sdk.types import AnyArray, DoubleArray, FloatArray
+
+_Z = 3.0
+_STRIDE = 8
+_EXTREMES = 4
+"""How many rows in N may lie beyond the extremes of N others, where chance alone has two of them do so."""
+_DISTINCT = 0.9
+_UNKNOWN = 0.5
+
+
+class QualityMonitor(DriftDetector):
+    """Raises an alarm when more values are bad than in the reference.
+
+    Channels are indicators, by feature: the value is missing; lies outside the reference's range; is a category that
+    the reference does not know; is the same as in the row before. The last says that a sensor is frozen: it is up
+    only once repeats are half way from their usual rate to all. Of a reference whose rows have no order that rate is
+    taken for one half, and features that take few values are left out.
+
+    Differs from other detectors in what it is shown: raw features, not channels in [0, 1].
+
+    Args:
+        reference: What is usual.
+        run_length: Rows between two false alarms.
+
+    Raises:
+        ValueError: The run length is not above 1.
+
+    Example:
+        >>> monitor = QualityMonitor(Reference.from_rows(rows, ["acc_x"]), run_length=10_000)
+        >>> monitor.update(np.full((32, 1), np.nan, np.float32))
+        >>> monitor.findings()
+        ['acc_x: 62 % of the values missing (usually 0 %)']
+    """
+
+    def __init__(self, reference: Reference, *, run_length: float) -> None:
+        r = reference
+        categorical = ~np.isnan(r.values).all(axis=1)
+        distinct = (np.diff(r.edges, axis=1) > 0).mean(axis=1) > _DISTINCT
+        repeats = np.where(np.isnan(r.repeats), _UNKNOWN, r.repeats).astype(np.float64)
+        every = np.arange(len(r.names))
+        self._numbers = np.flatnonzero(~categorical & ~np.isnan(r.low))
+        self._categories = np.flatnonzero(categorical)
+        self._moving = np.flatnonzero((repeats < 1) & (distinct | ~np.isnan(r.repeats)))
+        self._low, self._high, self._values = r.low[self._numbers], r.high[self._numbers], r.values[self._categories]
+        self._kinds = [
+            *((i, "missing") for i in every),
+            *((i, f"outside {r.low[i]:.4g} to {r.high[i]:.4g}") for i in self._numbers),
+            *((i, "of an unseen category") for i in self._categories),
+            *((i, "the same as the one before") for i in self._moving),
+        ]
+        usual = np.concatenate([r.missing, np.zeros(len(self._numbers) + len(self._categories))])
+        slack = _Z * (np.sqrt(usual * (1 - usual) / r.rows) + _EXTREMES / r.rows)
+        again = repeats[self._moving]
+        self._usual = np.concatenate([usual, again])
+        self._told = np.concatenate([np.ones(len(usual), bool), ~np.isnan(r.repeats[self._moving])])
+        self._slack = np.concatenate([slack, (1 - again) / 2])
+        self._names = r.names
+        self._detector = EDetector(self._usual, self._slack, run_length=run_length, sides="up", stride=_STRIDE)
+        self._last: FloatArray = np.full(len(every), np.nan, np.float32)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the channels that `suspects` numbers."""
+        return tuple(f"{self._names[i]}: {what}" for i, what in self._kinds)
+
+    def update(self, block: AnyArray) -> None:
+        """Fold raw features, float32 [N, F] of `input_features`, oldest first.
+
+        Raises:
+            ValueError: The shape is wrong.
+        """
+        x = np.asarray(block, dtype=np.float32)
+        if x.ndim != 2 or x.shape[1] != len(self._last):
+            raise ValueError(f"expected rows of {len(self._last)} features, got shape {x.shape}")
+        if not len(x):
+            return
+        missing = np.isnan(x)
+        numbers = x[:, self._numbers]
+        chosen = x[:, self._categories]
+        known = (chosen[:, :, None] == self._values).any(axis=2) | missing[:, self._categories]
+        same = x == np.concatenate([self._last[None], x[:-1]])
+        parts = [missing, (numbers < self._low) | (numbers > self._high), ~known, same[:, self._moving]]
+        self._detector.update(np.concatenate(parts, axis=1).astype(np.float64))
+        self._last = x[-1].copy()
+
+    @property
+    def evidence(self) -> float:
+        """Of the e-detector over all indicators."""
+        return self._detector.evidence
+
+    @property
+    def threshold(self) -> float:
+        """The run length."""
+        return self._detector.threshold
+
+    @property
+    def warning(self) -> bool:
+        """Whether evidence has reached a twentieth of the threshold since the last reset."""
+        return self._detector.warning
+
+    @property
+    def drift_detected(self) -> bool:
+        """Whether evidence has reached the threshold since the last reset."""
+        return self._detector.drift_detected
+
+    @property
+    def quiet_rows(self) -> int:
+        """Rows since the evidence last was at or above the warning level."""
+        return self._detector.quiet_rows
+
+    def suspects(self, count: int = 3) -> list[tuple[int, float]]:
+        """Indicators by their share of the evidence, with the rise of their recent rate; see `names`."""
+        return self._detector.suspects(count)
+
+    def findings(self, count: int = 3) -> list[str]:
+        """The suspects whose rate left its band lately, in words: which feature, what is wrong with it, how often."""
+        found = []
+        for i, rise in self.suspects(count):
+            feature, what = self._kinds[i]
+            if rise > self._slack[i]:
+                usually = f" (usually {100 * self._usual[i]:.0f} %)" if self._told[i] else ""
+                found.append(
+                    f"{self._names[feature]}: {100 * (self._usual[i] + rise):.0f} % of the values {what}{usually}"
+                )
+        return found
+
+    def reset(self) -> None:
+        """Forget the evidence and take the alarm down."""
+        self._detector.reset()
+        self._last = np.full_like(self._last, np.nan)
+
+    def state(self) -> dict[str, AnyArray]:
+        """Evidence so far, and the last row."""
+        return {**self._detector.state(), "last": self._last}
+
+    def restore(self, state: dict[str, AnyArray]) -> None:
+        """Continue from `state`."""
+        if state["last"].shape != self._last.shape:
+            raise ValueError(f"state of {state['last'].shape} features for a monitor of {len(self._last)}")
+        self._detector.restore({key: array for key, array in state.items() if key != "last"})
+        self._last = np.asarray(state["last"], np.float32).copy()
+
+
+_UNITS = (
+    ("degrees Celsius", "degrees Fahrenheit", 1.8, 32.0),
+    ("degrees Celsius", "kelvin", 1.0, 273.15),
+    ("degrees Fahrenheit", "kelvin", 5 / 9, 459.67 * 5 / 9),
+    ("metres", "feet", 1 / 0.3048, 0.0),
+    ("kilopascal", "psi", 1 / 6.894757, 0.0),
+    ("kilopascal", "bar", 0.01, 0.0),
+    ("bar", "psi", 14.503774, 0.0),
+    ("g", "metres per second squared", 9.80665, 0.0),
+    ("degrees", "radians", math.pi / 180, 0.0),
+    ("whole units", "thousandths", 1000.0, 0.0),
+    ("0 to 1", "0 to 255", 255.0, 0.0),
+)
+_MAPS = (*_UNITS, *((after, before, 1 / a, -b / a) for before, after, a, b in _UNITS))
+_EXPLAINED = 0.2
+_CHANGED = 0.5
+
+
+def unit_change(reference: Reference, quantiles: AnyArray) -> str | None:
+    """Whether a feature seems to come in another unit.
+
+    Its live quantiles must lie where a known conversion takes the reference's, within a fifth of their spread, and
+    clearly not where they were.
+
+    Args:
+        reference: What is usual.
+        quantiles: float [F, Q], Q >= 3, of live values at the levels 1/(Q+1) ... Q/(Q+1), each of 50 rows or more;
+            NaN for features to leave out.
+
+    Returns:
+        The feature that fits best in words; None if there is none.
+
+    Example:
+        >>> unit_change(reference, live)
+        'oven: values look like degrees Fahrenheit, no longer like degrees Celsius'
+    """
+    live = np.asarray(quantiles, dtype=np.float64)
+    count = live.shape[1]
+    bins = reference.edges.shape[1] + 1
+    levels = np.arange(1, count + 1) / (count + 1)
+    best, words = _EXPLAINED, None
+    for name, edges, seen in zip(reference.names, reference.edges, live, strict=True):
+        usual = np.interp(levels, np.arange(1, bins) / bins, edges)
+        if not np.isfinite(seen).all() or not usual.std() or _misfit(usual, seen) < _CHANGED:
+            continue
+        for before, after, factor, offset in _MAPS:
+            misfit = _misfit(factor * usual + offset, seen)
+            if misfit < best:
+                best, words = misfit, f"{name}: values look like {after}, no longer like {before}"
+    return words
+
+
+def _misfit(expected: DoubleArray, seen: DoubleArray) -> float:
+    """Distance of two sets of quantiles, in the larger of their spreads."""
+    return float(np.sqrt(np.mean((seen - expected) ** 2)) / max(expected.std(), seen.std()))
