@@ -6,8 +6,10 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Protocol
 
-from edge_sdk.errors import NotConnectedError, ProtocolError
+from edge_sdk.errors import NotConnectedError, ProtocolError, TransportError
 from edge_sdk.messages import MAX_MESSAGE_BYTES
+
+_OTHER_FILES = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,29 @@ def check_size(topic: str, payload: bytes) -> None:
     """
     if len(payload) > MAX_MESSAGE_BYTES:
         raise ProtocolError(f"{len(payload)} bytes on {topic}; at most {MAX_MESSAGE_BYTES} are sent")
+
+
+def allow_connections(count: int) -> None:
+    """Raise this process's soft limit of open files if it is too low for so many connections and what else is open.
+
+    Args:
+        count: Connections; 256 files are kept for the rest. Count whole devices' databases (3 files each) as well.
+
+    Raises:
+        TransportError: The hard limit is too low; the message says what to do.
+    """
+    import resource  # noqa: PLC0415 - only Unix has it, and only large fleets need it
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or wanted <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and wanted > hard:
+        raise TransportError(
+            f"{count} connections need {wanted} open files and this process may have {hard} at most: raise the hard"
+            " limit (as root: ulimit -Hn; systemd: LimitNOFILE=; Docker: --ulimit nofile=) or use more processes"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else hard, hard))
 
 
 class MemoryBroker:
