@@ -15,7 +15,7 @@ from edge_sdk.errors import DiskFullError
 from edge_sdk.files import npz_bytes
 from edge_sdk.head import Head, dequantize
 from edge_sdk.join import Judged
-from edge_sdk.learn.base import LearnJob
+from edge_sdk.learn.base import CHALLENGER, LearnJob
 from edge_sdk.learn.executor import InlineExecutor
 from edge_sdk.learn.moments import Moments
 from edge_sdk.learn.slda import closed_form
@@ -211,7 +211,55 @@ class Rig:
             rows.append(Judged(latent, truth, bool(outcome.right[0])))
         self.adaptation.see(rows, self.now, predictions=count, errors=0)
 
+    # ---- the way of a challenger
+
+    def change(self, **sections):
+        """Other settings from now on, after a restart."""
+        self.open(
+            **{key: msgspec.structs.replace(getattr(self.config, key), **values) for key, values in sections.items()}
+        )
+
+    def run_with(self, executor):
+        """Another executor from now on, after a restart."""
+        self.executor = executor
+        self.open()
+
+    def learn(self, *, turns=1, **rows):
+        """Rows that the release gets wrong, to learn from and to judge by, and the turns that take them."""
+        self.add(40, **rows)
+        self.add(30, "judge")
+        for _ in range(turns):
+            self.turn()
+
+    def promote(self, **rows):
+        self.learn(**rows)
+        assert self.state.phase == "probation"
+
+    def confirm(self):
+        """End a probation well, and the cool-down after it."""
+        self.live(20)
+        self.turn()
+        assert self.state.phase == "idle"
+        assert self.events()[-1] == "confirmed"
+        self.now += 60
+
+    def tries(self, turns):
+        """Turns of which some find no room on the disk; returns how many."""
+        failed = 0
+        for _ in range(turns):
+            try:
+                self.turn()
+            except DiskFullError:
+                failed += 1
+        return failed
+
     # ---- looking
+
+    @property
+    def challenger(self):
+        """On trial now; None if there is none."""
+        job = self.folder / "learn" / "job" / CHALLENGER
+        return Head.load(job) if job.exists() else None
 
     @property
     def state(self):
@@ -256,6 +304,12 @@ def rig(tmp_path):
     yield make
     for each in made:
         each.store.close()
+
+
+@pytest.fixture
+def never_sure():
+    """Settings for rigs: no challenger is ever proven better, or worse."""
+    return {"gate": {"alpha": 1e-300, "class_margin": 1.0, "factory_margin": 1.0}}
 
 
 class Working:
