@@ -23,10 +23,18 @@ def wandering(rng, count, channels, memory):
     return np.clip(0.5 + values / 6, 0, 1)
 
 
-@pytest.mark.parametrize("rows", [0, 100, 500, 1_000, 8_000])
+@pytest.mark.parametrize("rows", [256, 500, 1_000, 8_000])
 @pytest.mark.parametrize("channels", [1, 12, 64])
 def test_independent_rows_are_all_kept(rng, channels, rows):
     assert thinner(rng.random((rows, channels))).step == 1
+
+
+@pytest.mark.parametrize("most", [1, 2, 4, 32])
+def test_one_row_in_four_is_kept_until_enough_is_known(rng, most):
+    made = Thinner(2, most=most)
+    assert made.step == min(4, most)
+    made.learn(rng.random((8 * most - 1, 2)))
+    assert made.step == min(4, most)
 
 
 def test_independent_rows_are_all_kept_however_rare_what_they_tell(rng):
@@ -49,8 +57,8 @@ def test_one_correlated_channel_among_many_is_enough(rng):
 def test_a_jump_of_the_mean_leaves_the_step_at_one(rng, where):
     rows = rng.uniform(0.1, 0.4, (1_200, 12))
     rows[where:] += 0.5
-    made = Thinner(12)
-    for block in np.split(rows, range(32, 1_200, 32)):
+    made = thinner(rows[:600])
+    for block in np.split(rows[600:], range(32, 600, 32)):
         made.learn(block)
         assert made.step == 1
 
