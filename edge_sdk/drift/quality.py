@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,17 @@ _EXTREMES = 4
 """How many rows in N may lie beyond the extremes of N others, where chance alone has two of them do so."""
 _DISTINCT = 0.9
 _UNKNOWN = 0.5
+
+
+Fault = Literal["missing", "range", "category", "frozen"]
+
+
+class Finding(NamedTuple):
+    """What is wrong with a feature: its name, the fault, and how often, in words."""
+
+    feature: str
+    fault: Fault
+    words: str
 
 
 class QualityMonitor(DriftDetector):
@@ -40,7 +52,7 @@ class QualityMonitor(DriftDetector):
         >>> monitor = QualityMonitor(Reference.from_rows(rows, ["acc_x"]), run_length=10_000)
         >>> monitor.update(np.full((32, 1), np.nan, np.float32))
         >>> monitor.findings()
-        ['acc_x: 62 % of the values missing (usually 0 %)']
+        [Finding(feature='acc_x', fault='missing', words='62 % of the values missing (usually 0 %)')]
     """
 
     def __init__(self, reference: Reference, *, run_length: float) -> None:
@@ -48,16 +60,16 @@ class QualityMonitor(DriftDetector):
         categorical = ~np.isnan(r.values).all(axis=1)
         distinct = (np.diff(r.edges, axis=1) > 0).mean(axis=1) > _DISTINCT
         repeats = np.where(np.isnan(r.repeats), _UNKNOWN, r.repeats).astype(np.float64)
-        every = np.arange(len(r.names))
+        width = len(r.names)
         self._numbers = np.flatnonzero(~categorical & ~np.isnan(r.low))
         self._categories = np.flatnonzero(categorical)
         self._moving = np.flatnonzero((repeats < 1) & (distinct | ~np.isnan(r.repeats)))
         self._low, self._high, self._values = r.low[self._numbers], r.high[self._numbers], r.values[self._categories]
-        self._kinds = [
-            *((i, "missing") for i in every),
-            *((i, f"outside {r.low[i]:.4g} to {r.high[i]:.4g}") for i in self._numbers),
-            *((i, "of an unseen category") for i in self._categories),
-            *((i, "the same as the one before") for i in self._moving),
+        self._kinds: list[tuple[int, Fault, str]] = [
+            *((i, "missing", "missing") for i in range(width)),
+            *((i, "range", f"outside {r.low[i]:.4g} to {r.high[i]:.4g}") for i in self._numbers.tolist()),
+            *((i, "category", "of an unseen category") for i in self._categories.tolist()),
+            *((i, "frozen", "the same as the one before") for i in self._moving.tolist()),
         ]
         usual = np.concatenate([r.missing, np.zeros(len(self._numbers) + len(self._categories))])
         slack = _Z * (np.sqrt(usual * (1 - usual) / r.rows) + _EXTREMES / r.rows)
@@ -67,12 +79,12 @@ class QualityMonitor(DriftDetector):
         self._slack = np.concatenate([slack, (1 - again) / 2])
         self._names = r.names
         self._detector = EDetector(self._usual, self._slack, run_length=run_length, sides="up", stride=_STRIDE)
-        self._last: FloatArray = np.full(len(every), np.nan, np.float32)
+        self._last: FloatArray = np.full(width, np.nan, np.float32)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the channels that `suspects` numbers."""
-        return tuple(f"{self._names[i]}: {what}" for i, what in self._kinds)
+        return tuple(f"{self._names[i]}: {what}" for i, _, what in self._kinds)
 
     def update(self, block: AnyArray) -> None:
         """Fold raw features, float32 [N, F] of `input_features`, oldest first.
@@ -123,16 +135,15 @@ class QualityMonitor(DriftDetector):
         """Indicators by their share of the evidence, with the rise of their recent rate; see `names`."""
         return self._detector.suspects(count)
 
-    def findings(self, count: int = 3) -> list[str]:
-        """The suspects whose rate left its band lately, in words: which feature, what is wrong with it, how often."""
+    def findings(self, count: int = 3) -> list[Finding]:
+        """The suspects whose rate left its band lately, strongest first."""
         found = []
         for i, rise in self.suspects(count):
-            feature, what = self._kinds[i]
+            feature, fault, what = self._kinds[i]
             if rise > self._slack[i]:
                 usually = f" (usually {100 * self._usual[i]:.0f} %)" if self._told[i] else ""
-                found.append(
-                    f"{self._names[feature]}: {100 * (self._usual[i] + rise):.0f} % of the values {what}{usually}"
-                )
+                words = f"{100 * (self._usual[i] + rise):.0f} % of the values {what}{usually}"
+                found.append(Finding(self._names[feature], fault, words))
         return found
 
     def reset(self) -> None:
@@ -167,18 +178,22 @@ _UNITS = (
 )
 _MAPS = (*_UNITS, *((after, before, 1 / a, -b / a) for before, after, a, b in _UNITS))
 _EXPLAINED = 0.2
+_EXPLAINED_WITH_OFFSET = 0.3
+"""Where both place and spread must fit, chance hardly makes them do so."""
 _CHANGED = 0.5
+_FAR = 5.0
+"""A feature about 0 shows no more of a conversion than its factor: below this, it may as well be a wider spread."""
 
 
 def unit_change(reference: Reference, quantiles: AnyArray) -> str | None:
     """Whether a feature seems to come in another unit.
 
-    Its live quantiles must lie where a known conversion takes the reference's, within a fifth of their spread, and
-    clearly not where they were.
+    Its live quantiles must lie where a known conversion takes the reference's, within a fraction of their spread, and
+    clearly not where they were. A shift of another cause may look the same: the words say what to check.
 
     Args:
         reference: What is usual.
-        quantiles: float [F, Q], Q >= 3, of live values at the levels 1/(Q+1) ... Q/(Q+1), each of 50 rows or more;
+        quantiles: float [F, Q], Q >= 3, of live values at the levels 1/(Q+1) ... Q/(Q+1), each of 100 rows or more;
             NaN for features to leave out.
 
     Returns:
@@ -192,14 +207,17 @@ def unit_change(reference: Reference, quantiles: AnyArray) -> str | None:
     count = live.shape[1]
     bins = reference.edges.shape[1] + 1
     levels = np.arange(1, count + 1) / (count + 1)
-    best, words = _EXPLAINED, None
+    best, words = 1.0, None
     for name, edges, seen in zip(reference.names, reference.edges, live, strict=True):
         usual = np.interp(levels, np.arange(1, bins) / bins, edges)
         if not np.isfinite(seen).all() or not usual.std() or _misfit(usual, seen) < _CHANGED:
             continue
+        about_zero = abs(usual.mean()) < usual.std()
         for before, after, factor, offset in _MAPS:
+            if about_zero and not offset and 1 / _FAR < factor < _FAR:
+                continue
             misfit = _misfit(factor * usual + offset, seen)
-            if misfit < best:
+            if misfit < min(best, _EXPLAINED_WITH_OFFSET if offset else _EXPLAINED):
                 best, words = misfit, f"{name}: values look like {after}, no longer like {before}"
     return words
 

@@ -51,7 +51,8 @@ def test_broken_values_raise_an_alarm_at_once_which_says_what_is_wrong(monitor, 
     monitor.update(rows(rng, 320))
     assert not monitor.warning
     assert rows_until_alarm(monitor, rng, **changes) <= within
-    assert re.fullmatch(words, monitor.findings()[0])
+    finding = monitor.findings()[0]
+    assert re.fullmatch(words, f"{finding.feature}: {finding.words}")
     channel, rise = monitor.suspects()[0]
     assert monitor.names[channel].startswith(next(iter(changes)))
     assert rise > 0
@@ -81,7 +82,7 @@ def test_a_frozen_sensor_is_noticed_though_the_reference_has_no_order(rng):
     monitor = make(rng, ordered=False)
     assert "site: the same as the one before" not in monitor.names  # takes few values: it may well repeat
     assert rows_until_alarm(monitor, rng, acc_y=3.5) <= 300
-    assert "usually" not in monitor.findings()[0]
+    assert "usually" not in monitor.findings()[0].words
 
 
 def test_a_value_that_always_was_the_same_may_stay_so(rng):
@@ -169,6 +170,11 @@ def test_a_change_of_unit_is_recognised(rng, draw, convert, after, before):
 def test_what_is_no_change_of_unit_is_not_taken_for_one(rng, change):
     live = np.quantile(change(rng.normal(20, 5, 200)), LEVELS)
     assert unit_change(reference_of(rng.normal(20, 5, 1000)), live[None]) is None
+
+
+def test_a_wider_spread_about_zero_is_no_change_of_unit(rng):
+    live = np.quantile(rng.normal(0, 3.28, 200), LEVELS)
+    assert unit_change(reference_of(rng.normal(0, 1, 1000)), live[None]) is None
 
 
 def test_features_without_quantiles_or_spread_are_left_out(rng):
