@@ -9,7 +9,8 @@ import numpy as np
 from edge_sdk.drift.base import DriftDetector
 from edge_sdk.types import AnyArray, DoubleArray
 
-_FRACTIONS = np.array([0.05, 0.15, 0.4])
+_FRACTIONS = np.array([0.05, 0.15, 0.4, 0.9])
+"""The boldest bet halves the delay of large shifts; the smallest is for changes of rare events."""
 _WARNING = 0.05
 _RECENT = 0.97
 _CAP = 1e200

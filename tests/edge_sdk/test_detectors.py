@@ -99,14 +99,14 @@ def test_evidence_is_the_average_of_the_statistics_computed_row_by_row(rng, stri
     detector.update(stream)
     total = 0.0
     for channel, (up, down) in enumerate([(0.52, 0.48), (0.45, 0.35)]):
-        for bet in (0.05, 0.15, 0.4):
+        for bet in (0.05, 0.15, 0.4, 0.9):
             above = below = 0.0
             for index, x in enumerate(stream[: 300 - 300 % stride, channel]):
                 begun = stride if index % stride == 0 else 0
                 above = (begun + above) * (1 + bet * (x - up) / up)
                 below = (begun + below) * (1 + bet * (down - x) / (1 - down))
             total += above + below
-    assert detector.evidence == pytest.approx(total / 12, rel=1e-9)
+    assert detector.evidence == pytest.approx(total / 16, rel=1e-9)
 
 
 def test_quiet_rows_are_those_since_the_last_warning_level(rng):
@@ -147,7 +147,7 @@ def test_alarm_index_on_a_seeded_stream_is_the_known_one():
     rng = np.random.default_rng(7)
     stream = rng.beta(2, 2, (600, 4))
     stream[400:, 2] = rng.beta(4, 2, 200)
-    assert first_alarm(make(4), stream) == 486
+    assert first_alarm(make(4), stream) == 456
 
 
 def test_false_alarms_keep_their_budget_for_an_estimated_reference():
@@ -254,7 +254,7 @@ def test_a_mean_close_to_the_end_of_its_range_keeps_the_budget(mean):
 
 
 @pytest.mark.parametrize(
-    ("mean", "value"), [(0.0, 1.0), (1.0, 0.0), (0.002, 0.0), (0.998, 1.0), (0.5, 1.0), (0.5, 0.0)]
+    ("mean", "value"), [(0.0, 1.0), (1.0, 0.0), (2e-4, 0.0), (1 - 2e-4, 1.0), (0.5, 1.0), (0.5, 0.0)]
 )
 @pytest.mark.parametrize(("rows", "stride"), [(1, 1), (1, 32), (32, 8), (1_000, 1), (1_000, 32)])
 def test_extreme_streams_stay_finite_and_raise_no_numpy_warning(mean, value, rows, stride):
