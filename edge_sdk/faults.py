@@ -268,12 +268,13 @@ class FaultProxy:
         if self._thread is not None:
             return
         try:
-            family, _, _, _, address = socket.getaddrinfo(*self._to, type=socket.SOCK_STREAM)[0]
-            self._address = family, address
+            found = socket.getaddrinfo(*self._to, type=socket.SOCK_STREAM)[0]
+            self._address = found[0], found[-1]
         except (OSError, UnicodeError) as error:  # what cannot be a name at all is the latter
             raise TransportError(f"the broker's address {self._to[0]}:{self._to[1]} is not known: {error}") from error
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
-            self._listener = socket.create_server((self.host, self.port), backlog=1024)
+            self._listener = socket.create_server((self.host, self.port), family=family, backlog=1024)
         except OSError as error:
             raise TransportError(f"cannot listen on {self.host}:{self.port}: {error}") from error
         self._listener.setblocking(False)

@@ -127,22 +127,15 @@ class Swarm:
         self._resolved_at = -_NEVER
         self._resolve_error: OSError | None = None
         self._last_error: str | None = None
-        self.connected_count = 0
-
-    @property
-    def connected(self) -> int:
+        self.connected = 0
         """How many transports are connected."""
-        return self.connected_count
+        self.unacknowledged = 0
+        """How many publications the broker has not acknowledged yet."""
 
     @property
     def last_error(self) -> str | None:
         """What went wrong last, for whichever transport; None once all are connected."""
         return self._last_error
-
-    @property
-    def unacknowledged(self) -> int:
-        """How many publications the broker has not acknowledged yet."""
-        return sum(member.unacknowledged for member in self._members)
 
     def transport(self, client_id: str, *, username: str | None = None, password: str | None = None) -> SwarmTransport:
         """A transport of its own, not yet connected. Raises the soft limit of open files if it must.
@@ -320,13 +313,13 @@ class Swarm:
         member.failures = 0
         self._set_connected(member, value=True)
         self.note(member, member.error if member.refused else None)
-        if self.connected_count == len(self._members) and not member.refused:
+        if self.connected == len(self._members) and not member.refused:
             self._last_error = None
 
     # On whichever thread turns, holding `changed`.
 
     def _set_connected(self, member: SwarmTransport, *, value: bool) -> None:
-        self.connected_count += value - member.connected
+        self.connected += value - member.connected
         member.connected = value
 
     def _do_what_is_due(self, now: float) -> float:
@@ -513,7 +506,7 @@ class SwarmTransport:
                 raise NotConnectedError(f"no connection to the broker: {topic} was not sent")
             sent = self.client.publish(topic, payload, qos=_QOS, retain=retain)
             if sent.rc == MQTTErrorCode.MQTT_ERR_SUCCESS:
-                self.unacknowledged += 1
+                self.count_unacknowledged(1)
             self._swarm.after(self)
         if sent.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
             raise NotConnectedError(f"{topic} was not sent: {sent.rc.name}")
@@ -601,8 +594,13 @@ class SwarmTransport:
             self._closed_bytes = (self.bytes_sent, self.bytes_received)
         self.line = self.client = None
         self.accepted = self.answered = self.leaving = False
-        self.unacknowledged = 0
+        self.count_unacknowledged(-self.unacknowledged)
         self.reason = ""
+
+    def count_unacknowledged(self, more: int) -> None:
+        """Publications began or ended to be under way."""
+        self.unacknowledged += more
+        self._swarm.unacknowledged += more
 
     def came(self, reason: Any) -> None:
         """The broker has answered the first packet."""
@@ -742,7 +740,7 @@ def _on_subscribe(_client: Client, owner: SwarmTransport, number: int, reasons: 
 
 
 def _on_publish(_client: Client, owner: SwarmTransport, _number: int, _reason: Any, _properties: Any) -> None:
-    owner.unacknowledged -= 1
+    owner.count_unacknowledged(-1)
 
 
 def _on_message(_client: Client, owner: SwarmTransport, message: MQTTMessage) -> None:
