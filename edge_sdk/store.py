@@ -174,6 +174,8 @@ class Store(Database):
 
     def __init__(self, path: Path, *, durability: Literal["full", "normal"] = "full") -> None:
         super().__init__(path, STEPS, durable=durability == "full", replace_damaged=True)
+        # what is erased is overwritten: some builds of SQLite leave it in free pages until they are used again
+        self.execute("PRAGMA secure_delete = ON")
 
     # ---- small facts
 
@@ -365,12 +367,22 @@ class Store(Database):
             self.execute("DELETE FROM meta WHERE key LIKE ?", (f"{kind}:%",))
 
     def compact(self) -> None:
-        """Give up the pages of deleted rows, so that nothing of them is left in the files; outside a transaction.
+        """Give up the pages of deleted rows, and empty the log; outside a transaction.
 
         Raises:
             StoreError: Another process reads: what was deleted is still in the log. A retry helps.
         """
         self.execute("VACUUM")
+        self.clear_log()
+
+    def clear_log(self) -> None:
+        """Bring what was written into the file and empty the log, which still holds what was erased.
+
+        Outside a transaction.
+
+        Raises:
+            StoreError: Another process reads. A retry helps.
+        """
         if self.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             raise StoreError("another process reads the database: what was erased is still in its log; try again")
 

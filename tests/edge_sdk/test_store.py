@@ -189,6 +189,21 @@ def test_a_file_of_an_earlier_form_keeps_its_rows_with_defaults_for_what_is_new(
     store.close()
 
 
+# ---- what is written
+
+
+def test_erased_bytes_are_gone_from_the_files(store, path):
+    secret = bytes(range(1, 256)) * 40  # more than a page
+    with store.transaction():
+        store.add_samples([NewSample(1.0, secret + bytes([i]), "1", "fresh", TRUNK) for i in range(20)])
+        store.add_rows([row("a")._replace(latent=secret)])
+    with store.transaction():
+        store.take_rows(["a"])
+        store.delete_samples(sample.key for sample in store.samples("fresh", TRUNK))
+    store.clear_log()
+    assert all(secret[:200] not in file.read_bytes() for file in path.parent.iterdir() if file.is_file())
+
+
 # ---- transactions
 
 
@@ -230,7 +245,6 @@ def test_a_closed_database_is_a_store_error(path):
 
 KILLED_WRITER = """
 import os, sys
-from pathlib import Path
 from edge_sdk.files import set_crash_hook
 from edge_sdk.store import Store
 store = Store(Path(sys.argv[1]))
