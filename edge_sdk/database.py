@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edge_sdk.errors import DiskFullError, StoreError
 from edge_sdk.files import crashpoint
 
 logger = logging.getLogger(__name__)
 _BUSY_S = 30.0
+_LOG_HEADER_BYTES = 32
 
 Step = Callable[[Any], None]
 """One migration: takes a `sqlite_utils.Database`, and brings the file from one form to the next."""
+
+
+class _Log(NamedTuple):
+    """Where SQLite's write-ahead log is."""
+
+    number: int
+    """How often it began anew."""
+    size: int
 
 
 class Database:
@@ -37,7 +47,9 @@ class Database:
     ) -> None:
         self.replaced = False
         """Whether a damaged file was put aside."""
-        self._steps = steps
+        self.written_bytes = 0
+        """About so many were written to the disk by transactions: whole pages, to the log and from it to the file."""
+        self._steps, self._path = steps, path
         try:
             self._open(path, durable=durable)
             if replace_damaged and (found := self.conn.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
@@ -59,6 +71,9 @@ class Database:
             raise store_error(error, f"{path} cannot be opened") from error
         self.conn.execute("PRAGMA journal_mode = WAL")
         self.conn.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+        # a log that begins anew is cut to what it holds: its size says what was written
+        self.conn.execute("PRAGMA journal_size_limit = 0")
+        self._log = self._read_log()
         version = self._version()
         if version > len(self._steps):
             self.conn.close()
@@ -103,6 +118,24 @@ class Database:
                 raise
         except sqlite3.Error as error:
             raise store_error(error, "the database refused a write") from error
+        self._count_written()
+
+    def _count_written(self) -> None:
+        before, self._log = self._log, self._read_log()
+        if self._log.number == before.number:
+            self.written_bytes += self._log.size - before.size
+            return
+        with suppress(OSError):  # the log before was brought into the file, each of its pages once
+            self.written_bytes += self._log.size + min(before.size, self._path.stat().st_size)
+
+    def _read_log(self) -> _Log:
+        """How far the log has come: see https://www.sqlite.org/fileformat2.html#walformat."""
+        try:
+            with self._path.with_name(f"{self._path.name}-wal").open("rb") as file:
+                header, size = file.read(_LOG_HEADER_BYTES), os.fstat(file.fileno()).st_size
+        except OSError:
+            return _Log(0, 0)
+        return _Log(int.from_bytes(header[12:16]), size) if len(header) == _LOG_HEADER_BYTES else _Log(0, 0)
 
     def read(self, sql: str, *values: Any) -> list[tuple[Any, ...]]:
         """All rows of a query."""

@@ -20,8 +20,6 @@ from edge_sdk.tasks import is_right
 from edge_sdk.types import LatentArray
 
 _REMEMBERED_IDS = 10_000
-_ROW_BYTES = 120
-_SAMPLE_BYTES = 200
 _CAP = "cap"
 _TRUSTED = 0.5
 """Labels of a source that counts less are learned from; like guesses, they say nothing of the version in use."""
@@ -51,7 +49,7 @@ class Joined:
     """Predictions whose label will not be waited for any longer."""
     live: list[Judged] = field(default_factory=list)
     written_bytes: int = 0
-    """About so many, to the database."""
+    """About so many, to the database, since the flush before: what this one takes is known once it is on disk."""
     capped: int = 0
     """Labels beyond what their source may contribute in an hour."""
     samples: list[NewSample] = field(default_factory=list)
@@ -79,6 +77,7 @@ class Joiner:
         """Predictions whose labels were asked for: chosen for being hard, they say nothing of the others."""
         self.on_trial: frozenset[int] = frozenset()
         """Keys of the fresh samples that a job or its challenger knows."""
+        self._told_bytes = 0
         self._labelled: deque[str] = deque(maxlen=_REMEMBERED_IDS)
 
     @property
@@ -134,6 +133,7 @@ class Joiner:
         """The transaction was committed."""
         self._unsaved = []
         self._cap = joined.cap
+        self._told_bytes += joined.written_bytes
         self._labelled.extend(joined.ids)
         self._pending.release([*joined.ids, *joined.gone])
 
@@ -252,7 +252,6 @@ class Joiner:
         counters.capped += joined.capped
         for name in ("rejected_inputs", "errors", "rows_lost", "labels_lost"):
             setattr(counters, name, getattr(counters, name) + sum(getattr(batch, name) for batch in self._unsaved))
-        size = sum(len(row.latent) + _ROW_BYTES for row in joined.rows) + _SAMPLE_BYTES * (len(joined.ids) + taught)
-        joined.written_bytes = size
-        counters.written_bytes += size
-        window.written_bytes += size
+        joined.written_bytes = self._store.written_bytes - self._told_bytes
+        counters.written_bytes += joined.written_bytes
+        window.written_bytes += joined.written_bytes

@@ -3,6 +3,7 @@
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -192,6 +193,34 @@ def test_a_file_of_an_earlier_form_keeps_its_rows_with_defaults_for_what_is_new(
 # ---- what is written
 
 
+def written_by_this_process():
+    io = Path("/proc/self/io").read_text().split()
+    return int(io[io.index("write_bytes:") + 1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="the kernel does not tell")
+@pytest.mark.parametrize("durability", ["full", "normal"])
+@pytest.mark.parametrize(("rows", "dim", "flushes"), [(1, 32, 400), (20, 1_280, 100), (1_000, 128, 20)])
+def test_it_tells_about_how_much_went_to_the_disk(path, rows, dim, flushes, durability):
+    """Labels come a flush after their rows, as they do in use; the log begins anew several times."""
+    store = Store(path, durability=durability)
+    before, waiting = written_by_this_process(), {}
+    for flush in range(flushes):
+        with store.transaction():
+            new = [row(f"{flush}-{i}", time=flush, size=dim) for i in range(rows)]
+            store.add_rows(new)
+            taken = store.take_rows(list(waiting))
+            store.add_samples(NewSample(r.time, r.latent, "4", "fresh", TRUNK, r.id) for r in taken.values())
+            store.trim_samples("fresh", TRUNK, 2_000)
+            waiting = {each.id for each in new}
+    told, written = store.written_bytes, written_by_this_process() - before
+    store.close()
+    if not written:
+        pytest.skip("temporary files are in memory here")
+    assert written / 2 <= told <= written * 2
+    assert told >= 2 * flushes * rows * dim
+
+
 def test_erased_bytes_are_gone_from_the_files(store, path):
     secret = bytes(range(1, 256)) * 40  # more than a page
     with store.transaction():
@@ -245,6 +274,7 @@ def test_a_closed_database_is_a_store_error(path):
 
 KILLED_WRITER = """
 import os, sys
+from pathlib import Path
 from edge_sdk.files import set_crash_hook
 from edge_sdk.store import Store
 store = Store(Path(sys.argv[1]))
