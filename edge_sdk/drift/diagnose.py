@@ -159,8 +159,9 @@ def _joined(told: Sequence[tuple[str, str]]) -> str:
 def class_shift(reference: Reference, evidence: Evidence) -> DoubleArray | None:
     """The shares of predicted classes that explain the shift of the channels, float64 [C]; None if none do.
 
-    They must explain 0.7 of the squared shift, in standard deviations of each channel and beyond what chance gives,
-    of all channels together and of inputs and latent alone: outputs follow the predicted class whatever changed.
+    They must explain 0.7 of the squared shift, in standard deviations of each channel, of all channels together and
+    of inputs and latent alone: outputs follow the predicted class whatever changed. The shift must be more than
+    chance gives, which takes means over some hundred rows.
 
     Source:
         The idea of Lipton, Wang & Smola 2018, "Detecting and correcting for label shift with black box predictors",
@@ -197,12 +198,14 @@ def class_shift(reference: Reference, evidence: Evidence) -> DoubleArray | None:
 
 
 def _explained(shift: DoubleArray, left: DoubleArray, noise: float, classes: int) -> float:
-    """Adjusted share of the squared shift that is explained, less what chance adds to both; 0 if it may be chance."""
-    n = len(shift)
-    total, rest = float(shift @ shift) - n * noise, max(0.0, float(left @ left) - n * noise)
-    if n <= classes or total < n * noise:
+    """Adjusted share of the squared shift that is explained; 0 if half of the shift may be chance.
+
+    Chance is not taken from what is left: much of it goes along with the classes, and is explained with them.
+    """
+    n, total = len(shift), float(shift @ shift)
+    if n <= classes or total < 2 * n * noise:
         return 0.0
-    return 1 - rest / total * (n - 1) / (n - classes)
+    return 1 - float(left @ left) / total * (n - 1) / (n - classes)
 
 
 def _prior(reference: Reference, shares: DoubleArray, labels: Sequence[str]) -> Diagnosis:

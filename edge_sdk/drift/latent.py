@@ -21,8 +21,8 @@ class LatentChannels:
     """Sign projections of the latent and a cosine of each: channels in [0, 1].
 
     A class that becomes frequent, or a part of every input that is covered, moves the mean of some cosine even where
-    no single value of the latent moves much. One half of the cosines answers to the place of a projection, the other
-    to its spread.
+    no single value of the latent moves much: their phases differ, so that some answer to the place of a projection
+    and some to its spread.
 
     Attributes:
         signs: uint8 [D, 4]: one bit for each of 32 projections.
@@ -56,7 +56,7 @@ class LatentChannels:
         seen = plain._project(latents).astype(np.float64)
         # one code at least: of a projection that never moved, the least step is a standard deviation
         scale = 1 / np.maximum(seen.std(axis=0), 1.0)
-        turn = np.where(np.arange(PROJECTIONS) % 2, 0.0, -math.pi / 2)
+        turn = 2 * math.pi * np.arange(PROJECTIONS) / PROJECTIONS
         return cls(signs, scale.astype(np.float32), (turn - seen.mean(axis=0) * scale).astype(np.float32))
 
     def channels(self, latents: LatentArray) -> DoubleArray:
