@@ -48,7 +48,7 @@ $(VENV)/.demo: $(INPUTS)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(PIP) --editable '.[demo,serve,export,parquet,images]' --group dev --group models
+	$(PIP) --editable '.[demo,serve,export,parquet,images,simulate]' --group dev --group models
 	$(PIP) --no-deps aeon    # a test reads its data files; what else it needs takes 270 MB
 	@touch $@
 
