@@ -351,6 +351,8 @@ class FaultProxy:
         while self._timers and self._timers[0][0] <= now:
             pair = heapq.heappop(self._timers)[2]
             pair.reminder = _NEVER
+            if self._frozen:
+                continue  # thawing reminds of all
             if pair in self._pairs and pair.dies_at <= now:
                 self._lose(pair)
             for end in pair.ends:

@@ -121,7 +121,7 @@ class Swarm:
         self._waiting: deque[SwarmTransport] = deque()
         self._connecting: dict[SwarmTransport, float] = {}  # since when; the oldest first
         self._retries: list[tuple[float, int, SwarmTransport]] = []  # a heap
-        self._care: deque[tuple[float, SwarmTransport, _Client]] = deque()  # all in the same rhythm, so in order
+        self._care: deque[tuple[float, SwarmTransport, _Line]] = deque()  # all in the same rhythm, so in order
         self._sequence = 0
         self._addresses: list[tuple[socket.AddressFamily, Any]] = []
         self._resolved_at = -_NEVER
@@ -333,10 +333,10 @@ class Swarm:
             if member.is_open and member.line is None:
                 self._dial(member, now)
         while self._care and self._care[0][0] <= now:
-            _, member, client = self._care.popleft()
-            if member.client is client:
-                client.loop_misc()
-                self._care.append((now + self.keepalive_s / _SWEEPS, member, client))
+            _, member, line = self._care.popleft()
+            if member.line is line and member.client is not None:
+                member.client.loop_misc()
+                self._care.append((now + self.keepalive_s / _SWEEPS, member, line))
                 self.after(member)
         return min(
             self._retries[0][0] if self._retries else _NEVER,
@@ -395,7 +395,7 @@ class Swarm:
         member.client = client = member.new_client(line)
         client.connect_async(self.host, self.port, self.keepalive_s, clean_start=True)
         client.reconnect()
-        self._care.append((time.monotonic() + self.keepalive_s / _SWEEPS, member, client))
+        self._care.append((time.monotonic() + self.keepalive_s / _SWEEPS, member, line))
         self.after(member)
 
     def _fail(self, member: SwarmTransport, error: str) -> None:
@@ -601,6 +601,8 @@ class SwarmTransport:
         """Publications began or ended to be under way."""
         self.unacknowledged += more
         self._swarm.unacknowledged += more
+        if not self.unacknowledged:
+            self._swarm.news()
 
     def came(self, reason: Any) -> None:
         """The broker has answered the first packet."""

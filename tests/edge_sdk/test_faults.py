@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 
 import psutil
 import pytest
@@ -334,6 +335,21 @@ def test_a_device_reconnects_after_a_cut(embedded_broker, swarm_through):
         until(transport, lambda: transport.connections == 2)
 
 
+def test_nothing_dies_aloud_in_a_partition(echo):
+    with (
+        FaultProxy(echo, faults=Faults(life_s=0.3)) as proxy,
+        closing(socket.create_connection((proxy.host, proxy.port), timeout=0.5)) as line,
+    ):
+        proxy.partition()
+        line.sendall(b"x")
+        with pytest.raises(TimeoutError):
+            line.recv(1)
+        proxy.heal()
+        line.settimeout(DEADLINE_S)
+        with pytest.raises(ConnectionResetError):
+            line.recv(2)
+
+
 @pytest.mark.mosquitto
 def test_a_half_open_line_looks_alive_to_both_ends_until_a_keepalive_finds_out(mosquitto, swarm_through):
     with to(mosquitto) as proxy:
@@ -369,6 +385,12 @@ def test_refused_connections_are_tried_again(embedded_broker, swarm_through):
             transport.publish("t", b"")
         proxy.set(Faults())
         until(transport, lambda: transport.connected)
+
+
+def test_the_guide_names_every_fault():
+    guide = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
+    for field in Faults.__struct_fields__:
+        assert f"`{field}`" in guide
 
 
 def test_which_connections_are_refused_depends_on_the_seed_alone(echo):

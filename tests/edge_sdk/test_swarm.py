@@ -326,6 +326,16 @@ def test_threads_may_publish_while_the_swarm_runs_on_another(make, embedded_brok
         until(swarm, lambda: swarm.unacknowledged == 0)
 
 
+def test_a_swarm_on_a_thread_tells_when_all_is_acknowledged(make, embedded_broker):
+    with make(embedded_broker) as swarm:
+        transport = connected(swarm.transport("acknowledged"))
+        begin = time.monotonic()
+        for i in range(100):
+            transport.publish("acknowledged", bytes([i]))
+        until(swarm, lambda: swarm.unacknowledged == 0)
+        assert time.monotonic() - begin < DEADLINE_S / 2  # the last look of all, at the time limit, would see it too
+
+
 def test_wait_returns_on_a_message_a_change_or_the_time_limit(make, embedded_broker):
     transport = make(embedded_broker).transport("waiter")
     assert not transport.wait(0.01)
