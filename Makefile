@@ -11,7 +11,7 @@ INPUTS := pyproject.toml constraints.txt
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test check format tools bench-predict bench-forgetting bench-peers clean
+.PHONY: demo test check format tools bench-predict bench-forgetting bench-peers bench-transport clean
 
 demo: $(VENV)/.demo
 	PYTHONPATH=examples $(BIN)/python -m demo.run
@@ -55,6 +55,10 @@ $(VENV)/.dev: $(VENV)/.demo
 # Speed, memory and latency of serving, written to benchmarks/predict.*; wants a machine with nothing else to do.
 bench-predict: $(VENV)/.dev
 	PYTHONPATH=examples:benchmarks $(BIN)/python benchmarks/predict.py
+
+# Thousands of MQTT connections in one process, written to benchmarks/transport.*; five minutes, needs mosquitto.
+bench-transport: $(VENV)/.dev
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/transport.py
 
 # What learning forgets, and what it costs, written to benchmarks/forgetting.*; about half an hour on one core.
 bench-forgetting: $(VENV)/.dev
