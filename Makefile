@@ -4,6 +4,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 PEERS := .venv-avalanche
+DRIFT_PEERS := river alibi evidently whylogs
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 INPUTS := pyproject.toml constraints.txt
@@ -11,7 +12,7 @@ INPUTS := pyproject.toml constraints.txt
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test check format tools bench-predict bench-forgetting bench-peers bench-transport clean
+.PHONY: demo test check format tools bench-predict bench-forgetting bench-peers bench-drift bench-transport clean
 
 demo: $(VENV)/.demo
 	PYTHONPATH=examples $(BIN)/python -m demo.run
@@ -74,5 +75,15 @@ $(PEERS)/.done: benchmarks/peers/avalanche-requirements.txt
 	$(PEERS)/bin/pip install --quiet --no-deps -r $<
 	@touch $@
 
+# Cost, false alarms and delays of the drift monitors beside river, alibi-detect, evidently and whylogs, each in an
+# environment of its own (2.4 GB together), written to benchmarks/drift.*; 25 minutes on one core.
+bench-drift: $(VENV)/.dev $(DRIFT_PEERS:%=.venv-drift-%/.done)
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/drift.py --peers '.venv-drift-{}/bin/python'
+
+.venv-drift-%/.done: benchmarks/peers/drift-%-requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --no-deps -r $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(PEERS) build demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	rm -rf $(VENV) $(PEERS) $(DRIFT_PEERS:%=.venv-drift-%) build demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
