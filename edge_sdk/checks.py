@@ -283,13 +283,17 @@ def _check_reconnect(sender: _Peer, reader: _Peer, prefix: str, restart: Callabl
     reader.expect("a reconnected transport has its subscriptions, each once", Message(topic, b"again"))
 
 
-def check_detector(make: Callable[[], DriftDetector], *, channels: int = 3, rows: int = 2_000, seed: int = 0) -> None:
+def check_detector(
+    make: Callable[[], DriftDetector], *, channels: int = 3, rows: int = 2_000, history: int = 0, seed: int = 0
+) -> None:
     """Check a `DriftDetector`.
 
     Args:
         make: Gives a new detector, always the same one, that notices when channels about 0.5 become 1.
         channels: How many it watches.
         rows: Within how many rows of ones it raises the alarm.
+        history: Calm rows, 600 at most, that it must have seen before: for a detector without a reference, which
+            compares a stream with its own past.
         seed: Of the streams shown to it.
 
     Raises:
@@ -300,7 +304,7 @@ def check_detector(make: Callable[[], DriftDetector], *, channels: int = 3, rows
     _check_detector_begins(make(), calm[:10])
     for stream in (calm, np.concatenate([calm[:300], ones, calm[300:]])):
         _check_detector_blocks(make, stream, rng)
-    _check_detector_alarm(make, ones, calm)
+    _check_detector_alarm(make, ones, calm, calm[:history])
     _check_detector_restore(make, calm, ones)
     _check_detector_input(make(), calm[:50])
 
@@ -335,8 +339,11 @@ def _check_detector_blocks(make: Callable[[], DriftDetector], stream: DoubleArra
         )
 
 
-def _check_detector_alarm(make: Callable[[], DriftDetector], ones: DoubleArray, calm: DoubleArray) -> None:
+def _check_detector_alarm(
+    make: Callable[[], DriftDetector], ones: DoubleArray, calm: DoubleArray, history: DoubleArray
+) -> None:
     detector = make()
+    detector.update(history)
     for row in ones:
         detector.update(row[None])
         if detector.drift_detected:
