@@ -207,7 +207,7 @@ class ReleaseOutcome(NamedTuple):
     Attributes:
         name: What to call it.
         bad: Whether it was known to be bad.
-        status: Of its rollout: running, completed, halted, rolling_back, rolled_back.
+        status: Of its rollout: running, completed, rolling_back (it has been halted) or rolled_back.
     """
 
     name: str
@@ -255,7 +255,7 @@ class Expect(_Section, frozen=True):
             if limit is not None and not (value >= limit if least else value <= limit):
                 lines.append(f"expect.{key}: {limit:g} was stated, {value:.6g} came out")
         for release in found.releases:
-            if release.bad and self.bad_releases_stop and release.status not in ("halted", "rolled_back"):
+            if release.bad and self.bad_releases_stop and release.status not in ("rolling_back", "rolled_back"):
                 lines.append(f"expect.bad_releases_stop: {release.name} is bad and ended as {release.status!r}")
             if not release.bad and self.good_releases_complete and release.status != "completed":
                 lines.append(f"expect.good_releases_complete: {release.name} is good and ended as {release.status!r}")

@@ -311,7 +311,8 @@ def file(tmp_path):
     def write(*, devices=4, **options):
         files = dict.fromkeys(REQUIRED, FileEntry(1, "0" * 64))
         manifest = Manifest(
-            name="made", release=1, created="2026-01-01T00:00:00Z", files=files, latent=LatentSpec(dim=4), **{"labels": ["no", "yes"], "input": InputSpec(shape=[3]), **options},
+            name="made", release=1, created="2026-01-01T00:00:00Z", files=files, latent=LatentSpec(dim=4),
+            **{"labels": ["no", "yes"], "input": InputSpec(shape=[3]), **options},
         )  # fmt: skip
         (tmp_path / "one").mkdir(exist_ok=True)
         (tmp_path / "one" / MANIFEST_NAME).write_bytes(msgspec.json.encode(manifest))

@@ -241,7 +241,7 @@ def test_what_was_expected_and_came_out_is_no_failure():
         (Expect(max_bytes_per_device_day=10), Measured(bytes_per_device_day=math.nan), "max_bytes"),
         (Expect(), Measured(releases=(ReleaseOutcome("3", True, "completed"),)), "bad_releases_stop"),
         (Expect(), Measured(releases=(ReleaseOutcome("3", True, "running"),)), "bad_releases_stop"),
-        (Expect(good_releases_complete=True), Measured(releases=(ReleaseOutcome("2", False, "halted"),)), "good_"),
+        (Expect(good_releases_complete=True), Measured(releases=(ReleaseOutcome("2", False, "rolled_back"),)), "good_"),
     ],
 )
 def test_what_was_expected_and_did_not_come_out_is_told_by_its_key(expect, found, key):
@@ -250,7 +250,7 @@ def test_what_was_expected_and_did_not_come_out_is_told_by_its_key(expect, found
 
 
 def test_expectations_can_be_waived():
-    bad = Measured(releases=(ReleaseOutcome("3", True, "completed"), ReleaseOutcome("2", False, "halted")))
+    bad = Measured(releases=(ReleaseOutcome("3", True, "completed"), ReleaseOutcome("2", False, "rolled_back")))
     assert Expect(bad_releases_stop=False).unmet(bad) == []
 
 
