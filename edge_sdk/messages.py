@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import msgspec
@@ -107,8 +108,10 @@ class MetricSummary(msgspec.Struct, frozen=True, array_like=True):
     low: float
     """Of all values, rounded away from the mean to within about one `std`; as `high`."""
     high: float
-    sketch: bytes
-    """Quantiles; empty if there was no room for them."""
+    above: bytes
+    """Quantile sketch of the values of 0 or more, see `to_buckets`; empty if there was no room, as `below`."""
+    below: bytes
+    """Of those below 0, without their sign."""
 
 
 class Summary(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
@@ -136,7 +139,7 @@ class Summary(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     classes: dict[str, int]
     """Predictions by label, rounded to multiples of `unit`."""
     latency: bytes
-    """Quantiles of milliseconds for one prediction; may be empty."""
+    """Quantile sketch of milliseconds for one prediction, see `to_buckets`; may be empty."""
     metrics: list[MetricSummary]
     monitors: list[MonitorState]
 
@@ -383,3 +386,35 @@ def from_counts(data: bytes) -> list[int]:
     if shift:
         raise ProtocolError("counts that end within a number")
     return numbers
+
+
+def to_buckets(indexes: Sequence[int], counts: Sequence[int], zeros: int) -> bytes:
+    """A quantile sketch in the form of `to_counts`; empty buckets are left out.
+
+    First come the zeros, then each bucket as its distance from the one before and its count. The distance of the first
+    is from 0, and coded as twice as much, or twice as much less 1 if it is negative.
+    """
+    filled = [(index, count) for index, count in zip(indexes, counts, strict=True) if count]
+    if not filled:
+        return to_counts([zeros]) if zeros else b""
+    first = filled[0][0]
+    numbers = [zeros, 2 * first if first >= 0 else -2 * first - 1, filled[0][1]]
+    for (before, _), (index, count) in pairwise(filled):
+        numbers += [index - before, count]
+    return to_counts(numbers)
+
+
+def from_buckets(data: bytes) -> tuple[list[int], list[int], int]:
+    """Numbers of the buckets, their counts, and the zeros, as `to_buckets` wrote them.
+
+    Raises:
+        ProtocolError: It did not write this.
+    """
+    zeros, *numbers = from_counts(data) or [0]
+    if len(numbers) % 2:
+        raise ProtocolError("a sketch that ends within a bucket")
+    distances, counts = numbers[::2], numbers[1::2]
+    if distances:
+        first = distances[0]
+        distances[0] = first // 2 if first % 2 == 0 else -(first + 1) // 2
+    return list(accumulate(distances)), counts, zeros

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
+from random import Random
 
 import numpy as np
 
@@ -156,6 +157,35 @@ def suppress_small(counts: dict[str, int], *, min_count: int) -> dict[str, int]:
     if rest >= min_count:
         kept["other"] = kept.get("other", 0) + rest  # a label may bear that name
     return kept
+
+
+def round_at_random(counts: AnyArray, unit: int, chance: Random) -> AnyArray:
+    """Counts in units, rounded up as often as their remainder says: right on average, and silent about single rows.
+
+    Args:
+        counts: int [...], >= 0.
+        unit: At least 1; with 1 the counts stay as they are.
+        chance: Drawn from once for each count. Not numpy's, which costs a serving process 4 MB.
+
+    Returns:
+        int64 [...]: a count c becomes floor(c / unit), and one more with a chance of (c mod unit) / unit.
+    """
+    whole = np.asarray(counts, dtype=np.int64)
+    drawn = np.frombuffer(chance.randbytes(4 * whole.size), dtype=np.uint32).reshape(whole.shape)
+    units: AnyArray = (whole + drawn % unit) // unit
+    return units
+
+
+def round_outward(low: AnyArray, high: AnyArray, std: AnyArray) -> tuple[DoubleArray, DoubleArray]:
+    """Extremes moved apart to multiples of the power of two next above the standard deviation.
+
+    So that a range can be told without telling the one value that made it. All float64 [...]; NaN stays.
+    """
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
+        step = np.exp2(np.ceil(np.log2(std)))
+        apart = np.floor(low / step) * step, np.ceil(high / step) * step
+    # where nothing varies, the mean says as much
+    return np.where(np.isfinite(apart[0]), apart[0], low), np.where(np.isfinite(apart[1]), apart[1], high)
 
 
 def share_of(key: str, purpose: str = "") -> float:

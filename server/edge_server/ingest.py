@@ -29,6 +29,7 @@ from edge_sdk.messages import (
     Topics,
     check_name,
     decode,
+    from_buckets,
     from_counts,
     unpack,
 )
@@ -322,10 +323,13 @@ def _checked_summary(summary: Summary, size: int) -> Summary:
         if (got := len(from_counts(counts))) != expected:
             raise ProtocolError(f"{got} {name} of {features} features in {summary.bins} bins")
     from_counts(summary.confidence)
+    from_buckets(summary.latency)
     for label, count in summary.classes.items():
         _check_count(f"label {label[:_MAX_TEXT]!r}", count)
     for metric in summary.metrics:
         _check_numbers(metric)
+        from_buckets(metric.above)
+        from_buckets(metric.below)
     return summary
 
 

@@ -37,9 +37,11 @@ from edge_sdk.messages import (
     decode,
     encode,
     from_bitmap,
+    from_buckets,
     from_counts,
     raw,
     to_bitmap,
+    to_buckets,
     to_counts,
     unpack,
 )
@@ -104,8 +106,8 @@ MESSAGES = {
         moments=struct.pack("<8f", 2.5, 0.5, 1.0, 4.0, -1.0, 0.25, -2.0, 0.5),
         confidence=to_counts([0] * 60 + [5, 5, 10, 40]),
         classes={"0": 300, "1": 280, "other": 20},
-        latency=b"",
-        metrics=[MetricSummary("click", 600, 0.25, 0.4375, 0.0, 1.0, b"")],
+        latency=to_buckets([-17, -16, 40], [20, 39, 1], 0),
+        metrics=[MetricSummary("click", 600, 0.25, 0.4375, 0.0, 1.0, to_buckets([0], [15], 45), b"")],
         monitors=[MonitorState("input", 12.5, 1000.0, warning=True, alarm=False)],
     ),
     "event": EVENT,
@@ -267,6 +269,20 @@ def test_bitmaps_count_bits_from_the_lowest_and_ignore_those_beyond_the_end():
 @given(st.lists(st.integers(0, 2**63 - 1), max_size=40))
 def test_counts_survive_the_wire(numbers):
     assert from_counts(to_counts(numbers)) == numbers
+
+
+@given(st.dictionaries(st.integers(-20_000, 20_000), st.integers(0, 2**40), max_size=40), st.integers(0, 2**40))
+def test_sketches_survive_the_wire_but_for_their_empty_buckets(buckets, zeros):
+    indexes = sorted(buckets)
+    filled = [index for index in indexes if buckets[index]]
+    data = to_buckets(indexes, [buckets[index] for index in indexes], zeros)
+    assert from_buckets(data) == (filled, [buckets[index] for index in filled], zeros)
+    assert bool(data) == bool(filled or zeros)
+
+
+def test_a_sketch_that_is_cut_off_is_refused():
+    with pytest.raises(ProtocolError, match="within a bucket"):
+        from_buckets(to_counts([1, 4]))
 
 
 def test_small_counts_take_one_byte_each():
