@@ -110,10 +110,11 @@ class AdaptState(msgspec.Struct):
             for row, (sure, success) in zip(rows, found, strict=True)
         ]
         self.recent = [*self.recent, *seen][-_RECENT:]
+        right, held = np.array([(row.correct, row.holdout) for row in rows], dtype=np.bool_).T
         if self.promoted_at is not None and now - self.promoted_at <= _DAY_S:
-            self.skew = self.skew.add_live(np.array([row.correct for row in rows]), scored.right)
-        if held := [row.correct for row in rows if row.holdout]:
-            self.skew = self.skew.add("holdout", np.array(held))
+            self.skew = self.skew.add_live(right[~held], scored.right[~held])
+        if held.any():
+            self.skew = self.skew.add("holdout", right[held])
         if before is not None:
             self.before += before.losses.tolist()
             self.after += scored.losses.tolist()
