@@ -164,6 +164,11 @@ class Adaptation:
         return self.state.on_trial and self.experience is not None and self.experience.judges_full
 
     @property
+    def known_to_challenger(self) -> frozenset[int]:
+        """Keys of the fresh samples that a job or its challenger was made of."""
+        return frozenset((*self._chosen.fresh, *self._chosen.older)) if self.state.on_trial else frozenset()
+
+    @property
     def new_labels(self) -> dict[str, int]:
         """Labels that samples ask for, and how many samples."""
         if self.experience is None or self._head is None:
@@ -321,8 +326,8 @@ class Adaptation:
         """Tell of new labels that wait for a person's word, once each."""
         if self._config.learn.new_labels != "ask":
             return
-        new = self.new_labels
-        if unheard := [label for label in new if label not in self.state.asked]:
+        new, least = self.new_labels, self._config.report.min_count
+        if unheard := [label for label, rows in new.items() if label not in self.state.asked and rows >= least]:
             with self._transition():
                 self.state.asked = [*self.state.asked, *unheard]
                 for label in unheard:
@@ -476,8 +481,6 @@ class Adaptation:
         """What was learned from moves into the replay buffer; inside a transaction."""
         experience.consolidate(self._chosen, fold=fold)
         self._chosen = Chosen()
-        if fold:
-            self.charge(self.state.since, flash_bytes=experience.nbytes)
 
     def _fail(self, now: float, reason: str) -> None:
         self._training.discard()

@@ -399,11 +399,6 @@ class Experience:
         self._store.delete_samples(sorted(gone))
         self.save()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a consolidation writes beside the rows: the moments, and those before."""
-        return sum(len(self._store.get(self._key(name)) or b"") for name in ("moments", "undo"))
-
     def unfold(self) -> None:
         """Take the last consolidation out of the moments again: its head proved harmful; inside a transaction."""
         if (data := self._store.get(self._key("undo"))) is None:
