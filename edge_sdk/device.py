@@ -218,8 +218,9 @@ class EdgeDevice:
     def reward(self, id: str, value: float, *, source: str = "") -> None:  # noqa: A002
         """Say how right a prediction proved, without knowing the truth: clicked, accepted, ignored. Thread-safe.
 
-        It is learned from, in proportion to how clear it is, and never judges. It stands for the truth: one that is
-        observed after the next step is a `duplicate`.
+        It is learned from, in proportion to how clear it is, and never judges. A truth that is observed later takes its
+        place; if it was learned from by then, the truth is counted under `late_truths`, and learned from as well if it
+        says something else. A second reward is a `duplicate`.
 
         Args:
             id: The prediction's.
@@ -234,8 +235,8 @@ class EdgeDevice:
     def apply_rules(self, id: str, x: Any, *, source: str = "rules") -> str | None:  # noqa: A002
         """Let the labelling functions vote on a sample. Thread-safe as far as they are.
 
-        Their label is learned from, weighted by the share of the votes that it got, and never judges. It stands for the
-        truth, as a reward does.
+        Their label is learned from, weighted by the share of the votes that it got, and never judges. A
+        truth takes its place, as that of a reward.
 
         Args:
             id: Of its prediction.

@@ -248,6 +248,7 @@ class Maintenance:
         adaptation = self.adaptation
         self.joiner.requested = self.asking.waiting_ids
         self.joiner.judges_full = adaptation is not None and adaptation.judges_full
+        self.joiner.on_trial = adaptation.known_to_challenger if adaptation is not None else frozenset()
         if self.joiner.drain() or is_due(now, self._saved_at, _SAVE_S):
             with self._store.transaction():
                 joined = self.joiner.write(now, self.served, self.reporter.counters, self.reporter.window)

@@ -293,6 +293,24 @@ def test_a_truth_that_comes_after_its_guess_was_learned_from_is_counted_and_neve
     assert kept(device, "role, label")[-1] == ("fresh", "new")
 
 
+def test_a_truth_whose_guess_is_being_learned_takes_its_place_and_never_judges(make_device, config, known, working):
+    device = make_device(config=config, executor=working, replay=ReplayConfig(judge_share=1.0))
+    said = device.predict_batch(known.x[:60])
+    for prediction in said:
+        device.reward(prediction.id, 1.0)
+    device.learn_now()
+    device.step()
+    assert device.status().phase == "training"
+    other = next_of(said[0].label)
+    device.observe(said[0].id, other)
+    device.observe(said[1].id, said[1].label)
+    device.observe(device.predict(known.x[60]).id, "3")
+    device.step()
+    assert device.status().counters.late_truths == 2
+    assert [label for (label,) in kept(device, "label")][:-2] == [row.label for row in said[1:]]
+    assert kept(device, "label, role")[-2:] == [(other, "fresh"), ("3", "judge")]
+
+
 def test_clicks_alone_teach_which_labels_were_wrong(make_device, credulous, known, score):
     """Every fourth row is labelled and judges; of the others it is only known whether the prediction was right."""
     device = make_device(config=credulous, replay=ReplayConfig(judge_share=1.0))
