@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 Emit = Callable[[str, dict[str, Any]], None]
 _CHOSEN = "chosen"
 _DAY_S = 86_400.0
+_RETAIN_S = 3_600.0
 
 
 class Adaptation:
@@ -66,6 +67,8 @@ class Adaptation:
         self._before: Head | None = None
         self._judged_up_to = -1
         self._since = 0.0
+        self._traces = True
+        """What was erased by age, perhaps before a restart, may still be in the database's log."""
         if self.state.phase == "training":  # the child died with us
             self._begin("idle", now=self.state.since)
             self._training.discard()
@@ -217,7 +220,25 @@ class Adaptation:
                 self.experience.reload()
             raise
 
-    # ---- what a person says
+    # ---- what is to be forgotten, and what a person says
+
+    def retain(self, now: float) -> None:
+        """Erase what is older than it may become; once an hour, whether anything is learned or not.
+
+        Raises:
+            StoreError: It could not be erased, or is left in the database's log because another process reads; it is
+                tried again in an hour.
+        """
+        days = self._config.replay.retain_days
+        if not days or 0 <= now - self.state.retained_at < _RETAIN_S:
+            return
+        self.state.retained_at = now
+        if found := self._store.old_samples(before=now - days * _DAY_S):
+            self._traces = True
+            self.erase(found, now, unlearn=False)
+        if self._traces:
+            self._store.clear_log()
+            self._traces = False
 
     def erase(self, found: list[tuple[Sample, str]], now: float, *, unlearn: bool) -> None:
         """Forget samples. A job or a challenger that knows one of them is given up."""
@@ -293,7 +314,6 @@ class Adaptation:
         if self.experience is None:
             return
         self._since = changed_at or 0.0
-        self._retain(now)
         learning = self.state.phase == "training"
         self.state.obstacle = obstacle(
             resources,
@@ -312,15 +332,6 @@ class Adaptation:
             self._consider(now, alarms)
         if self.state.phase == "judging":
             self._judge(now, mode)
-
-    def _retain(self, now: float) -> None:
-        """Erase what is older than it may become; once an hour."""
-        days = self._config.replay.retain_days
-        if not days or 0 <= now - self.state.retained_at < 3_600:
-            return
-        self.state.retained_at = now
-        if found := self._store.old_samples(before=now - days * _DAY_S):
-            self.erase(found, now, unlearn=False)
 
     def _ask_about_labels(self) -> None:
         """Tell of new labels that wait for a person's word, once each."""

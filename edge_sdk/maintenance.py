@@ -214,6 +214,9 @@ class Maintenance:
             self.upgrade.turn(now, self.adaptation)
             self._swap(now)
         with _recorded(problems):
+            if self.adaptation is not None:
+                self.adaptation.retain(now)
+        with _recorded(problems):
             self._learn_turn(now)
             self._swap(now)
         with _recorded(problems):

@@ -386,6 +386,52 @@ def test_samples_older_than_they_may_become_are_erased(make_device, credulous, t
     assert samples(device) == {}
 
 
+@pytest.mark.parametrize("why", ["not_learned_on", "on_probation"])
+def test_samples_are_erased_by_age_while_nothing_can_be_learned(make_device, config, turned, clock, why):
+    config = msgspec.structs.replace(config, replay=ReplayConfig(retain_days=2), mode="monitor")
+    device = make_device(config=config)
+    live(device, turned, 0, 30)
+    if why == "not_learned_on":
+        device._adaptation.experience = None
+    else:
+        state = device._maintenance.upgrade.state
+        state.watching, state.since = True, clock.now() + 10 * DAY_S
+    clock.advance(2.1 * DAY_S)
+    assert device.step().problem == ""
+    assert samples(device) == {}
+
+
+def test_what_was_erased_by_age_is_gone_from_the_bytes_on_disk(make_device, credulous, turned, clock):
+    config = msgspec.structs.replace(credulous, replay=ReplayConfig(retain_days=2), mode="adapt")
+    device = make_device(config=config)
+    live(device, turned, 0, 100)
+    learn(device)
+    live(device, turned, 100, 30)
+    latents = list(samples(device).values())
+    clock.advance(2.1 * DAY_S)
+    device.step()
+    assert found(device, latents) == 0
+
+
+def test_a_reader_delays_only_the_last_trace_of_what_was_erased_by_age(make_device, config, turned, clock, monkeypatch):
+    config = msgspec.structs.replace(config, replay=ReplayConfig(retain_days=2), mode="monitor")
+    device = make_device(config=config)
+    live(device, turned, 0, 30)
+    latents = list(samples(device).values())
+    device._store.execute("PRAGMA busy_timeout = 1")
+    reader = sqlite3.connect(f"file:{device._home / 'edge.db'}?mode=ro", uri=True, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM samples").fetchone()
+    clock.advance(2.1 * DAY_S)
+    assert "another process reads the database" in device.step().problem
+    assert samples(device) == {}
+    assert device.step().problem == ""
+    reader.close()
+    clock.advance(3_600)
+    assert device.step().problem == ""
+    assert found(device, latents) == 0
+
+
 def test_without_a_limit_samples_are_kept(make_device, turned, clock):
     device = make_device(mode="monitor")
     live(device, turned, 0, 10)
