@@ -37,8 +37,9 @@ before, the reference's too. Seasonal: all of it moves by ±0.5 of a standard de
 test images, which it has not seen. "Class prior" makes half of the classes four times as frequent as the others.
 
 **Concepts.** A tree trained on 1000 rows of the concept before; one label in ten is wrong; labels come 500 rows late,
-which counts; ours are folded as they come, as on a device. Every change from one concept to the next, SEA with thresholds 8, 9, 7, 9.5. river's detectors get the
-errors one by one; the settings of the best one are chosen on these very rows, in its favour.
+which counts; ours are folded as they come, as on a device. Every change from one concept to the next, SEA with
+thresholds 8, 9, 7, 9.5. river's detectors get the errors one by one; the settings of the best one are chosen on these
+very rows, in its favour.
 
 Rerun: `make bench-drift`; `--quick` is a smoke test. The peers' environments: `peers/drift-*-requirements.txt`.
 """

@@ -20,6 +20,7 @@ import msgspec
 from platformdirs import user_data_path
 
 from edge_sdk import __version__
+from edge_sdk.drift.cli import drift
 from edge_sdk.errors import ArtifactError, ConfigError, EdgeError, MissingExtraError, ProtocolError, TransportError
 
 if TYPE_CHECKING:
@@ -537,6 +538,9 @@ def privacy(home: Path | None) -> None:
         with _open_store(home) as store:
             counters = json.loads(store.get("counters") or b"{}")
         click.echo(f"sent so far: {counters.get('bytes_sent', 0)} bytes of reports and events")
+
+
+main.add_command(drift)
 
 
 class _open_store:  # noqa: N801 - reads as a function

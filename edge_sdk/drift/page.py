@@ -1,0 +1,273 @@
+"""What a replay saw, as one HTML file that needs nothing else: charts are SVG within it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from html import escape
+
+import numpy as np
+
+from edge_sdk.drift.replay import BUDGETS, Raised, Replay, Strip, Trace
+from edge_sdk.types import AnyArray, DoubleArray
+
+_WIDTH, _HEIGHT, _STRIP = 760, 150, 64
+_POINTS = 600
+_FLOOR = 1e-4
+"""Evidence below this share of the threshold is drawn at the bottom."""
+_CEILING = 10.0
+_WARNING = 0.05
+_STRIPS = 24
+
+_EVIDENCE = """Evidence of each monitor as a share of its threshold, on a scale of powers of ten. At the dashed line
+the alarm is raised; it stays up until it is cleared. The dotted line is the warning."""
+_BUDGETS = "The row of the first alarm, had you tolerated more or fewer false alarms a day."
+_FEATURES = """Grey: where the middle 80 % of the reference lie. Blue: the same of the stream, with its median. Below:
+the share that is missing. Those that carried an alarm come first, then those that moved most."""
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c2330; --soft: #667085; --line: #d8dde6; --paper: #ffffff; --card: #f6f7f9;
+  --trace: #2f6fde; --band: #2f6fde33; --usual: #8a94a633; --alarm: #c9302c; --warn: #b7791f; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #333b49; --paper: #12161d;
+  --card: #1a202a; --trace: #7aa7f7; --band: #7aa7f733; --usual: #98a2b32b; --alarm: #f1716b; --warn: #e2b04a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 52rem; padding: 2rem 1rem 4rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; margin: 0 0 .25rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; }
+h3 { font-size: .95rem; margin: 1.2rem 0 .2rem; font-weight: 600; }
+p { margin: .4rem 0; } .soft { color: var(--soft); } .small { font-size: .85rem; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 500; font-size: .85rem; } td.number, th.number { text-align: right; }
+.alarm { color: var(--alarm); font-weight: 600; } .ok { color: var(--soft); }
+pre { background: var(--card); padding: .7rem .9rem; border-radius: 6px; overflow-x: auto; }
+svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
+.grid { stroke: var(--line); } .trace { fill: none; stroke: var(--trace); stroke-width: 1.5; }
+.limit { stroke: var(--alarm); stroke-dasharray: 5 3; } .level { stroke: var(--warn); stroke-dasharray: 2 3; }
+.raised { stroke: var(--alarm); } .band { fill: var(--band); } .usual { fill: var(--usual); }
+.missing { fill: var(--warn); } svg .tag { fill: var(--alarm); }
+"""
+
+
+def page(found: Replay) -> str:
+    """A whole HTML document."""
+    title = f"Drift replay of {found.data}"
+    settings = found.settings
+    shown = (
+        f"{found.rows:,} rows in blocks of {settings.block_rows}, against {found.reference_rows:,} normal rows of "
+        f"{found.reference}."
+    )
+    toml = (
+        f"[drift]\nalarms_per_day = {settings.alarms_per_day:g}\nrows_per_day = {settings.rows_per_day:.6g}\n"
+        f"block_rows = {settings.block_rows}"
+    )
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        _soft(shown),
+        _verdict(found),
+        "<h2>Alarms</h2>",
+        _alarms(found.alarms),
+        "<h2>Evidence</h2>",
+        _soft(_EVIDENCE, small=True),
+        *(_evidence(name, trace, found) for name, trace in found.traces.items()),
+        "<h2>Other budgets</h2>",
+        _soft(_BUDGETS, small=True),
+        _budgets(found),
+        "<h2>Settings</h2>",
+        f"<p>For <code>device.toml</code>:</p>\n<pre>{toml}</pre>",
+        "<h2>Features</h2>",
+        _soft(_FEATURES, small=True),
+        *(_strip(strip, found) for strip in found.strips[:_STRIPS]),
+        _rest(found),
+    ]
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _soft(text: str, *, small: bool = False) -> str:
+    return f'<p class="soft{" small" if small else ""}">{escape(text)}</p>'
+
+
+def _verdict(found: Replay) -> str:
+    length, lived = found.run_length, found.rows / found.run_length
+    settings = found.settings
+    pace = f"{settings.alarms_per_day:g} false alarms a day and {settings.rows_per_day:,.0f} rows a day"
+    budget = (
+        f"At {pace}, one false alarm is to be expected in {length:,.0f} rows; this stream is {_times(lived)} that long."
+    )
+    seen = f"{len(found.alarms)} alarms were raised." if len(found.alarms) != 1 else "One alarm was raised."
+    said = [f"<p><strong>{seen if found.alarms else 'No alarm was raised.'}</strong> {escape(budget)}</p>"]
+    if found.caveat:
+        said.append(_soft(f"{found.caveat[:1].upper()}{found.caveat[1:]}."))
+    return "\n".join(said)
+
+
+def _times(share: float) -> str:
+    return f"{share:.1f} times" if share >= 0.1 else f"{share:.2g} times"
+
+
+def _alarms(alarms: Sequence[Raised]) -> str:
+    if not alarms:
+        return '<p class="ok">None.</p>'
+    rows = [
+        f'<tr><td class="number">{a.row:,}</td><td>{_when(a.time)}</td><td class="alarm">{escape(a.monitor)}</td>'
+        f"<td>{escape(a.words)}</td></tr>"
+        for a in alarms
+    ]
+    head = '<tr><th class="number">row</th><th>time</th><th>monitor</th><th>what carried it</th></tr>'
+    return f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
+
+
+def _when(time: float | None) -> str:
+    return "" if time is None else f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M:%S}"
+
+
+# ---- charts
+
+
+def _evidence(name: str, trace: Trace, found: Replay) -> str:
+    ends, values = _thinned(found.ends, trace.evidence)
+    top, bottom = math.log10(_CEILING), math.log10(_FLOOR)
+
+    def y(share: float) -> float:
+        inside = min(_CEILING, max(_FLOOR, share))
+        return 8 + (_HEIGHT - 30) * (top - math.log10(inside)) / (top - bottom)
+
+    x = [_x(end, found.rows) for end in ends]
+    marks = [
+        f'<line class="{kind}" x1="40" x2="{_WIDTH}" y1="{y(level):.1f}" y2="{y(level):.1f}"/>'
+        f'<text x="34" y="{y(level) + 4:.1f}" text-anchor="end">{text}</text>'
+        for kind, level, text in (("limit", 1.0, "alarm"), ("level", _WARNING, "warn"))
+    ]
+    marks += [
+        f'<line class="raised" x1="{_x(a.row, found.rows):.1f}" x2="{_x(a.row, found.rows):.1f}" y1="8" '
+        f'y2="{_HEIGHT - 22}"><title>alarm at row {a.row}: {escape(a.words)}</title></line>'
+        for a in found.alarms
+        if a.monitor == name
+    ]
+    line = " ".join(f"{a:.1f},{y(b):.1f}" for a, b in zip(x, values, strict=True))
+    most = max(trace.evidence, default=0.0)
+    label = f"{escape(name)}: most evidence {most:.3g} of the threshold"
+    return (
+        f"<h3>{escape(name)}</h3>\n"
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{label}"><title>{label}</title>'
+        f'{"".join(marks)}<polyline class="trace" points="{line}"/>{_axis(found, _HEIGHT - 18)}</svg>'
+    )
+
+
+def _axis(found: Replay, y: float) -> str:
+    parts = [f'<line class="grid" x1="40" x2="{_WIDTH}" y1="{y}" y2="{y}"/>']
+    for i in range(5):
+        row = round(found.rows * i / 4)
+        anchor = ("start", "middle", "middle", "middle", "end")[i]
+        text = f"{row:,}" if i else "row 0"
+        if found.times and i in (0, 4):
+            text += f" ({_when(found.times[0 if i == 0 else -1])[:16]})"
+        parts.append(f'<text x="{_x(row, found.rows):.1f}" y="{y + 14}" text-anchor="{anchor}">{text}</text>')
+    return "".join(parts)
+
+
+def _strip(strip: Strip, found: Replay) -> str:
+    parts = strip.quantiles.shape[1]
+    known = strip.quantiles[~np.isnan(strip.quantiles)]
+    ends = [float(end) for end in (*strip.usual, *(np.quantile(known, (0.01, 0.99)) if len(known) else ()))]
+    ends = [end for end in ends if not math.isnan(end)]
+    if not ends:
+        return f'<h3>{escape(strip.name)}</h3><p class="soft small">always missing</p>'
+    low, high = min(ends), max(ends)
+    margin = (high - low or abs(high) or 1.0) * 0.15
+    low, high = low - margin, high + margin
+
+    def y(value: float) -> float:
+        return 4 + (_STRIP - 14) * (high - min(high, max(low, value))) / (high - low)
+
+    x = [_x(found.rows * (i + 0.5) / parts, found.rows) for i in range(parts)]
+    drawn = []
+    if not math.isnan(strip.usual[0]):
+        drawn.append(
+            f'<rect class="usual" x="40" width="{_WIDTH - 40}" y="{y(strip.usual[2]):.1f}" '
+            f'height="{max(1.0, y(strip.usual[0]) - y(strip.usual[2])):.1f}"/>'
+        )
+    for run in _runs(~np.isnan(strip.quantiles[0])):
+        upper = [f"{x[i]:.1f},{y(strip.quantiles[2, i]):.1f}" for i in run]
+        lower = [f"{x[i]:.1f},{y(strip.quantiles[0, i]):.1f}" for i in reversed(run)]
+        middle = " ".join(f"{x[i]:.1f},{y(strip.quantiles[1, i]):.1f}" for i in run)
+        drawn.append(f'<polygon class="band" points="{" ".join(upper + lower)}"/>')
+        drawn.append(f'<polyline class="trace" points="{middle}"/>')
+    width = (_WIDTH - 40) / parts
+    drawn += [
+        f'<rect class="missing" x="{x[i] - width / 2:.1f}" width="{width + 0.2:.1f}" y="{_STRIP - 8 * share - 1:.1f}" '
+        f'height="{8 * share:.1f}"><title>{share:.0%} missing</title></rect>'
+        for i, share in enumerate(strip.missing)
+        if share > 0
+    ]
+    drawn += [
+        f'<line class="raised" x1="{_x(a.row, found.rows):.1f}" x2="{_x(a.row, found.rows):.1f}" y1="2" '
+        f'y2="{_STRIP - 2}"><title>{escape(a.monitor)} alarm at row {a.row}</title></line>'
+        for a in found.alarms
+        if strip.name in a.suspects
+    ]
+    limits = "".join(
+        f'<text x="34" y="{place}" text-anchor="end">{_short(value)}</text>'
+        for place, value in ((12, high - margin), (_STRIP - 12, low + margin))
+    )
+    missing = float(strip.missing.mean())
+    said = f"mean moved by {strip.shift:+.2f} of its usual spread"
+    if missing > 0 or strip.usually_missing > 0:
+        said += f"; {missing:.1%} missing (usually {strip.usually_missing:.1%})"
+    return (
+        f'<h3>{escape(strip.name)} <span class="soft small">{said}</span></h3>\n'
+        f'<svg viewBox="0 0 {_WIDTH} {_STRIP}" role="img" aria-label="{escape(strip.name)}: {said}">'
+        f"{''.join(drawn)}{limits}</svg>"
+    )
+
+
+def _rest(found: Replay) -> str:
+    said = []
+    if len(found.strips) > _STRIPS:
+        said.append(f"{len(found.strips) - _STRIPS} features that moved less are not drawn.")
+    if found.left_out:
+        said.append(f"Columns that are not watched: {', '.join(found.left_out)}.")
+    return _soft(" ".join(said), small=True) if said else ""
+
+
+def _budgets(found: Replay) -> str:
+    names = list(found.traces)
+    head = "".join(f'<th class="number">{escape(name)}</th>' for name in names)
+    rows = []
+    for budget in sorted({*BUDGETS, found.settings.alarms_per_day}):
+        first = found.first_alarms(budget)
+        cells = "".join(
+            f'<td class="number">{"-" if (row := first[name]) is None else f"{row:,}"}</td>' for name in names
+        )
+        chosen = " (chosen)" if budget == found.settings.alarms_per_day else ""
+        rows.append(f"<tr><td>{budget:g} a day{chosen}</td>{cells}</tr>")
+    return f'<div class="scroll"><table><tr><th>false alarms</th>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _x(row: float, rows: int) -> float:
+    return 40 + (_WIDTH - 40) * row / max(1, rows)
+
+
+def _thinned(ends: Sequence[int], values: Sequence[float]) -> tuple[AnyArray, DoubleArray]:
+    """At most 600 points; of neighbours the largest counts, so that no peak is lost."""
+    step = max(1, math.ceil(len(values) / _POINTS))
+    starts = np.arange(0, len(values), step)
+    last = np.minimum(starts + step, len(values)) - 1
+    return np.asarray(ends)[last], np.maximum.reduceat(np.asarray(values, np.float64), starts)
+
+
+def _runs(flags: AnyArray) -> list[list[int]]:
+    """Places of each run of true values."""
+    places = np.flatnonzero(flags)
+    return [list(map(int, run)) for run in np.split(places, np.flatnonzero(np.diff(places) > 1) + 1) if len(run)]
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1e5 else f"{value:.1e}"
