@@ -4,14 +4,17 @@ import ast
 import inspect
 import re
 import shutil
+import subprocess
 import sys
 import typing
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
-from edge_sdk import plan, scenario, streams, worlds
+from demo import factory
+from edge_sdk import EdgeDevice, ManualClock, plan, scenario, streams, worlds
 from edge_sdk.manifest import MANIFEST_NAME, REQUIRED, FileEntry, LatentSpec, Manifest
 from edge_sdk.schema import InputSpec
 
@@ -154,6 +157,33 @@ def test_the_scenario_on_the_page_is_one(checkout):
     path.write_text(block.replace("    ", "").replace('"checkpoints', '"../../build/checkpoints'))
     ready = plan.prepare(path)
     assert {device.cohort for device in ready.devices} == {"steady", "tilted"}
+
+
+def test_the_model_of_the_digits_has_seen_nothing_that_devices_draw():
+    """The demo's factory makes the checkpoints of the scenarios; its split is the one of the source."""
+    made, world = factory.load(seed=0), worlds.open_world(worlds.DataConfig(source="digits"))
+    for theirs, ours in ((made.factory, world.factory), (made.life, world.pool), (made.score, world.score)):
+        np.testing.assert_array_equal(theirs.x, ours.x)
+        np.testing.assert_array_equal(theirs.y, ours.y)
+
+
+@pytest.mark.torch
+def test_made_checkpoints_answer_what_their_scenario_shows_them(tmp_path):
+    """Missing and absurd values included: what is refused would never be counted."""
+    script = ROOT / "examples" / "scenarios" / "make_checkpoints.py"
+    out = tmp_path / "build" / "checkpoints"
+    subprocess.run([sys.executable, script, "basic-motions", "--out", out], check=True, capture_output=True)
+    shutil.copytree(script.parent, tmp_path / "examples" / "scenarios")
+    ready = plan.prepare(tmp_path / "examples" / "scenarios" / "sensor-faults.toml")
+    by_cohort = {device.cohort: device for device in ready.devices}
+    right = {}
+    with EdgeDevice(tmp_path / "home", checkpoint=Path(ready.scenario.fleet.checkpoint), clock=ManualClock()) as device:
+        for cohort, planned in by_cohort.items():
+            x, y = planned.stream(ready.world).draw(200, 90 * streams.HOUR_S)
+            labels = [prediction.label for prediction in device.predict_batch(x)]
+            right[cohort] = np.mean([label == ready.world.labels[i] for label, i in zip(labels, y, strict=True)])
+    assert right["sound"] > 0.8
+    assert min(right.values()) < 0.8
 
 
 if __name__ == "__main__":
