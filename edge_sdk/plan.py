@@ -154,9 +154,10 @@ class DevicePlan:
     seed: int
 
     def rng(self, purpose: str) -> np.random.Generator:
-        """A generator of its own for each purpose. It depends on the seed, the cohort's name and the number in it:
-        other cohorts and other purposes change nothing.
-        """  # noqa: D205
+        """A generator of its own for each purpose, from its beginning.
+
+        It depends on the seed, the cohort's name and the number in it: other cohorts and purposes change nothing.
+        """
         return _rng(self.seed, self.cohort, self.number, purpose)
 
     def stream(self, world: World) -> ScriptedStream:
