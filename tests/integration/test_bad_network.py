@@ -15,6 +15,17 @@ BAD = Faults(latency_s=0.01, jitter_s=0.02, loss=0.05, retransmit_s=0.05, life_s
 NAMES = ("dev-1", "dev-2", "dev-3")
 
 
+def live_until(condition, clock, coordinator, devices, swarm):
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, [device.waits_for(1) for device in devices]
+        clock.advance(1)
+        coordinator.pump()
+        for device in devices:
+            device.step()
+        swarm.until(lambda: False, 0.01)
+
+
 def stored_numbers(tmp_path, device):
     select = "SELECT seq FROM reports WHERE device = :device UNION ALL SELECT seq FROM events WHERE device = :device"
     with closing(sqlite3.connect(tmp_path / "coordinator" / "coordinator.db")) as database:
@@ -44,14 +55,7 @@ def test_a_fleet_installs_a_release_and_reports_once_through_a_bad_network(
             device.connect()
 
         def until(condition):
-            deadline = time.monotonic() + DEADLINE_S
-            while not condition():
-                assert time.monotonic() < deadline, [device.waits_for(1) for device in devices]
-                clock.advance(1)
-                coordinator.pump()
-                for device in devices:
-                    device.step()
-                far.until(lambda: False, 0.01)
+            live_until(condition, clock, coordinator, devices, far)
 
         until(lambda: all(device.ready for device in devices))
         for _ in range(5):
