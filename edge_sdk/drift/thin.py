@@ -48,6 +48,7 @@ class Thinner:
         self._fourths: FloatArray = np.zeros((_PARTS, channels), dtype=np.float32)
         self._pairs: DoubleArray = np.zeros(_PARTS)
         self._rows = self._wait = 0
+        self._step = min(_UNKNOWN, most)
 
     def learn(self, block: DoubleArray) -> None:
         """Look at rows, float64 [N, K], oldest first, none left out. N may be 0.
@@ -89,14 +90,14 @@ class Thinner:
         self._squares, self._fourths = squares, fourths
         self._pairs = self._pairs.copy()
         self._pairs[part] = fade * self._pairs[part] + weights.sum()
+        if self._rows % self._far == 0 and self._pairs.min() >= _ENOUGH * _MEMORY**_ENOUGH:
+            fine = np.flatnonzero(~self._correlated().any(axis=1))
+            self._step = self._lags[int(fine[0])] if len(fine) else self._lags[-1]
 
     @property
     def step(self) -> int:
-        """One row in so many is kept: 1, 2, 4, ... `most`; 4 until enough is known."""
-        if self._pairs.min() < _ENOUGH * _MEMORY**_ENOUGH:
-            return min(_UNKNOWN, self._lags[-1])
-        fine = np.flatnonzero(~self._correlated().any(axis=1))
-        return self._lags[int(fine[0])] if len(fine) else self._lags[-1]
+        """One row in so many is kept: 1, 2, 4, ... `most`; 4 until enough is known. Changes between stretches."""
+        return self._step
 
     def _correlated(self) -> BoolArray:
         """Whether each channel's autocorrelation is too large, at each lag: bool [lags, K]."""
@@ -129,7 +130,7 @@ class Thinner:
             "fourths": self._fourths,
             "pairs": self._pairs,
         }
-        return {**arrays, "scalars": np.array([self._rows, self._wait])}
+        return {**arrays, "scalars": np.array([self._rows, self._wait, self._step])}
 
     def restore(self, state: dict[str, AnyArray]) -> None:
         """Continue from what `state` gave.
@@ -141,4 +142,4 @@ class Thinner:
             raise ValueError(f"state of {state['last'].shape[1]} channels for a thinner of {self._last.shape[1]}")
         self._last, self._squares = state["last"].copy(), state["squares"].copy()
         self._fourths, self._pairs = state["fourths"].copy(), state["pairs"].copy()
-        self._rows, self._wait = (int(v) for v in state["scalars"])
+        self._rows, self._wait, self._step = (int(v) for v in state["scalars"])

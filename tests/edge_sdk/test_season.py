@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_sdk.drift.edetector import EDetector
 from edge_sdk.drift.season import Season
 
 DAY = 86_400.0
@@ -46,6 +47,26 @@ def test_a_daily_wave_is_taken_out_after_two_whole_days(rng):
     assert adjusted.mean() == pytest.approx(0.5, abs=0.02)
     assert (season.slack > 0).all()
     assert (season.slack < 0.05).all()
+
+
+@pytest.mark.parametrize("hours", [0.0, 0.1])
+def test_a_season_raises_no_alarm_once_it_is_known_and_a_shift_still_does(rng, hours):
+    times = times_of(9, a_day=480)
+    block = rows_of(rng, times, hours=hours)
+    block[times >= BEGIN + 8 * DAY, 1] += 0.05
+    known = rows_of(rng, times, hours=hours)
+    slack = 2 * known.std(0) / 1_000**0.5
+    season, detector = Season(3), EDetector(known.mean(0), slack, run_length=10_000.0, stride=8)
+    for begin in range(0, len(times), 32):
+        rows, when = block[begin : begin + 32], times[begin : begin + 32]
+        detector.refit(known.mean(0), slack + season.slack)
+        detector.update(season.adjust(rows, when))
+        season.learn(rows, when)
+        if when[0] < BEGIN + 2.1 * DAY:
+            detector.reset()
+        assert not detector.drift_detected or when[-1] >= BEGIN + 8 * DAY
+    assert detector.drift_detected
+    assert detector.suspects(1)[0][0] == 1
 
 
 @pytest.mark.parametrize("days", [0.5, 1.0, 1.9])

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_sdk.drift.edetector import EDetector
 from edge_sdk.drift.thin import Thinner
 
 
@@ -23,7 +24,7 @@ def wandering(rng, count, channels, memory):
     return np.clip(0.5 + values / 6, 0, 1)
 
 
-@pytest.mark.parametrize("rows", [256, 500, 1_000, 8_000])
+@pytest.mark.parametrize("rows", [256, 600, 1_000, 8_000])
 @pytest.mark.parametrize("channels", [1, 12, 64])
 def test_independent_rows_are_all_kept(rng, channels, rows):
     assert thinner(rng.random((rows, channels))).step == 1
@@ -45,6 +46,24 @@ def test_independent_rows_are_all_kept_however_rare_what_they_tell(rng):
 @pytest.mark.parametrize(("memory", "steps"), [(0.3, {2}), (0.5, {4}), (0.8, {16}), (0.99, {32})])
 def test_rows_are_thinned_until_their_autocorrelation_is_below_a_tenth(rng, memory, steps):
     assert thinner(wandering(rng, 6_000, 12, memory)).step in steps
+
+
+def test_false_alarms_of_a_thinned_stream_keep_the_budget():
+    """From the first row on, with a reference of rows that are as correlated."""
+    run_length, runs, alarms = 2_000, 12, {"thinned": 0, "whole": 0}
+    for seed in range(runs):
+        rows = wandering(np.random.default_rng([19, seed]), 1_000 + run_length, 12, 0.5)
+        known, rows = rows[:1_000], rows[1_000:]
+        for name in alarms:
+            detector = EDetector(known.mean(0), 2 * known.std(0) / 1_000**0.5, run_length=run_length, stride=8)
+            made = Thinner(12)
+            for block in np.split(rows, range(32, run_length, 32)):
+                made.learn(block)
+                detector.update(block[made.keep(len(block))] if name == "thinned" else block)
+                alarms[name] += detector.drift_detected
+                if detector.drift_detected:
+                    detector.reset()
+    assert alarms["thinned"] <= 1.0 * runs < 3.0 * runs < alarms["whole"]
 
 
 def test_one_correlated_channel_among_many_is_enough(rng):
