@@ -524,7 +524,7 @@ def _convert(raw: dict[str, Any], kind: type[_T], file: str, at: str = "") -> _T
     except msgspec.ValidationError as error:
         text, _, place = str(error).partition(" - at `")
         path = re.sub(r"^\$\.?", "", place.rstrip("`").split("` in `")[-1])
-        key, text = _explain(text, path, kind)
+        key, text = _explain(text, path.replace("[...]", ""), kind)  # a value of a table of any names
         raise fault(file, ".".join(part for part in (at, key) if part), text) from error
 
 

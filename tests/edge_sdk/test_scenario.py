@@ -116,6 +116,7 @@ DRIFT = '[[drift]]\neffect = "noise"\n[[cohort]]\nname = "a"\n[[cohort.drift]]\n
         # impossible values
         (DRIFT + "effect = 'nose'", "cohort[0].drift[0].effect", "did you mean 'noise'? It is one of 'rotation'"),
         (DRIFT + "effect = 'noise'\ncourse = 'often'", "cohort[0].drift[0].course", "'sudden', 'gradual'"),
+        (DRIFT + "effect = 'labels'\nlabels = { a = 1.2 }", "cohort[0].drift[0].labels", "<= 1.0"),
         (DRIFT + "effect = 'swap'", "cohort[0].drift[0]", "needs `cycle`"),
         (DRIFT + "effect = 'noise'\nat_h = 'noon'", "cohort[0].drift[0].at_h", "expected float, got str"),
         ("[[cohort]]\nshare = 0.2", "cohort[0].name", "missing"),
