@@ -543,6 +543,54 @@ def privacy(home: Path | None) -> None:
 main.add_command(drift)
 
 
+def _address(_context: click.Context, _option: click.Parameter, value: str) -> tuple[str, int]:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65_535:
+        raise click.BadParameter(f"an address is HOST:PORT, got {value!r}")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+@main.command()
+@click.option("--to", required=True, metavar="HOST:PORT", callback=_address, help="The broker.")
+@click.option(
+    "--listen",
+    default="127.0.0.1:0",
+    show_default=True,
+    metavar="HOST:PORT",
+    callback=_address,
+    help="Where devices connect instead; port 0: any free one.",
+)
+@click.option("--latency", "latency_s", default=0.0, metavar="S", help="Seconds that a byte takes one way.")
+@click.option("--jitter", "jitter_s", default=0.0, metavar="S", help="Up to so many seconds more.")
+@click.option("--loss", default=0.0, metavar="SHARE", help="Of segments that come after a retransmission.")
+@click.option(
+    "--retransmit", "retransmit_s", default=0.2, show_default=True, metavar="S", help="Until one is sent again."
+)
+@click.option("--bandwidth", default=0.0, metavar="BYTES", help="A second, of each line and direction; 0: no limit.")
+@click.option("--life", "life_s", default=0.0, metavar="S", help="Mean life of a new connection; 0: it lasts.")
+@click.option("--half-open", default=0.0, metavar="SHARE", help="Of lost connections that fall silent.")
+@click.option("--refuse", default=0.0, metavar="SHARE", help="Of new connections that are reset at once.")
+@click.option(
+    "--partition-every", "partition_every_s", default=0.0, metavar="S", help="From one partition to the next."
+)
+@click.option("--partition", "partition_s", default=0.0, metavar="S", help="How long each lasts.")
+@click.option("--seed", default=0, show_default=True, help="Of all chance.")
+def faults(to: tuple[str, int], listen: tuple[str, int], seed: int, **network: float) -> None:
+    """Make the network between devices and a broker bad, until SIGTERM: a proxy with faults."""
+    from edge_sdk.faults import FaultProxy, Faults
+
+    try:
+        proxy = FaultProxy(to, listen=listen, faults=Faults(**network), seed=seed)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    stop = threading.Event()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: stop.set())
+    with proxy:
+        click.echo(f"{proxy.host}:{proxy.port} leads to {to[0]}:{to[1]}; stop with SIGTERM", err=True)
+        stop.wait()
+
+
 class _open_store:  # noqa: N801 - reads as a function
     """The device's database, which may be in use by the running device."""
 

@@ -1,18 +1,25 @@
 """A network that is slow, loses lines and falls silent, between real clients and real brokers."""
 
 import random
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_sdk.checks import check_transport
+from edge_sdk.cli import main
 from edge_sdk.errors import NotConnectedError, TransportError
 from edge_sdk.faults import FaultProxy, Faults, Pipe
 from edge_sdk.mqtt import MqttTransport
@@ -410,3 +417,35 @@ def test_which_connections_are_refused_depends_on_the_seed_alone(echo):
     assert first == fates(1)
     assert first != fates(2)
     assert {True, False} == set(first)
+
+
+# ---- the command
+
+
+def test_the_command_runs_until_it_is_told_to_stop(echo):
+    edge, broker = Path(sys.executable).with_name("edge"), f"{echo[0]}:{echo[1]}"
+    process = subprocess.Popen(
+        [edge, "faults", "--to", broker, "--latency", "0.1", "--seed", "1"], stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        said = re.match(rf"127\.0\.0\.1:(\d+) leads to {broker}; stop with SIGTERM", process.stderr.readline())
+        back, took = through(SimpleNamespace(host="127.0.0.1", port=int(said[1])), b"x")
+        assert back == b"x"
+        assert took >= 0.2
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE_S) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [(["--to", "nowhere"], "HOST:PORT"), (["--to", "h:99999"], "HOST:PORT"), ([], "--to"),
+     (["--to", "h:1", "--loss", "1.5"], "loss is a share below 1"), (["--to", "h:1", "--loss", "much"], "--loss")],
+)  # fmt: skip
+def test_the_command_says_what_is_wrong_with_its_options(arguments, says):
+    result = CliRunner().invoke(main, ["faults", *arguments])
+    assert result.exit_code == 2
+    assert says in result.output
+
+
+def test_the_command_has_an_option_for_each_fault():
+    assert set(Faults.__struct_fields__) <= {option.name for option in main.commands["faults"].params}
