@@ -11,7 +11,7 @@ import math
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -282,40 +282,43 @@ def plan_devices(scenario: Scenario, world: World) -> list[DevicePlan]:
     for (key, cohort), size in zip(named_cohorts(scenario), cohort_sizes(scenario), strict=True):
         _check_world(scenario, cohort, key, world)
         config = device_config(scenario, cohort, key)
-        plans += [_plan(scenario, cohort, config, number, size) for number in range(size)]
+        # parts of the cohort: not each with a chance, so that the share is kept in small ones as well
+        lost = _part(scenario.fleet.seed, cohort.name, "lost", cohort.loss.share, size)
+        poisoned = _part(scenario.fleet.seed, cohort.name, "poisoned", cohort.poison.share, size)
+        for number in range(size):
+            name = f"{cohort.name}-{number:0{len(str(size - 1))}}"
+            plan = _plan(scenario, cohort, msgspec.structs.replace(config, device=name), number)
+            plans.append(replace(plan, lost_at_s=plan.lost_at_s if number in lost else math.inf,
+                                 poison=plan.poison if number in poisoned else None))  # fmt: skip
     return plans
 
 
-def _plan(scenario: Scenario, cohort: Cohort, config: DeviceConfig, number: int, size: int) -> DevicePlan:
+def _plan(scenario: Scenario, cohort: Cohort, config: DeviceConfig, number: int) -> DevicePlan:
+    """The plan of a device that is lost and poisoned, if its cohort has such devices."""
     seed, duration_s = scenario.fleet.seed, scenario.fleet.duration_h * HOUR_S
 
     def rng(purpose: str) -> np.random.Generator:
         return _rng(seed, cohort.name, number, purpose)
 
-    name = f"{cohort.name}-{number:0{len(str(size - 1))}}"
     starts, clock = rng("drifts"), rng("clock").uniform(-1, 1, 2)
     drifts = tuple(
         msgspec.structs.replace(drift, at_h=drift.at_h + drift.spread_h * starts.random(), spread_h=0.0)
         for drift in (*scenario.drift, *cohort.drift)
     )
-    loss, poison = cohort.loss, cohort.poison
-    lost_at_s = math.inf
-    if number in _chosen_numbers(seed, cohort.name, "lost", loss.share, size):
-        until_h = scenario.fleet.duration_h if loss.until_h is None else loss.until_h
-        lost_at_s = rng("loss").uniform(loss.from_h, until_h) * HOUR_S
+    until_h = scenario.fleet.duration_h if cohort.loss.until_h is None else cohort.loss.until_h
     power = () if cohort.battery is None else _power(cohort.battery, rng("battery"), duration_s)
     return DevicePlan(
-        name=name,
+        name=config.device,
         cohort=cohort.name,
         number=number,
-        config=msgspec.structs.replace(config, device=name, seed=int(rng("config").integers(2**31))),
+        config=msgspec.structs.replace(config, seed=int(rng("config").integers(2**31))),
         drifts=drifts,
         labels=scenario.data.labels,
         predictions_per_h=cohort.predictions_per_h or scenario.fleet.predictions_per_h,
         label=cohort.label,
-        poison=poison if number in _chosen_numbers(seed, cohort.name, "poisoned", poison.share, size) else None,
+        poison=cohort.poison,
         offline=_offline(cohort.network, rng("network"), duration_s),
-        lost_at_s=lost_at_s,
+        lost_at_s=rng("loss").uniform(cohort.loss.from_h, until_h) * HOUR_S,
         skew_s=float(clock[0] * cohort.clock.skew_s),
         clock_rate=float(clock[1] * cohort.clock.drift_ppm * 1e-6),
         power=power,
@@ -323,8 +326,8 @@ def _plan(scenario: Scenario, cohort: Cohort, config: DeviceConfig, number: int,
     )
 
 
-def _chosen_numbers(seed: int, cohort: str, purpose: str, share: float, size: int) -> set[int]:
-    """Numbers of a part of a cohort: not each with a chance, so that the share is kept in small ones as well."""
+def _part(seed: int, cohort: str, purpose: str, share: float, size: int) -> set[int]:
+    """Numbers of a part of a cohort; at least one if the share is above 0."""
     count = max(1, round(share * size)) if share else 0
     return set(_rng(seed, cohort, purpose).permutation(size)[:count].tolist())
 
