@@ -120,7 +120,7 @@ class Metrics:
         >>> metrics.fold()
         400
         >>> metrics.triggers()
-        ['click: mean 0 of about 275 values, below 0.05']
+        ['click: mean 0 of about 276 values, below 0.05']
     """
 
     def __init__(self, configs: Mapping[str, MetricConfig] | None = None) -> None:

@@ -14,8 +14,9 @@ from edge_sdk.drift.edetector import EDetector
 from edge_sdk.stats import wilson_interval
 from edge_sdk.types import AnyArray, BoolArray, DoubleArray, Task
 
-_Z = 3.0
-"""How many standard errors of the reference the band forgives, as for the other monitors."""
+_Z = 2.0
+"""How many standard errors of the reference the band forgives. Measured with references of 200 and 1000 rows: at most
+0.1 false alarms in a run length of 10 000 rows, and 0.33 in one of 100 000; with 1.5 they were 0.3 and 2."""
 _BINS = 10
 _MAX_CLASSES = 1024
 _MAX_SLICED_CLASSES = 64
@@ -32,7 +33,7 @@ class PerformanceMonitor(DriftDetector):
 
     Its one channel is the error: 1 for a wrong answer and 0 for a right one. For a regression whose reference knows its
     losses it is the loss, clipped at `loss_scale` and divided by it. The band is as wide as the farther end of the
-    reference's Wilson interval at three standard errors: a variable in [0, 1] varies at most as much as a yes or no of
+    reference's Wilson interval at two standard errors: a variable in [0, 1] varies at most as much as a yes or no of
     the same mean.
 
     Args:
