@@ -62,7 +62,8 @@ class EdgeDevice:
     Raises:
         ConfigError: A setting is impossible.
         ArtifactError: The checkpoint is damaged or does not fit, and nothing else can be served.
-        StoreError: The database cannot be opened.
+        StoreError: The database cannot be opened, or the version in use not read for now: a full disk, too many open
+            files. A retry helps.
 
     Example:
         >>> with EdgeDevice(home, checkpoint=folder) as device:  # doctest: +SKIP

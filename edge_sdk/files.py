@@ -20,6 +20,7 @@ import numpy as np
 
 from edge_sdk.errors import DiskFullError, IntegrityError, StoreError
 
+_LOST = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO})
 _crash_hook: Callable[[str], None] | None = None
 
 
@@ -72,6 +73,19 @@ def storage_error(error: OSError, what: str) -> StoreError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DiskFullError(f"{what}: {error.strerror}; free some space, the device goes on serving")
     return StoreError(f"{what}: {error.strerror or error}")
+
+
+def is_damage(error: BaseException | None) -> bool:
+    """Whether a failed read says that something is lost or wrong.
+
+    False if it, or what led to it, will pass: a full disk, too many open files, too little memory.
+    """
+    while error is not None:
+        passes = isinstance(error, OSError) and error.errno is not None and error.errno not in _LOST
+        if passes or isinstance(error, StoreError | MemoryError):
+            return False
+        error = error.__cause__
+    return True
 
 
 def remove_tree(folder: Path) -> None:

@@ -23,6 +23,7 @@ from edge_sdk.asking import Asking
 from edge_sdk.clock import Clock, is_due
 from edge_sdk.config import DeviceConfig
 from edge_sdk.errors import ArtifactError, EdgeError, ModelError, RollbackRefusedError, StoreError
+from edge_sdk.files import is_damage
 from edge_sdk.front import Front
 from edge_sdk.join import Joined, Joiner
 from edge_sdk.learn.executor import LearnExecutor
@@ -139,8 +140,8 @@ class Maintenance:
         installed = self._slots.pointer.current
         try:
             self._load_or_go_back(now)
-        except (EdgeError, OSError):
-            if checkpoint is None:
+        except (EdgeError, OSError) as error:
+            if checkpoint is None or not is_damage(error):
                 raise
         if checkpoint is None:
             return
@@ -165,7 +166,12 @@ class Maintenance:
                 self._slots.rollback()
 
     def _load_or_go_back(self, now: float) -> None:
-        """Serve the version in use; one that is damaged is left for the one before."""
+        """Serve the version in use; one that is damaged is left for the one before.
+
+        Raises:
+            EdgeError, OSError: It is damaged, and so is the one before, or there is none.
+            StoreError: It cannot be read for now.
+        """
         current = self._slots.pointer.current
         if current is None:
             return
@@ -179,6 +185,8 @@ class Maintenance:
             self.served = loaded
             self._swap(now)
         except (EdgeError, OSError) as error:
+            if not is_damage(error):
+                raise StoreError(f"the version in use cannot be read for now: {error}") from error
             logger.error("%s: the version in use cannot be loaded: %s", self._name, error)  # noqa: TRY400 - no traceback
             # the version before may be another head on the same damaged release; the release before is not
             for go_back in (self._slots.rollback, self._slots.rollback_release):

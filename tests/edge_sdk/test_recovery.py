@@ -1,5 +1,7 @@
 """Nobody can walk up to the device: damaged files are put aside, and it lives on."""
 
+import errno
+import io
 import json
 import shutil
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from edge_sdk.database import Database
-from edge_sdk.errors import IntegrityError
+from edge_sdk.errors import IntegrityError, StoreError
 from edge_sdk.head import Head
 from edge_sdk.manifest import HEAD_NPZ, MANIFEST_NAME, parse_manifest
 from edge_sdk.store import STEPS
@@ -44,6 +46,51 @@ def test_a_damaged_release_is_left_for_the_one_before(make_device, build, tmp_pa
     assert device.predict(digits.life.x[0]).release == 1
     (event,) = [entry for entry in device.history() if entry.name == "release_rolled_back"]
     assert "SHA-256" in event.detail["reason"]
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "own_checkpoint"),
+    [
+        (errno.EMFILE, "trunk.int8.onnx", True),
+        (errno.ENOSPC, "trunk.int8.onnx", False),
+        (errno.ENOMEM, "head.npz", False),
+        (errno.EMFILE, "manifest.json", True),
+    ],
+)
+def test_a_version_that_cannot_be_read_for_now_is_not_left(
+    make_device, build, tmp_path, checkpoint, digits, monkeypatch, number, name, own_checkpoint
+):
+    make_device().stop()
+    make_device(checkpoint=build(release=2, seed=0)).stop()
+    opened = io.open
+
+    def fails(file, *arguments, **options):
+        if str(file).endswith(f"slots/b/{name}"):
+            raise OSError(number, "for now")
+        return opened(file, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", fails)
+    with pytest.raises(StoreError, match="the version in use cannot be read for now"):
+        make_device(checkpoint=checkpoint if own_checkpoint else None)
+    monkeypatch.undo()
+    device = make_device(checkpoint=checkpoint if own_checkpoint else None)
+    assert device.predict(digits.life.x[0]).release == 2
+    assert "release_rolled_back" not in [entry.name for entry in device.history()]
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO])
+def test_a_version_that_is_lost_is_left(make_device, build, tmp_path, digits, monkeypatch, number):
+    make_device().stop()
+    make_device(checkpoint=build(release=2, seed=0)).stop()
+    opened = io.open
+
+    def fails(file, *arguments, **options):
+        if str(file).endswith("slots/b/trunk.int8.onnx"):
+            raise OSError(number, "for good")
+        return opened(file, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", fails)
+    assert make_device(checkpoint=None).predict(digits.life.x[0]).release == 1
 
 
 def test_a_damaged_only_release_is_an_error_unless_the_app_brings_a_checkpoint(
