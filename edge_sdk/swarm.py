@@ -175,8 +175,8 @@ class Swarm:
             for key, events in ready:
                 with self.changed:
                     if key.data is None:
-                        self._woken = False
                         self._wake_reader.recv(4096)
+                        self._woken = False
                     elif key.data.is_line(key.fd):  # it may have gone within this turn
                         self._work(key.data, events)
             with self.changed:
@@ -218,7 +218,7 @@ class Swarm:
             self._ending = True
             for member in list(self._members):
                 self.drop(member)
-        self.wake()
+            self.wake()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -239,7 +239,7 @@ class Swarm:
         while not self._ending:
             self.turn(1.0)
 
-    # What transports call, holding `changed`, but for `wake`.
+    # What transports call, holding `changed`.
 
     def join(self, member: SwarmTransport) -> None:
         """Connect this one, when it is its turn."""
@@ -382,9 +382,13 @@ class Swarm:
             return
         if events & selectors.EVENT_READ:
             line.may_read = True
-            client.loop_read()
-            while line.is_open and line.holds_more:
+            try:
                 client.loop_read()
+                while line.is_open and line.holds_more:
+                    client.loop_read()
+            except Exception as error:  # noqa: BLE001 - what wrong bytes do to paho costs this line, not the swarm
+                member.reason = f"paho cannot read what came: {error!r}"
+                line.close()
         self.after(member)
 
     def _dialled(self, member: SwarmTransport, line: _Line) -> None:
@@ -491,7 +495,7 @@ class SwarmTransport:
         with self._swarm.changed:
             self._will, self.is_open = will, True
             self._swarm.join(self)
-        self._swarm.wake()
+            self._swarm.wake()
 
     def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
         """Send at QoS 1.

@@ -255,6 +255,24 @@ def test_what_does_not_fit_into_the_socket_at_once_arrives_whole(make, embedded_
     assert [message.payload for message in receive(transport, 60)] == payloads
 
 
+@pytest.mark.parametrize(
+    "bytes_",
+    [b"HTTP/1.1 400 Bad Request", bytes([0x20, 3, 0, 0, 255]), bytes([0x20, 2, 0, 0]), bytes([0x20, 0]),
+     bytes([0xFF] * 9), bytes([*ACCEPTED, 0x30, 4, 0, 200, 65, 66]), bytes([*ACCEPTED, 0x90, 0]),
+     bytes([*ACCEPTED, 0x40, 1, 0])],
+)  # fmt: skip
+def test_a_broker_that_speaks_nonsense_costs_a_line_and_not_the_swarm(make, embedded_broker, monkeypatch, bytes_):
+    monkeypatch.setattr("edge_sdk.swarm._HANDSHAKE_S", 1.0)  # some of it is the beginning of a packet
+    with SilentBroker(bytes_) as nonsense:
+        swarm = make(nonsense)
+        transport = swarm.transport("device")
+        transport.connect()
+        until(swarm, lambda: nonsense.accept() and transport.last_error)
+        assert not transport.connected
+        swarm.host, swarm.port, swarm._resolved_at = embedded_broker.host, embedded_broker.port, -1e9
+        until(swarm, lambda: transport.connected)
+
+
 @pytest.mark.mosquitto
 def test_closing_a_swarm_says_goodbye_for_all_after_what_they_sent(make, mosquitto):
     reader = make(mosquitto).transport("reader")
