@@ -44,6 +44,14 @@ def rank_channels(features: FloatArray, edges: FloatArray) -> DoubleArray:
     return ranked(features, edges)[0]
 
 
+def with_spread(ranks: DoubleArray) -> DoubleArray:
+    """Ranks, float64 [N, F], and after them their distances from the middle, |2 rank - 1|: float64 [N, 2 F].
+
+    The mean rank of a feature that only spreads or shrinks stays where it is; the mean distance does not.
+    """
+    return np.concatenate([ranks, np.abs(2 * ranks - 1)], axis=1)
+
+
 def _count(flags: NDArray[np.bool_]) -> NDArray[np.uint8]:
     counts: NDArray[np.uint8] = np.add.reduce(flags.view(np.uint8), axis=0, dtype=np.uint8)
     return counts

@@ -43,7 +43,9 @@ class Thinner:
             raise ValueError(f"at least one channel and a power of two are needed, got {channels} and {most}")
         self._lags: list[int] = [2**i for i in range(most.bit_length())]
         self._far = 2 * most
-        self._last = np.zeros((self._far, channels), dtype=np.float16)
+        self._back = np.array([*self._lags, self._far])[:, None]
+        # rounded to half precision, in which they are kept
+        self._last: FloatArray = np.zeros((self._far, channels), dtype=np.float32)
         self._squares: FloatArray = np.zeros((_PARTS, len(self._lags) + 1, channels), dtype=np.float32)
         self._fourths: FloatArray = np.zeros((_PARTS, channels), dtype=np.float32)
         self._pairs: DoubleArray = np.zeros(_PARTS)
@@ -67,28 +69,22 @@ class Thinner:
 
     def _learn(self, rows: DoubleArray) -> None:
         """Rows of one stretch; stretches are as long as the largest difference reaches."""
-        joined = np.concatenate([self._last, rows.astype(np.float16)])
+        values = np.concatenate([self._last, rows.astype(np.float16).astype(np.float32)])
         stretch = self._rows // self._far
-        self._last = joined[-self._far :]
+        self._last = values[-self._far :]
         self._rows += len(rows)
         if not stretch:  # the first, before which there is none
             return
         if self._rows >= (_PARTS + 1) * self._far:  # only whose turn it is matters
             self._rows -= _PARTS * self._far
-        values = joined.astype(np.float32)
         weights = (_MEMORY ** np.arange(len(rows) - 1, -1, -1.0)).astype(np.float32)
         part, fade = stretch % _PARTS, np.float32(_MEMORY ** len(rows))
-        sums = []
-        for lag in [*self._lags, self._far]:
-            steps = values[self._far :] - values[self._far - lag : len(values) - lag]
-            steps *= steps
-            sums.append(weights @ steps)
+        steps = values[self._far + np.arange(len(rows)) - self._back]  # [lags, rows, K]
+        steps -= values[self._far :]
         steps *= steps
-        squares, fourths = self._squares.copy(), self._fourths.copy()
-        squares[part] = fade * squares[part] + np.stack(sums)
-        fourths[part] = fade * fourths[part] + weights @ steps
-        self._squares, self._fourths = squares, fourths
-        self._pairs = self._pairs.copy()
+        for sums, new in ((self._squares, weights @ steps), (self._fourths, weights @ steps[-1] ** 2)):
+            sums[part] *= fade
+            sums[part] += new
         self._pairs[part] = fade * self._pairs[part] + weights.sum()
         if self._rows % self._far == 0 and self._pairs.min() >= _ENOUGH * _MEMORY**_ENOUGH:
             fine = np.flatnonzero(~self._correlated().any(axis=1))
@@ -125,10 +121,10 @@ class Thinner:
     def state(self) -> dict[str, AnyArray]:
         """All that `restore` needs."""
         arrays: dict[str, AnyArray] = {
-            "last": self._last,
-            "squares": self._squares,
-            "fourths": self._fourths,
-            "pairs": self._pairs,
+            "last": self._last.astype(np.float16),
+            "squares": self._squares.copy(),
+            "fourths": self._fourths.copy(),
+            "pairs": self._pairs.copy(),
         }
         return {**arrays, "scalars": np.array([self._rows, self._wait, self._step])}
 
@@ -140,6 +136,6 @@ class Thinner:
         """
         if any(state[key].shape != array.shape for key, array in self.state().items()):
             raise ValueError(f"state of {state['last'].shape[1]} channels for a thinner of {self._last.shape[1]}")
-        self._last, self._squares = state["last"].copy(), state["squares"].copy()
+        self._last, self._squares = state["last"].astype(np.float32), state["squares"].copy()
         self._fourths, self._pairs = state["fourths"].copy(), state["pairs"].copy()
         self._rows, self._wait, self._step = (int(v) for v in state["scalars"])

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from edge_sdk.drift.ranks import rank_channels, ranked
+from edge_sdk.drift.ranks import rank_channels, ranked, with_spread
 
 FEW = st.integers(-3, 3).map(float)
 """Few values, so that many repeat."""
@@ -66,3 +66,15 @@ def test_rows_are_ranked_alike_in_any_number_and_order(rng, rows):
 def test_no_features_give_no_ranks():
     ranks, bins = ranked(np.zeros((4, 0), np.float32), np.zeros((0, 63), np.float32))
     assert ranks.shape == bins.shape == (4, 0)
+
+
+def test_a_feature_that_spreads_moves_the_distances_alone(rng):
+    edges = np.quantile(rng.normal(size=4_000), np.arange(1, 64) / 64).astype(np.float32)[None]
+    usual, wide = (
+        with_spread(rank_channels(rng.normal(0, scale, (4_000, 1)).astype(np.float32), edges)) for scale in (1, 2)
+    )
+    assert usual.shape == (4_000, 2)
+    assert usual.min() >= 0
+    assert usual.max() <= 1
+    assert usual.mean(axis=0) == pytest.approx([0.5, 0.5], abs=0.03)
+    assert wide.mean(axis=0) == pytest.approx([0.5, 0.69], abs=0.03)
