@@ -7,6 +7,8 @@ from typing import Any
 
 Line = dict[str, Any]
 Row = Sequence[object]
+Target = tuple[str, str, str, bool | None]
+"""What, the target, what was found, and whether that is enough."""
 KINDS = ("noise", "rotation", "brightness", "contrast")
 NULL_TARGETS = {"iid": 1.0, "AR": 1.5, "seasonal": 1.5}
 LATENT_PER_ADWIN = 12
@@ -71,11 +73,11 @@ def targets(results: Line) -> str:
     rows = [*_cost_targets(results), *_null_targets(results), *_delay_targets(results)]
     return "## Targets\n\n" + table(
         ("", "target", "measured", "met"),
-        [(what, target, said, "yes" if met else "**no**") for what, target, said, met in rows],
+        [(what, target, said, {True: "yes", False: "**no**", None: ""}[met]) for what, target, said, met in rows],
     )
 
 
-def _cost_targets(results: Line) -> Iterable[tuple[str, str, str, bool]]:
+def _cost_targets(results: Line) -> Iterable[Target]:
     found = results.get("cost", {})
     for ours, theirs, what, least in (
         ("input", "river 64", "64 features against river's ADWIN x 64", 5),
@@ -111,7 +113,7 @@ def _cost_targets(results: Line) -> Iterable[tuple[str, str, str, bool]]:
         yield "state, from 10 000 rows to 1 M", "flat", said, grown <= 0.02 * last["bytes"]
 
 
-def _null_targets(results: Line) -> Iterable[tuple[str, str, str, bool]]:
+def _null_targets(results: Line) -> Iterable[Target]:
     for line in results.get("nulls", []):
         if line["who"].startswith("ours"):
             most = next(value for key, value in NULL_TARGETS.items() if line["null"].startswith(key))
@@ -119,14 +121,17 @@ def _null_targets(results: Line) -> Iterable[tuple[str, str, str, bool]]:
             yield f"false alarms, {line['null']}", f"<= {most}", f"{rate:.2f}", rate <= most
 
 
-def _delay_targets(results: Line) -> Iterable[tuple[str, str, str, bool]]:
+def _delay_targets(results: Line) -> Iterable[Target]:
     if found := results.get("shifts"):
         asked = [line for line in found["lines"] if line["kind"] in KINDS]
-        names = [name for name in asked[0]["delay"] if name.startswith("KS")]
-        if names:
-            beaten = sum(line["delay"]["ours"][0] <= min(line["delay"][name][0] for name in names) for line in asked)
-            yield ("image shifts: no later than KS + Bonferroni, its best window", f"{len(asked)} of {len(asked)}",
-                   f"{beaten} of {len(asked)}", beaten == len(asked))  # fmt: skip
+        if names := [name for name in asked[0]["delay"] if name.startswith("KS")]:
+            # a window is chosen before the shift is known: the one with the least mean delay over all of them
+            best = min(names, key=lambda name: sum(line["delay"][name][0] for line in asked))
+            beaten = [line["shift"] for line in asked if line["delay"]["ours"][0] <= line["delay"][best][0]]
+            what = f"image shifts: no later than KS + Bonferroni ({best.split()[-1]} rows, its best window)"
+            yield what, f"all {len(asked)}", f"{len(beaten)}", len(beaten) == len(asked)
+            each = [line for line in asked if line["delay"]["ours"][0] <= min(line["delay"][n][0] for n in names)]
+            yield "the same, had it the best window for each shift", "-", f"{len(each)} of {len(asked)}", None
             won = [kind for kind in KINDS if _wins(found, [line for line in asked if line["kind"] == kind])]
             yield ("kinds of shift: no later than the best peer in budget", "3 of 4",
                    f"{len(won)} of 4 ({', '.join(won)})", len(won) >= 3)  # fmt: skip

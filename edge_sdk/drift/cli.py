@@ -135,8 +135,8 @@ def suggest(
 ) -> None:
     """Suggest limits for each feature: its range, how often it may be missing, how long it may stand still.
 
-    What is written is an input spec as `edge-quantize` and `InputSpec` take it. As TOML, missing rates and frozen
-    lengths stand in comments; as JSON beside it, under "features".
+    What is written is an input spec, as a checkpoint's `InputSpec`. As TOML, missing rates and frozen lengths stand in
+    comments; as JSON beside it, under "features".
     """
     from edge_sdk.drift.limits import suggest as limits_of
     from edge_sdk.drift.reference import MIN_ROWS

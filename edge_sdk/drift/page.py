@@ -19,12 +19,15 @@ _FLOOR = 1e-4
 _CEILING = 10.0
 _WARNING = 0.05
 _STRIPS = 24
+_NAMED = 0.15
+"""A value of a category with a smaller share is named where the pointer rests only."""
 
 _EVIDENCE = """Evidence of each monitor as a share of its threshold, on a scale of powers of ten. At the dashed line
 the alarm is raised; it stays up until it is cleared. The dotted line is the warning."""
 _BUDGETS = "The row of the first alarm, had you tolerated more or fewer false alarms a day."
 _FEATURES = """Grey: where the middle 80 % of the reference lie. Blue: the same of the stream, with its median. Below:
-the share that is missing. Those that carried an alarm come first, then those that moved most."""
+the share that is missing. Of a category: the shares of its values, with lines where they usually end. Those that
+carried an alarm come first, then those that moved most."""
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #667085; --line: #d8dde6; --paper: #ffffff; --card: #f6f7f9;
@@ -46,6 +49,7 @@ svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft);
 .grid { stroke: var(--line); } .trace { fill: none; stroke: var(--trace); stroke-width: 1.5; }
 .limit { stroke: var(--alarm); stroke-dasharray: 5 3; } .level { stroke: var(--warn); stroke-dasharray: 2 3; }
 .raised { stroke: var(--alarm); } .band { fill: var(--band); } .usual { fill: var(--usual); }
+.share0 { fill: var(--band); } .share1 { fill: var(--usual); } .others { fill: var(--alarm); opacity: .6; }
 .missing { fill: var(--warn); } svg .tag { fill: var(--alarm); }
 """
 
@@ -174,33 +178,12 @@ def _axis(found: Replay, y: float) -> str:
 
 
 def _strip(strip: Strip, found: Replay) -> str:
-    parts = strip.quantiles.shape[1]
-    known = strip.quantiles[~np.isnan(strip.quantiles)]
-    ends = [float(end) for end in (*strip.usual, *(np.quantile(known, (0.01, 0.99)) if len(known) else ()))]
-    ends = [end for end in ends if not math.isnan(end)]
-    if not ends:
+    parts = len(strip.missing)
+    if np.isnan(strip.quantiles).all():
         return f'<h3>{escape(strip.name)}</h3><p class="soft small">always missing</p>'
-    low, high = min(ends), max(ends)
-    margin = (high - low or abs(high) or 1.0) * 0.15
-    low, high = low - margin, high + margin
-
-    def y(value: float) -> float:
-        return 4 + (_STRIP - 14) * (high - min(high, max(low, value))) / (high - low)
-
     x = [_x(found.rows * (i + 0.5) / parts, found.rows) for i in range(parts)]
-    drawn = []
-    if not math.isnan(strip.usual[0]):
-        drawn.append(
-            f'<rect class="usual" x="40" width="{_WIDTH - 40}" y="{y(strip.usual[2]):.1f}" '
-            f'height="{max(1.0, y(strip.usual[0]) - y(strip.usual[2])):.1f}"/>'
-        )
-    for run in _runs(~np.isnan(strip.quantiles[0])):
-        upper = [f"{x[i]:.1f},{y(strip.quantiles[2, i]):.1f}" for i in run]
-        lower = [f"{x[i]:.1f},{y(strip.quantiles[0, i]):.1f}" for i in reversed(run)]
-        middle = " ".join(f"{x[i]:.1f},{y(strip.quantiles[1, i]):.1f}" for i in run)
-        drawn.append(f'<polygon class="band" points="{" ".join(upper + lower)}"/>')
-        drawn.append(f'<polyline class="trace" points="{middle}"/>')
     width = (_WIDTH - 40) / parts
+    drawn = _shares(strip, x) if strip.categories else _values(strip, x)
     drawn += [
         f'<rect class="missing" x="{x[i] - width / 2:.1f}" width="{width + 0.2:.1f}" y="{_STRIP - 8 * share - 1:.1f}" '
         f'height="{8 * share:.1f}"><title>{share:.0%} missing</title></rect>'
@@ -213,19 +196,70 @@ def _strip(strip: Strip, found: Replay) -> str:
         for a in found.alarms
         if strip.name in a.suspects
     ]
-    limits = "".join(
-        f'<text x="34" y="{place}" text-anchor="end">{_short(value)}</text>'
-        for place, value in ((12, high - margin), (_STRIP - 12, low + margin))
-    )
+    moved = "largest change of a share" if strip.categories else "mean moved, in usual spreads:"
+    said = f"{moved} {strip.shift:+.2f}"
     missing = float(strip.missing.mean())
-    said = f"mean moved by {strip.shift:+.2f} of its usual spread"
     if missing > 0 or strip.usually_missing > 0:
         said += f"; {missing:.1%} missing (usually {strip.usually_missing:.1%})"
     return (
         f'<h3>{escape(strip.name)} <span class="soft small">{said}</span></h3>\n'
         f'<svg viewBox="0 0 {_WIDTH} {_STRIP}" role="img" aria-label="{escape(strip.name)}: {said}">'
-        f"{''.join(drawn)}{limits}</svg>"
+        f"{''.join(drawn)}</svg>"
     )
+
+
+def _values(strip: Strip, x: Sequence[float]) -> list[str]:
+    """The middle 80 % of a number over the stream, before that of the reference."""
+    known = strip.quantiles[~np.isnan(strip.quantiles)]
+    ends = [float(end) for end in (*strip.usual, *np.quantile(known, (0.01, 0.99))) if not math.isnan(end)]
+    low, high = min(ends), max(ends)
+    margin = (high - low or abs(high) or 1.0) * 0.15
+    bottom, top = low - margin, high + margin
+
+    def y(value: float) -> float:
+        return 4 + (_STRIP - 14) * (top - min(top, max(bottom, value))) / (top - bottom)
+
+    drawn = [
+        f'<text x="34" y="{place}" text-anchor="end">{_short(value)}</text>'
+        for place, value in ((12, high), (_STRIP - 12, low))
+    ]
+    if not math.isnan(strip.usual[0]):
+        drawn.append(
+            f'<rect class="usual" x="40" width="{_WIDTH - 40}" y="{y(strip.usual[2]):.1f}" '
+            f'height="{max(1.0, y(strip.usual[0]) - y(strip.usual[2])):.1f}"/>'
+        )
+    for run in _runs(~np.isnan(strip.quantiles[0])):
+        upper = [f"{x[i]:.1f},{y(strip.quantiles[2, i]):.1f}" for i in run]
+        lower = [f"{x[i]:.1f},{y(strip.quantiles[0, i]):.1f}" for i in reversed(run)]
+        middle = " ".join(f"{x[i]:.1f},{y(strip.quantiles[1, i]):.1f}" for i in run)
+        drawn.append(f'<polygon class="band" points="{" ".join(upper + lower)}"/>')
+        drawn.append(f'<polyline class="trace" points="{middle}"/>')
+    return drawn
+
+
+def _shares(strip: Strip, x: Sequence[float]) -> list[str]:
+    """The shares of a category's values over the stream, stacked; a line where each would usually end."""
+    height, drawn = _STRIP - 14, []
+    ends = np.cumsum(strip.shares, axis=0)
+    usual = np.cumsum([share for _, share in strip.categories])
+    for place, (value, share) in enumerate(strip.categories):
+        if not strip.shares[place].any() and not share:
+            continue
+        upper = ends[place]
+        lower = upper - strip.shares[place]
+        there = [f"{a:.1f},{4 + height * (1 - b):.1f}" for a, b in zip(x, upper, strict=True)]
+        back = [f"{a:.1f},{4 + height * (1 - b):.1f}" for a, b in zip(reversed(x), lower[::-1], strict=True)]
+        told = f"{value}: {strip.shares[place].mean():.1%} (usually {share:.1%})"
+        kind = "others" if place == len(strip.categories) - 1 else f"share{place % 2}"
+        drawn.append(
+            f'<polygon class="{kind}" points="{" ".join(there + back)}"><title>{escape(told)}</title></polygon>'
+        )
+        y = 4 + height * (1 - float(usual[place]))
+        drawn.append(f'<line class="level" x1="40" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        if strip.shares[place].mean() > _NAMED:
+            middle = 4 + height * (1 - float((upper + lower).mean()) / 2)
+            drawn.append(f'<text x="34" y="{middle + 4:.1f}" text-anchor="end">{escape(value[:5])}</text>')
+    return drawn
 
 
 def _rest(found: Replay) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from edge_sdk.drift.monitors import DriftMonitors
 from edge_sdk.drift.reference import MIN_ROWS, Reference
 from edge_sdk.drift.table import Layout, Roles, Rows
 from edge_sdk.errors import InputError
-from edge_sdk.types import DoubleArray, FloatArray
+from edge_sdk.schema import Column
+from edge_sdk.types import AnyArray, DoubleArray, FloatArray
 
 DAY_S = 86_400.0
 _BUCKETS = 200
@@ -74,7 +75,10 @@ class Strip:
         quantiles: float64 [3, P]: the same of each part; NaN where all is missing.
         missing: float64 [P]: share in each part.
         usually_missing: Share in the reference.
-        shift: Of the whole stream's mean, in standard deviations of the reference.
+        shift: Of the whole stream's mean, in standard deviations of the reference; of a category the largest change of
+            a share.
+        categories: Of a category its values and "others", with their usual shares; empty for a number.
+        shares: float64 [V, P]: of each in each part.
     """
 
     name: str
@@ -83,6 +87,8 @@ class Strip:
     missing: DoubleArray
     usually_missing: float
     shift: float
+    categories: tuple[tuple[str, float], ...] = ()
+    shares: DoubleArray = field(default_factory=lambda: np.zeros((0, 0)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +206,7 @@ def replay(
         times=seen.times,
         traces=seen.traces,
         alarms=seen.alarms,
-        strips=_strips(normal.features, np.concatenate(kept), layout.names, seen.alarms),
+        strips=_strips(normal.features, np.concatenate(kept), layout.columns, seen.alarms),
         left_out=tuple(layout.left_out),
         caveat=built.caveat,
     )
@@ -270,30 +276,45 @@ def _pace(layout: Layout, data: Path) -> float:
     return (rows - 1) / (last - first) * DAY_S
 
 
-def _strips(normal: FloatArray, stream: FloatArray, names: tuple[str, ...], alarms: list[Raised]) -> list[Strip]:
-    parts = np.array_split(stream, min(_BUCKETS, len(stream)))
-    strips = []
-    for i, name in enumerate(names):
-        usual = normal[:, i][~np.isnan(normal[:, i])]
-        known = stream[:, i][~np.isnan(stream[:, i])]
-        spread = float(usual.std()) if len(usual) else 0.0
-        shift = float(known.mean() - usual.mean()) / spread if spread > 0 and len(known) else 0.0
-        strips.append(
-            Strip(
-                name,
-                tuple(_quantiles(usual)),  # type: ignore[arg-type] # three of them
-                np.array([_quantiles(part[:, i][~np.isnan(part[:, i])]) for part in parts]).T,
-                np.array([float(np.isnan(part[:, i]).mean()) for part in parts]),
-                float(np.isnan(normal[:, i]).mean()),
-                shift,
-            )
-        )
-    blamed = [name for alarm in alarms for name in alarm.suspects]
+def _strips(normal: FloatArray, stream: FloatArray, columns: Sequence[Column], alarms: list[Raised]) -> list[Strip]:
+    count = min(_BUCKETS, len(stream))
+    strips = [_strip(normal[:, i], stream[:, i], column, count) for i, column in enumerate(columns)]
+    blamed = [strip.name for alarm in alarms for strip in strips if strip.name in alarm.suspects]
     place = {name: i for i, name in enumerate(dict.fromkeys(blamed))}
     return sorted(strips, key=lambda strip: (place.get(strip.name, len(place)), -abs(strip.shift)))
 
 
-def _quantiles(values: FloatArray) -> list[float]:
+def _strip(normal: FloatArray, stream: FloatArray, column: Column, count: int) -> Strip:
+    parts = np.array_split(stream, count)
+    usual, known = normal[~np.isnan(normal)], stream[~np.isnan(stream)]
+    spread = float(usual.std()) if len(usual) else 0.0
+    strip = Strip(
+        column.name,
+        _quantiles(usual),
+        np.array([_quantiles(part[~np.isnan(part)]) for part in parts]).T,
+        np.array([float(np.isnan(part).mean()) for part in parts]),
+        float(np.isnan(normal).mean()),
+        float(known.mean() - usual.mean()) / spread if spread > 0 and len(known) else 0.0,
+    )
+    if column.kind == "number":
+        return strip
+    codes = np.array([*range(len(column.values)), -1])
+    was, now = (_shares(values, codes) for values in (usual, known))
+    return replace(
+        strip,
+        shift=float((now - was)[np.argmax(np.abs(now - was))]),
+        categories=tuple(zip([*column.values, "others"], was.tolist(), strict=True)),
+        shares=np.array([_shares(part[~np.isnan(part)], codes) for part in parts]).T,
+    )
+
+
+def _shares(values: FloatArray, codes: AnyArray) -> DoubleArray:
+    shares: DoubleArray = (values[:, None] == codes).mean(axis=0) if len(values) else np.zeros(len(codes))
+    return shares
+
+
+def _quantiles(values: FloatArray) -> tuple[float, float, float]:
     if not len(values):
-        return [math.nan] * 3
-    return [float(q) for q in np.quantile(values, (0.1, 0.5, 0.9))]
+        return math.nan, math.nan, math.nan
+    low, middle, high = np.quantile(values, (0.1, 0.5, 0.9)).tolist()
+    return low, middle, high
