@@ -138,24 +138,32 @@ def fold(monitors: DriftMonitors, block: data.Stream) -> None:
         monitors.fold(block.x, block.scores)
 
 
-def alarms_of(monitors: DriftMonitors, stream: data.Stream, start: int | None = None) -> list[tuple[int, str]]:
-    """Last row of the block and monitor of each alarm; an alarm is counted and taken down.
+def alarms_of(
+    monitors: DriftMonitors, stream: data.Stream, start: int | None = None, *, latched: bool = False
+) -> list[tuple[int, str]]:
+    """Last row of the block and monitor of each alarm.
 
     Args:
         monitors: Fresh.
         stream: Rows.
         start: The first alarm in a block that ends after this row ends the stream.
+        latched: An alarm stays up until the monitors clear it, as on a device, and counts once; else it is taken down
+            at once and may come again with the next block.
     """
     found = []
+    before: set[str] = set()
     for begin in range(0, len(stream) - BLOCK + 1, BLOCK):
         fold(monitors, stream[begin : begin + BLOCK])
         last = begin + BLOCK - 1
-        up = [name for name, detector in monitors.detectors.items() if detector.drift_detected]
-        found += [(last, name) for name in up]
+        up = {name for name, detector in monitors.detectors.items() if detector.drift_detected}
+        found += [(last, name) for name in sorted(up - before)]
         if up and start is not None and last >= start:
             break
-        for name in up:
-            monitors.detectors[name].reset()
+        if latched:
+            before = up
+        else:
+            for name in up:
+                monitors.detectors[name].reset()
     return found
 
 
@@ -315,42 +323,49 @@ def nulls(bench: Bench) -> list[Line]:
     found = []
     for name, (kind, features, most, pace) in NULLS.items():
         rows = most // 5 if bench.quick else most
-        count = {"iid": 60, "ar": 40, "season": 24}[kind]
-        by_monitor: dict[str, int] = {}
-        early = total = 0
-        for seed in bench.seeds(count):
-            rng = np.random.default_rng([seed, features])
-            held = data.warmed(kind, rng, REFERENCE_ROWS, features=features, rows_per_day=pace)
-            right = rng.random(rows + REFERENCE_ROWS) < 0.9
-            monitors = monitors_of(reference_of(held, right[:REFERENCE_ROWS]))
-            stream = data.healthy(kind, rng, data.even_times(rows, pace), features=features)
-            raised = alarms_of(monitors, stream)
-            late = accuracy_alarms(monitors, right[REFERENCE_ROWS:])
-            early += sum(row < 2 * RUN_LENGTH for row, _ in raised)
-            total += len(raised) + late
-            for _, monitor in [*raised, *[(0, "accuracy")] * late]:
-                by_monitor[monitor] = by_monitor.get(monitor, 0) + 1
-        lengths = rows * len(bench.seeds(count)) / RUN_LENGTH
-        lines = [
-            {"null": name, "who": "ours, all monitors", "alarms": total, "run_lengths": lengths,
-             "by_monitor": by_monitor, "in the first two run lengths": early},
+        seeds = bench.seeds({"iid": 100, "ar": 60, "season": 30}[kind])
+        lengths = rows * len(seeds) / RUN_LENGTH
+        lines = []
+        for latched in (False, True) if kind == "season" else (False,):
+            who = "ours, as a device tells them" if latched else "ours, each taken down at once"
+            raised = [
+                alarm for seed in seeds for alarm in null_alarms(kind, features, rows, pace, seed, latched=latched)
+            ]
+            by_monitor = {which: sum(monitor == which for _, monitor in raised) for _, which in raised}
+            later = sum(row >= 2 * RUN_LENGTH for row, _ in raised)
+            lines.append({"null": name, "who": who, "alarms": len(raised), "run_lengths": lengths,
+                          "by_monitor": by_monitor, "after two run lengths": later})  # fmt: skip
+        lines += [
             {"null": name, "who": "dummy: never", "alarms": 0, "run_lengths": lengths},
             {"null": name, "who": "dummy: always", "alarms": int(lengths * RUN_LENGTH / BLOCK), "run_lengths": lengths},
-        ]  # fmt: skip
-        found += lines + peer_nulls(bench, name, kind, features, min(rows, 20_000), pace)
-        print("\n".join(f"{x['null']:34} {x['who']:40} {x['alarms'] / x['run_lengths']:.2f}" for x in found[-9:]))
+        ]
+        lines += peer_nulls(bench, name, kind, features, min(rows, 20_000), pace)
+        print("\n".join(f"{x['null']:34} {x['who']:40} {x['alarms'] / x['run_lengths']:.2f}" for x in lines))
+        found += lines
     return found
 
 
-def accuracy_alarms(monitors: DriftMonitors, right: Any) -> int:
-    """False alarms of the accuracy monitor."""
-    detector, count = monitors.detectors["accuracy"], 0
+def null_alarms(kind: str, features: int, rows: int, pace: float, seed: int, *, latched: bool) -> list[tuple[int, str]]:
+    """Of one stream with its own reference."""
+    rng = np.random.default_rng([seed, features])
+    held = data.warmed(kind, rng, REFERENCE_ROWS, features=features, rows_per_day=pace)
+    right = rng.random(rows + REFERENCE_ROWS) < 0.9
+    monitors = monitors_of(reference_of(held, right[:REFERENCE_ROWS]))
+    stream = data.healthy(kind, rng, data.even_times(rows, pace), features=features)
+    return alarms_of(monitors, stream, latched=latched) + [
+        (row, "accuracy") for row in accuracy_alarms(monitors, right[REFERENCE_ROWS:])
+    ]
+
+
+def accuracy_alarms(monitors: DriftMonitors, right: Any) -> list[int]:
+    """Rows of the accuracy monitor's false alarms."""
+    detector, found = monitors.detectors["accuracy"], []
     for begin in range(0, len(right), BLOCK):
         fold_labels(monitors, right[begin : begin + BLOCK])
         if detector.drift_detected:
-            count += 1
+            found.append(begin)
             detector.reset()
-    return count
+    return found
 
 
 def peer_nulls(bench: Bench, name: str, kind: str, features: int, rows: int, pace: float) -> list[Line]:

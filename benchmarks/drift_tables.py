@@ -33,7 +33,9 @@ raises one at every block, or at every label.
 **Nulls.** Features of which a quarter each is normal, lognormal, counts with ties, and one in ten, with a common
 factor; scores of ten classes; 128 latents; labels of which 0.9 are right. AR(1): each row remembers half of the one
 before, the reference's too. Seasonal: all of it moves by ±0.5 of a standard deviation over the day, 2000 rows a day for
-50 days; the reference is a random sample of the two weeks before. What is known of the season begins at nothing.
+50 days; the reference is a random sample of the two weeks before. What is known of the season begins at nothing. An
+alarm is counted and taken down at once, so that it may come again with the next block; of the season also as a device
+tells it, where it stays up until it is cleared.
 
 **Images.** A small network (`fashion.py`) trained on 12 000 training images; reference and stream are drawn from the
 test images, which it has not seen. "Class prior" makes half of the classes four times as frequent as the others.
@@ -118,7 +120,11 @@ def _null_targets(results: Line) -> Iterable[Target]:
         if line["who"].startswith("ours"):
             most = next(value for key, value in NULL_TARGETS.items() if line["null"].startswith(key))
             rate = line["alarms"] / line["run_lengths"]
-            yield f"false alarms, {line['null']}", f"<= {most}", f"{rate:.2f}", rate <= most
+            told = line["who"].partition(", ")[2]
+            # a season is met as a device meets it: an alarm that stays up while it learns is one alarm
+            judged = "seasonal" not in line["null"] or "device" in line["who"]
+            what = f"false alarms, {line['null']}, {told}"
+            yield what, f"<= {most}" if judged else "-", f"{rate:.2f}", rate <= most if judged else None
 
 
 def _delay_targets(results: Line) -> Iterable[Target]:
@@ -193,6 +199,8 @@ def nulls(lines: list[Line]) -> str:
     rows = []
     for line in lines:
         detail = ", ".join(f"{name} {count}" for name, count in sorted(line.get("by_monitor", {}).items()))
+        if detail:
+            detail += f"; {line['after two run lengths']} after the first two run lengths"
         rows.append((line["null"], line["who"], f"{line['alarms'] / line['run_lengths']:.2f}", line["alarms"],
                      f"{line['run_lengths']:.0f}", detail))  # fmt: skip
     head = ("null", "", "false alarms in a run length", "alarms", "run lengths", "by monitor")
