@@ -33,6 +33,8 @@ import torch
 from fashion import CLASSES, LATENT, Factory, Source
 from forgetting_tables import markdown
 
+from edge_quantize import widen
+from edge_quantize.widen import widened
 from edge_sdk import __version__
 from edge_sdk.config import LearnConfig
 from edge_sdk.errors import DivergedError
@@ -51,6 +53,8 @@ BASE = 6
 PEER = Path(__file__).parent / "peers" / "avalanche_peer.py"
 SIZES = (50, 200, 500, 1500)
 IMAGE_BYTES = 784
+WIDTHS = (168, 320, 632)
+"""Random features that take, with their moments, somewhat less than Avalanche's 200, 500 and 1500 images."""
 BUDGETS = (71_000, 401_000, 1_200_000)
 TUNING_SEEDS = (0, 1)
 LAMBDAS = (0.0, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6)
@@ -82,6 +86,7 @@ class Method:
         fixed: What makes the method what it is.
         stateless: At every experience it starts from nothing, on all rows so far.
         on_device: The whole grid is searched at every experience, with what a device has.
+        features: Width of the layer of random features before the head; 0: there is none.
     """
 
     learner: str
@@ -89,6 +94,7 @@ class Method:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     stateless: bool = False
     on_device: bool = False
+    features: int = 0
 
     def config(self, params: Params) -> LearnConfig:
         """The SDK's defaults, but for what the method is and what was tuned."""
@@ -98,14 +104,15 @@ class Method:
         """What a device keeps beside the head: latents with a byte of label, moments, Fisher information and anchor.
 
         Numbers of moments, Fisher information and anchor have 4 bytes. The moments of the factory and of the device are
-        one sum, unless the device's fade.
+        one sum, unless the device's fade. A layer of random features counts, although it never changes.
         """
         size = rows * (LATENT + 1)
         if self.learner == "joint":
             return 0
         config = self.config(params)
         if config.learner in ("slda", "hybrid") and not self.stateless:
-            size += MOMENT_BYTES * (1 if config.decay == 1 else 2)
+            size += moment_bytes(self.features or LATENT) * (1 if config.decay == 1 else 2)
+            size += 4 * (LATENT + 1) * self.features
         if config.learner == "sgd" and config.ewc_lambda:
             size += 8 * (LATENT + 1) * CLASSES
         return size
@@ -115,7 +122,11 @@ class Method:
         return (budget - self.state_bytes(0, {})) // (LATENT + 1)
 
 
-MOMENT_BYTES = 4 * (LATENT * (LATENT + 1) // 2 + LATENT * (CLASSES + 1) + CLASSES + 2)
+def moment_bytes(width: int) -> int:
+    """What moments of so many features take."""
+    return 4 * (width * (width + 1) // 2 + width * (CLASSES + 1) + CLASSES + 2)
+
+
 _SLOW = {"learning_rate": (0.1, 0.01, 0.3, 1.0), "passes": (6, 1, 24)}
 _RATES = {"learning_rate": (1.0, 0.3, 3.0), "passes": (24, 6)}
 _EWC = {"ewc_lambda": (10.0, 1.0, 100.0, 1000.0), "consolidation": ("checkpoint", "offline", "online")}
@@ -129,6 +140,7 @@ METHODS = {
     "ewc+replay": Method("sgd", {**_RATES, **_EWC}),
     "hybrid": Method("hybrid", _HYBRID, {"decay": 1.0}),
     "hybrid, defaults": Method("hybrid"),
+    **{f"hybrid, {count} random features": Method("hybrid", {}, {"decay": 1.0}, features=count) for count in WIDTHS},
     "ewc, chosen on the device": Method(
         "sgd", {**_RATES, "ewc_lambda": (0.0, 1.0, 10.0, 100.0)}, on_device=True
     ),
@@ -154,8 +166,11 @@ def cells(stream: str, *, quick: bool) -> Iterator[tuple[str, int]]:
     for budget, name in itertools.product(() if quick else BUDGETS, ("replay", "hybrid", "hybrid, defaults")):
         if METHODS[name].rows_for(budget) > 0:
             yield name, METHODS[name].rows_for(budget)
-    for images in () if quick else SIZES[1:]:  # in as many bytes as Avalanche's images take
+    wide = [f"hybrid, {count} random features" for count in WIDTHS[: 1 if quick else None]]
+    yield from itertools.product(wide[-1:], (0, *sizes))
+    for images, name in () if quick else zip(SIZES[1:], wide, strict=True):  # in as many bytes as Avalanche's images
         yield "hybrid", METHODS["hybrid"].rows_for(images * IMAGE_BYTES)
+        yield name, METHODS[name].rows_for(images * IMAGE_BYTES)
     yield from ((name, 0) for name in ("sgd, from scratch", "hybrid, from scratch"))
 
 
@@ -257,6 +272,27 @@ def open_stream(name: str, seed: int, source: Source, cache: Path) -> Stream:
         moments=Moments.of_arrays(shipped, head.labels), experiences=tuple(experiences),
         columns=("original", *drifts) if drifts else ("0-5", "6", "7", "8", "9"), scored=scored, grows=not drifts,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=6)
+def open_wide(name: str, seed: int, source: Source, cache: Path, features: int) -> Stream:
+    """The same stream with a head that was packed with random features."""
+    stream = open_stream(name, seed, source, cache)
+    known, labels = stream.experiences[0], stream.head.labels
+    head = widened(stream.head, known.latents, known.y, latent=stream.latent, task="classification", features=features,
+                   seed=seed)  # fmt: skip
+    moments = Moments.none(labels, features)
+    for part in np.array_split(np.arange(len(known.y)), 16):
+        hidden = head.hidden(dequantize(known.latents[part], stream.latent))
+        moments += Moments.of(hidden, known.y[part], np.ones(len(part)), labels)
+    zeros = {key: np.zeros_like(value) for key, value in head.weights.items()}
+    moments = Moments.of_arrays(moments.arrays(), labels)
+    return replace(stream, head=head, fisher=zeros, moments=moments)
+
+
+def opened(method: Method, *where: Any) -> Stream:
+    """The stream for a method: with the head that it takes."""
+    return open_wide(*where, method.features) if method.features else open_stream(*where)
 
 
 @lru_cache(maxsize=64)
@@ -371,7 +407,8 @@ def run(stream: Stream, buffers: Sequence[Labelled], method: Method, params: Par
     matrix = [stream.row(stream.head, 0, part)]
     line: Line = {"diverged": False, "steps": 0, "samples": 0}
     config = LearnConfig() if method.learner == "joint" else method.config(params)
-    job, device, cpu_s = first_job(stream, config), Moments.none(stream.head.labels, LATENT), 0.0
+    device, cpu_s = Moments.none(stream.head.labels, len(stream.moments.x)), 0.0
+    job = first_job(stream, config)
     for experience, replay in enumerate(buffers, 1):
         fresh = stream.experiences[experience]
         line["samples"] += len(fresh.y)
@@ -396,7 +433,7 @@ def run(stream: Stream, buffers: Sequence[Labelled], method: Method, params: Par
                                    mode=job.config.consolidation, decay=job.config.decay)  # fmt: skip
                 job = replace(job, anchor=held.anchor, fisher=held.fisher)
             device = device.aligned(head.labels).faded(job.config.decay)
-            device += Moments.of(x, fresh.y, job.fresh_mass, head.labels)
+            device += Moments.of(head.hidden(x), fresh.y, job.fresh_mass, head.labels)
         cpu_s += time.process_time() - began
         line["steps"] += result.steps
         job = replace(job, champion=head)
@@ -463,6 +500,7 @@ CODE = {
     "slda": _digest(*_DEVICE, slda),
     "sgd": _digest(*_DEVICE, sgd),
     "hybrid": _digest(*_DEVICE, slda, sgd, hybrid),
+    "wide": _digest(*_DEVICE, slda, sgd, hybrid, widen, open_wide),
 }
 """Of what the figures of a learner depend on: another version's lines are not taken."""
 
@@ -483,9 +521,10 @@ class Bench:
         def make() -> Line:
             where = (stream, seed, self.source, self.cache)
             part = "validation" if kind == "trial" else "test"
-            return run(open_stream(*where), replayed(*where, rows), METHODS[name], params, part)
+            return run(opened(METHODS[name], *where), replayed(*where, rows), METHODS[name], params, part)
 
-        key = (kind, stream, name, rows, seed, params, CODE[METHODS[name].learner])
+        code = CODE["wide" if METHODS[name].features else METHODS[name].learner]
+        key = (kind, stream, name, rows, seed, params, code)
         return self.record.line(dict(zip(KEY, key, strict=True)), make)
 
     def tuned(self, stream: str, name: str, rows: int) -> Params:
@@ -606,12 +645,13 @@ def cost(bench: Bench, interpreter: str) -> Line:
     """CPU time and memory, of the class-incremental stream of the first seed."""
     where = ("class-incremental", bench.seeds[0], bench.source, bench.cache)
     load = os.getloadavg()[0]
-    stream, repeats = open_stream(*where), 3 if bench.quick else 5
+    repeats = 3 if bench.quick else 5
     learners: list[Line] = []
     for name, rows in cells("class-incremental", quick=bench.quick):
         if METHODS[name].learner == "joint" or METHODS[name].stateless:
             continue
         params, buffers = bench.tuned("class-incremental", name, rows), replayed(*where, rows)
+        stream = opened(METHODS[name], *where)
         learned = [run(stream, buffers, METHODS[name], params, "test") for _ in range(repeats)]
         upkeep = [cpu_s(lambda rows=rows: replayed.__wrapped__(*where, rows)) for _ in range(3)] if rows else [0.0]
         samples, steps = learned[0]["samples"], learned[0]["steps"]
@@ -622,7 +662,7 @@ def cost(bench: Bench, interpreter: str) -> Line:
             **worker(stream, buffers, METHODS[name], params, bench.cache),
         })  # fmt: skip
         print("cost", learners[-1], flush=True)
-    trunk = OnnxRuntime(stream.factory.checkpoint)
+    trunk = OnnxRuntime(open_stream(*where).factory.checkpoint)
     images = fashion.scaled(bench.source.test.x[:500])
     trunk.latents(images[:1])
     encode = [cpu_s(lambda: [trunk.latents(images[i : i + 1]) for i in range(len(images))]) for _ in range(repeats)]
@@ -670,7 +710,7 @@ def worker(stream: Stream, buffers: Sequence[Labelled], method: Method, params: 
     """The last experience's job in the learner's own process: all its CPU time, from start to end, and its peak RSS."""
     folder, last = cache / "job", len(buffers)
     folder.mkdir(exist_ok=True)
-    device = Moments.none(stream.labels(last), LATENT)
+    device = Moments.none(stream.labels(last), len(stream.moments.x))
     job = next_job(first_job(stream, method.config(params)), stream, last, device, buffers[-1])
     job.save(folder)
     command = [sys.executable, "-c", LAUNCHER, sys.executable, "-m", "edge_sdk.learn.worker", str(folder)]

@@ -23,6 +23,7 @@ from edge_quantize.errors import ParityError
 from edge_quantize.learning import Memory, Start, check_learning, learning_start
 from edge_quantize.metrics import Score, Terms
 from edge_quantize.quantize import Trunks, head_graph
+from edge_quantize.widen import widened
 from edge_sdk import __version__
 from edge_sdk.drift.features import MAX_FEATURES, Thumbnail, feature_names
 from edge_sdk.drift.reference import Reference
@@ -53,7 +54,7 @@ from edge_sdk.model import GraphModel, checked_state
 from edge_sdk.runtime import WholeModel
 from edge_sdk.schema import InputSpec
 from edge_sdk.selftest import self_test
-from edge_sdk.tasks import rows_loss, rows_right
+from edge_sdk.tasks import rows_loss, rows_right, standardise
 from edge_sdk.types import AnyArray, FloatArray, IndexArray, LatentArray, Task, Variant
 
 SELFTEST_ROWS = 32
@@ -100,6 +101,7 @@ def pack_checkpoint(
     parent: Path | None = None,
     seed: int = 0,
     memory: Memory | None = None,
+    random_features: int = 0,
     card: CardText | None = None,
     making: Making | None = None,
 ) -> Manifest:
@@ -124,12 +126,14 @@ def pack_checkpoint(
         parent: Folder of the checkpoint this one replaces.
         seed: For the samples drawn.
         memory: How much ships of what the head was trained on.
+        random_features: If not 0, the head gets a first layer of so many random features, and its last layer is fitted
+            anew, see `widen.widened`.
         card: What only a person can say about the model.
         making: How the model came to be, for the card.
 
     Raises:
         ConfigError: The target exists, a label repeats, the release number is not above the parent's, memory does
-            not fit its bound, or targets or thresholds do not fit the task.
+            not fit its bound, targets or thresholds do not fit the task, or random features the head.
         DataError: The rows cannot be used.
         IncompatibleError: The head does not fit the trunk's latent.
         ParityError: INT8 and FP32 agree on no held-out row.
@@ -140,12 +144,19 @@ def pack_checkpoint(
         raise IncompatibleError(f"the head takes {head.latent_dim} values, the trunk puts out {trunks.latent.dim}")
     draft = _draft(
         name, release, parent, created, task, head.labels, input_spec, targets, thresholds,
-        serve=serve, latent=trunks.latent,
-        head=HeadSpec([head.weights[f"b{i}"].shape[0] for i in range(head.depth - 1)]),
+        serve=serve, latent=trunks.latent, head=HeadSpec([]),
     )  # fmt: skip
     rows = data.checked(input_spec, head.labels, task=task)
     packer = _Packer(rows, np.random.default_rng(seed), card or CardText(), making or Making())
-    return _publish(target, lambda folder: packer.split(folder, draft, trunks, head, memory or Memory()))
+
+    def widen(latents: LatentArray) -> Head:
+        targets_of_rows = standardise(rows.train_y, draft) if task == "regression" else rows.train_y
+        return widened(
+            head, latents, targets_of_rows, latent=trunks.latent, task=task, features=random_features, seed=seed
+        )
+
+    change = widen if random_features else lambda _: head
+    return _publish(target, lambda folder: packer.split(folder, draft, trunks, change, memory or Memory()))
 
 
 def pack_whole(
@@ -352,14 +363,18 @@ class _Packer:
     card: CardText
     making: Making
 
-    def split(self, folder: Path, draft: Manifest, trunks: Trunks, head: Head, memory: Memory) -> Manifest:
+    def split(
+        self, folder: Path, draft: Manifest, trunks: Trunks, head_for: Callable[[LatentArray], Head], memory: Memory
+    ) -> Manifest:
         data, rng = self.data, self.rng
         replace_file(folder / TRUNK_INT8, trunks.int8)
         replace_file(folder / TRUNK_FP32, trunks.fp32)
+        train_latents = encode(folder, data.train_x, spec=draft.input)
+        head = head_for(train_latents)
+        hidden = HeadSpec([head.weights[f"b{i}"].shape[0] for i in range(head.depth - 1)])
+        draft = msgspec.structs.replace(draft, head=hidden)
         replace_file(folder / HEAD_ONNX, head_graph(head, trunks.latent, task=draft.task, targets=draft.targets))
         replace_file(folder / HEAD_NPZ, head.to_bytes())
-
-        train_latents = encode(folder, data.train_x, spec=draft.input)
         start = learning_start(head, train_latents, data.train_y, manifest=draft, memory=memory, rng=rng)
         for name, content in start.files.items():
             replace_file(folder / name, content)

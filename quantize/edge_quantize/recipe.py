@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -92,6 +92,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     search: Search = Search()
     """For `edge-quantize auto`, which looks for a recipe instead."""
     memory: Memory = Memory()
+    random_features: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Width of a layer of random features to put before the head; 0: none."""
     card: CardText = CardText()
 
 
@@ -162,6 +164,7 @@ def run_recipe(path: Path, *, created: str, searching: bool = False, progress: P
         seed=recipe.seed,
         quantization=recipe.search if searching else recipe.quantization,
         memory=recipe.memory,
+        random_features=recipe.random_features,
         card=recipe.card,
         progress=progress,
     )

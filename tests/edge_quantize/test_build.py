@@ -14,7 +14,8 @@ from edge_quantize.rewrite import session_of
 from edge_sdk.errors import ConfigError
 from edge_sdk.files import load_npz
 from edge_sdk.head import Head
-from edge_sdk.manifest import CARD, HEAD_NPZ, MODEL_FP32, MODEL_INT8, SELFTEST_NPZ, StateSpec, TargetSpec
+from edge_sdk.learn.moments import Moments
+from edge_sdk.manifest import CARD, HEAD_NPZ, MODEL_FP32, MODEL_INT8, MOMENTS_NPZ, SELFTEST_NPZ, StateSpec, TargetSpec
 from edge_sdk.runtime import WholeModel
 from edge_sdk.schema import InputSpec
 from edge_sdk.selftest import choose_variant
@@ -452,3 +453,16 @@ def test_graph_in_memory_and_file_give_the_same_checkpoint(tmp_path):
     build(tmp_path / "other", tmp_path / "net.onnx")
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes(), path.name
+
+
+def test_random_features_are_packed_served_and_have_moments(tmp_path):
+    built = build(tmp_path / "one", mlp(16, 8), random_features=24)
+    assert built.manifest.head.hidden == [24]
+    assert Head.load(tmp_path / "one" / HEAD_NPZ).weights["W1"].shape == (24, 3)
+    assert Moments.load(tmp_path / "one" / MOMENTS_NPZ).xx.shape == (24, 24)
+    assert built.comparison.fp32.accuracy.value > 0.5  # of three labels, from a network that was never trained
+
+
+def test_random_features_need_a_head_that_learns(tmp_path):
+    with pytest.raises(ConfigError, match="random features go before a head that learns"):
+        build(tmp_path / "one", adapt="none", random_features=24)
