@@ -215,7 +215,8 @@ class FaultProxy:
     @property
     def connections(self) -> int:
         """How many lines there are now, half-open ones included."""
-        return len(self._pairs)
+        with self._lock:
+            return len(self._pairs)
 
     @property
     def accepted(self) -> int:
