@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from contextlib import closing
@@ -27,6 +28,7 @@ from edge_sdk.swarm import Swarm
 from edge_sdk.transport import Message
 
 DEADLINE_S = 20
+GUIDE = Path(__file__).parents[2] / "docs" / "faults.md"
 
 pushes = st.lists(st.tuples(st.floats(0, 5), st.binary(max_size=5_000)), max_size=20)
 networks = st.builds(
@@ -396,10 +398,20 @@ def test_refused_connections_are_tried_again(embedded_broker, swarm_through):
         until(transport, lambda: transport.connected)
 
 
-def test_the_guide_names_every_fault():
-    guide = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
+def test_the_guide_names_every_fault_and_option():
+    guide = GUIDE.read_text()
+    for option in main.commands["faults"].params:
+        assert option.opts[0] in guide
     for field in Faults.__struct_fields__:
         assert f"`{field}`" in guide
+
+
+def test_what_the_guide_shows_runs(embedded_broker):
+    block = textwrap.dedent(GUIDE.read_text().split("## In tests")[1].split("The proxy runs")[0])
+    names = {}
+    exec(block.replace("1883", str(embedded_broker.port)), names)
+    names["transport"].close()
+    assert names["proxy"].faults.refuse == 0.5
 
 
 def test_which_connections_are_refused_depends_on_the_seed_alone(echo):
