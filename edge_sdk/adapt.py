@@ -17,7 +17,7 @@ import numpy as np
 
 from edge_sdk.config import DeviceConfig
 from edge_sdk.errors import EdgeError
-from edge_sdk.experience import Chosen, Experience
+from edge_sdk.experience import Chosen, Experience, Learnable
 from edge_sdk.head import Head
 from edge_sdk.join import Judged
 from edge_sdk.learn.executor import LearnExecutor
@@ -291,8 +291,8 @@ class Adaptation:
         state, policy = self.state, self._config.learn.new_labels
         return label not in state.refused and (policy != "ask" or label in state.accepted)
 
-    def _learnable(self) -> int:
-        """Fresh samples that a job made now would learn from."""
+    def _learnable(self) -> Learnable:
+        """What a job made now would learn from."""
         assert self.experience is not None
         assert self._head is not None
         return self.experience.learnable(self._head.labels, may_grow=self._may_grow, since=self._since)
@@ -345,13 +345,15 @@ class Adaptation:
                     self._emit("label_asked", {"label": label, "rows": new[label]})
 
     def _consider(self, now: float, alarms: tuple[str, ...]) -> None:
+        learnable = self._learnable()
         signals = Signals(
             alarms=alarms,
-            fresh_rows=self._learnable(),
+            fresh_rows=learnable.rows,
             accuracy=self.state.accuracy,
             calibration=self.state.calibration,
             since_last_s=self.state.since_last(now),
             demand=self.state.demand,
+            new_labels=learnable.new_labels,
         )
         decision: Decision = decide(signals, self.state.obstacle, self._config.policy)
         self.state.waits = decision.reason if decision.wanted and not decision.learn else ""
@@ -460,7 +462,7 @@ class Adaptation:
 
         Its own stay fresh.
         """
-        waiting, reason = self._learnable() - self.state.rows, self.state.waits
+        waiting, reason = self._learnable().rows - self.state.rows, self.state.waits
         if waiting < max(self.state.rows, self._config.policy.min_fresh_rows):
             return
         with self._transition():

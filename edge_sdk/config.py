@@ -149,7 +149,7 @@ class FeedbackConfig(_Section, frozen=True):
     """A request that is not answered within this time has expired."""
 
 
-Trigger = Literal["drift", "accuracy", "calibration", "volume", "schedule"]
+Trigger = Literal["drift", "accuracy", "calibration", "new_label", "volume", "schedule"]
 
 
 class PolicyConfig(_Section, frozen=True):
@@ -162,7 +162,8 @@ class PolicyConfig(_Section, frozen=True):
         ("volume",),
         ("schedule",),
     )
-    """Learn when all triggers of one of these lists call for it; `learn_now` needs none."""
+    """Learn when all triggers of one of these lists call for it; `learn_now` needs none. new_label is not among them by
+    default: a label that the model does not know is learned with the next reason."""
     min_fresh_rows: Count = 60
     """Fewer new labelled samples than this are never learned from, whatever the reason."""
     volume_rows: Count = 2_000

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -136,6 +136,15 @@ class Chosen(msgspec.Struct):
         return {*self.fresh} - {self.fresh[position] for position in self.wrong}
 
 
+class Learnable(NamedTuple):
+    """What a job would learn from."""
+
+    rows: int
+    """Fresh samples."""
+    new_labels: int
+    """Labels that the head would grow by."""
+
+
 class Experience:
     """Owns the rows of the release in use: buffer, judge rows, moments.
 
@@ -249,13 +258,14 @@ class Experience:
         counts = self._store.count_labels("fresh", self.trunk)
         return {name: n for name, n in sorted(counts.items()) if name not in known and n >= MIN_LABEL_ROWS}
 
-    def learnable(self, known: Sequence[str], *, may_grow: Callable[[str], bool], since: float) -> int:
-        """Fresh samples that a job would learn from: not those of labels that the head may not grow by."""
+    def learnable(self, known: Sequence[str], *, may_grow: Callable[[str], bool], since: float) -> Learnable:
+        """What a job would learn from: not the samples of labels that the head may not grow by."""
         if self._manifest.task != "classification":
-            return self.fresh_rows(since)
+            return Learnable(self.fresh_rows(since), 0)
         counts = self._store.count_labels("fresh", self.trunk, since=since)
-        labels = {*known} if counts.keys() <= {*known} else {*known, *self._wanted(known, may_grow)}
-        return sum(count for label, count in counts.items() if label in labels)
+        new = [] if counts.keys() <= {*known} else self._wanted(known, may_grow)
+        labels = {*known, *new}
+        return Learnable(sum(count for label, count in counts.items() if label in labels), len(new))
 
     def _wanted(self, known: Sequence[str], may_grow: Callable[[str], bool]) -> list[str]:
         """New labels that the head would grow by, as far as it has room for them."""

@@ -31,6 +31,7 @@ class Signals:
         calibration: Recent expected calibration error, or None while too few labels have come.
         since_last_s: Since learning last ended, or None if it never ran.
         demand: Why it should start whatever triggers and cool-down say, or "".
+        new_labels: Labels that the head would grow by.
     """
 
     alarms: tuple[str, ...]
@@ -39,6 +40,7 @@ class Signals:
     calibration: float | None
     since_last_s: float | None
     demand: str
+    new_labels: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,8 @@ def _reasons(signals: Signals, config: PolicyConfig) -> dict[Trigger, str]:
     error, target = signals.calibration, config.calibration_target
     if target and error is not None and error > target:
         reasons["calibration"] = f"calibration error {error:.3f} above {target:g}"
+    if signals.new_labels:  # by number: a label may say whose data it is
+        reasons["new_label"] = "1 new label" if signals.new_labels == 1 else f"{signals.new_labels} new labels"
     if signals.fresh_rows >= config.volume_rows:
         reasons["volume"] = f"{signals.fresh_rows} new labelled rows"
     due = signals.since_last_s is None or signals.since_last_s >= config.schedule_s

@@ -19,6 +19,7 @@ CONFIG = PolicyConfig(
     calibration_target=0.1,
     schedule_s=1_000.0,
     cooldown_s=100.0,
+    triggers=(*PolicyConfig().triggers, ("new_label",)),
 )
 CALM = Signals(alarms=(), fresh_rows=50, accuracy=0.9, calibration=0.05, since_last_s=500.0, demand="")
 ALARMED = replace(CALM, alarms=("output",))
@@ -41,6 +42,8 @@ def against(state=ResourceState(), spent=Spent(), limits=LIMITS, now=NOON, **fla
         ({"accuracy": 0.79}, "accuracy 0.790 below 0.8", ("accuracy",)),
         ({"calibration": 0.101}, "calibration error 0.101 above 0.1", ("calibration",)),
         ({"fresh_rows": 500}, "500 new labelled rows", ("volume",)),
+        ({"new_labels": 1}, "1 new label", ("new_label",)),
+        ({"new_labels": 3}, "3 new labels", ("new_label",)),
         ({"since_last_s": 1_000.0}, "schedule", ("schedule",)),
         ({"since_last_s": None}, "schedule", ("schedule",)),
         ({"demand": "on demand"}, "on demand", ("demand",)),
@@ -95,6 +98,10 @@ def test_a_schedule_without_anything_new_waits_silently():
 def test_a_schedule_is_not_due_the_moment_learning_ended():
     config = PolicyConfig(min_fresh_rows=50, schedule_s=1_000.0, cooldown_s=0.0)
     assert not decide(replace(CALM, since_last_s=0.0), "", config).wanted
+
+
+def test_a_new_label_alone_is_no_reason_by_default():
+    assert not decide(replace(CALM, new_labels=1), "", PolicyConfig()).wanted
 
 
 def test_triggers_of_one_list_must_all_call_and_any_list_is_enough():

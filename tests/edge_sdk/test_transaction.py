@@ -46,6 +46,25 @@ def test_triggers_that_stand_together_must_all_call(rig):
     assert started["reason"] == "input drift; 50 new labelled rows"
 
 
+@pytest.mark.parametrize("new_labels", ["allow", "ask"])
+def test_a_new_label_is_reason_enough_and_is_not_named(rig, new_labels):
+    triggers = (("volume",), ("new_label",))
+    made = rig(policy={"volume_rows": 1_000, "triggers": triggers}, learn={"new_labels": new_labels})
+    made.add(9, label="new", things=[3])
+    made.add(30)
+    made.turn()
+    assert "learn_started" not in made.events()
+    made.add(1, label="new", things=[3])
+    made.turn()
+    if new_labels == "ask":
+        assert "learn_started" not in made.events()
+        made.adaptation.decide_label("new", made.now, accept=True)
+        made.turn()
+    (started,) = made.events("learn_started")
+    assert (started["reason"], started["rows"]) == ("1 new label", 40)
+    assert "new" in made.adaptation._training.challenger().labels
+
+
 def test_a_model_that_is_too_sure_of_itself_learns_once_enough_labels_tell(rig):
     made = rig(policy={"volume_rows": 1_000, "calibration_target": 0.3})
     made.add(30)
