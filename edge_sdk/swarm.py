@@ -497,7 +497,14 @@ class SwarmTransport:
             self._swarm.join(self)
             self._swarm.wake()
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        retain: bool = False,
+        expires_s: float | None = None,  # noqa: ARG002 - a swarm plays devices, which send nothing that expires
+    ) -> None:
         """Send at QoS 1.
 
         Raises:

@@ -41,8 +41,8 @@ class Transport(Protocol):
         """Start connecting, and keep reconnecting until `close`. `will` is published for us if we vanish."""
         ...
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
-        """Send at QoS 1.
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, expires_s: float | None = None) -> None:
+        """Send at QoS 1. After `expires_s` a broker that can need no longer deliver it.
 
         Raises:
             NotConnectedError: There is no connection; nothing was queued.
@@ -76,7 +76,14 @@ class NoTransport:
     def connect(self, will: Message | None = None) -> None:
         """Nothing to connect to."""
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:  # noqa: ARG002
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,  # noqa: ARG002
+        *,
+        retain: bool = False,  # noqa: ARG002
+        expires_s: float | None = None,  # noqa: ARG002
+    ) -> None:
         """Always refused.
 
         Raises:
@@ -246,7 +253,14 @@ class MemoryTransport:
         self._broker.attach(self)
         self.reconnect()
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False) -> None:
+    def publish(
+        self,
+        topic: str,
+        payload: bytes,
+        *,
+        retain: bool = False,
+        expires_s: float | None = None,  # noqa: ARG002 - it is delivered at once
+    ) -> None:
         """Deliver to every subscriber before returning.
 
         Raises:

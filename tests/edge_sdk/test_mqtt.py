@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from edge_sdk.checks import check_transport
-from edge_sdk.errors import NotConnectedError, ProtocolError
+from edge_sdk.errors import ConfigError, NotConnectedError, ProtocolError
 from edge_sdk.messages import MAX_MESSAGE_BYTES
-from edge_sdk.mqtt import MqttTransport
+from edge_sdk.mqtt import MqttTransport, Tls
 from edge_sdk.transport import Message
 from edge_server.broker import EmbeddedBroker
 
@@ -502,3 +502,86 @@ def test_arguments_out_of_range_are_refused(wrong):
     arguments = {"host": "127.0.0.1", "port": 1883, "client_id": "device", **wrong}
     with pytest.raises(ValueError, match=r"at least 1|from 1 to 65535"):
         MqttTransport(arguments.pop("host"), arguments.pop("port"), **arguments)
+
+
+# ---- sessions, versions, addresses
+
+
+@pytest.mark.mosquitto
+@pytest.mark.parametrize(("session_expiry_s", "arrive"), [(60, [b"while away"]), (0, [])])
+def test_a_session_keeps_what_was_sent_while_the_line_was_lost(make, mosquitto, session_expiry_s, arrive, monkeypatch):
+    monkeypatch.setattr("edge_sdk.mqtt._BACKOFF_FIRST_S", 1.0)
+    sleeper = make(mosquitto, session_expiry_s=session_expiry_s)
+    sender = connected(make(mosquitto, "sender"))
+    sleeper.subscribe("unwanted")
+    subscribed(sleeper, "cmd")
+    cut(sleeper)
+    until(sleeper, lambda: not sleeper.connected)
+    sleeper.unsubscribe("unwanted")
+    sender.publish("cmd", b"while away")
+    until(sleeper, lambda: sleeper.connections == 2)
+    sender.publish("unwanted", b"no longer")
+    sender.publish("cmd", b"end")
+    assert [message.payload for message in receive(sleeper, len(arrive) + 1)] == [*arrive, b"end"]
+
+
+@pytest.mark.mosquitto
+def test_a_message_that_has_expired_is_not_delivered(make, mosquitto, monkeypatch):
+    monkeypatch.setattr("edge_sdk.mqtt._BACKOFF_FIRST_S", 3.2)
+    sleeper, sender = make(mosquitto, session_expiry_s=60), connected(make(mosquitto, "sender"))
+    subscribed(sleeper, "cmd")
+    cut(sleeper)
+    until(sleeper, lambda: not sleeper.connected)
+    sender.publish("cmd", b"too late", expires_s=0.5)
+    sender.publish("cmd", b"in time", expires_s=30)
+    assert [message.payload for message in receive(sleeper, 1)] == [b"in time"]
+
+
+@pytest.mark.mosquitto
+def test_mqtt_3_1_1_does_all_but_sessions_and_expiry(mosquitto):
+    check_transport(
+        lambda name: MqttTransport(mosquitto.host, mosquitto.port, client_id=name, version="3.1.1"),
+        settle=settle, cut=cut, timeout_s=DEADLINE_S, prefix="old",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"3\.1\.1 without session_expiry_s"):
+        MqttTransport("h", 1, client_id="d", version="3.1.1", session_expiry_s=5)
+
+
+def test_the_connection_asks_for_flow_control(make):
+    def look(line):
+        kind, body = line.read()
+        assert kind == CONNECT
+        assert bytes([0x21, 0, 7]) in body  # receive maximum
+        assert bytes([0x11, 0, 0, 0, 9]) in body  # session expiry
+        line.send(ACCEPTED)
+        line.read()
+
+    with ScriptedBroker(look) as broker:
+        transport = connected(make(broker, receive_maximum=7, session_expiry_s=9))
+        transport.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port", "encrypted", "user"),
+    [
+        ("mqtt://broker", "broker", 1883, False, None),
+        ("mqtts://broker", "broker", 8883, True, None),
+        ("mqtts://pump%401:p%2Fw@10.0.0.7:9999", "10.0.0.7", 9999, True, "pump@1"),
+    ],
+)
+def test_addresses_are_read(url, host, port, encrypted, user):
+    transport = MqttTransport.from_url(url, client_id="d")
+    assert (transport._host, transport._port, transport._tls is not None) == (host, port, encrypted)
+    assert (transport._username, transport._password) == ((user, "p/w") if user else (None, None))
+
+
+@pytest.mark.parametrize("url", ["http://broker", "mqtt://", "broker:1883", "mqtt://broker/topic"])
+def test_other_addresses_are_refused_without_telling_a_password(url):
+    with pytest.raises(ValueError, match="expected mqtt://host:port"):
+        MqttTransport.from_url(url, client_id="d")
+
+
+def test_a_missing_certificate_is_told_with_its_file(tmp_path):
+    transport = MqttTransport("localhost", 8883, client_id="d", tls=Tls(ca_file=tmp_path / "none.pem"))
+    with pytest.raises(ConfigError, match=r"none\.pem"):
+        transport.connect()
