@@ -175,7 +175,7 @@ class MqttTransport:
         self._calling = threading.Lock()
         self._client: Client | None = None
         self._filters: dict[str, None] = {}  # a set that keeps its order
-        self._given_up: set[str] = set()  # while there was no line: a session still has them
+        self._given_up: set[str] = set()  # since the line came about: a session may still have them
         self._last_sent: MQTTMessageInfo | None = None
         # Guards what the network thread tells. Never held while paho is called, which may wait for it.
         self._changed = threading.Condition()
@@ -326,7 +326,7 @@ class MqttTransport:
             self._filters.pop(topic_filter, None)
             if self._client is not None and self._accepted:
                 self._client.unsubscribe(topic_filter)
-            elif self._session_expiry_s:
+            if self._session_expiry_s:  # a line that is about to break may have lost it
                 self._given_up.add(topic_filter)
 
     def receive(self) -> list[Message]:
