@@ -22,6 +22,7 @@ from edge_sdk.head import Head
 from edge_sdk.join import Judged
 from edge_sdk.learn.executor import LearnExecutor
 from edge_sdk.manifest import Manifest
+from edge_sdk.memory import trim_memory
 from edge_sdk.outcomes import Outcomes
 from edge_sdk.policy import Decision, ResourceState, Signals, decide, obstacle, spend
 from edge_sdk.progress import Phase, saved_state
@@ -380,6 +381,8 @@ class Adaptation:
             self.state.rows, self.state.replayed = len(job.fresh), len(job.replay)
             self._emit("learn_started", {"reason": reason, "rows": len(job.fresh), "replayed": len(job.replay)})
         self.charge(now, flash_bytes=self._training.start(job))
+        del job  # of wide latents it takes megabytes, and nobody predicts the better for it
+        trim_memory()
         self._collect(now)
 
     def _collect(self, now: float) -> None:
@@ -494,6 +497,7 @@ class Adaptation:
         """What was learned from moves into the replay buffer; inside a transaction."""
         experience.consolidate(self._chosen, fold=fold)
         self._chosen = Chosen()
+        trim_memory()
 
     def _fail(self, now: float, reason: str) -> None:
         self._training.discard()

@@ -20,7 +20,7 @@ from edge_sdk.config import DeviceConfig
 from edge_sdk.errors import IntegrityError
 from edge_sdk.files import load_npz, npz_bytes
 from edge_sdk.head import Head, dequantize
-from edge_sdk.learn.base import LearnJob, Rows
+from edge_sdk.learn.base import LearnJob, Rows, needs_moments
 from edge_sdk.learn.ewc import Importance, grown_like
 from edge_sdk.learn.moments import Moments, fresh_mass
 from edge_sdk.manifest import FISHER_NPZ, HEAD_NPZ, MEMORY_NPZ, MOMENTS_NPZ, Manifest
@@ -162,6 +162,7 @@ class Experience:
         self._store, self._config, self._manifest, self._folder = store, config, manifest, folder
         self._seed = list(seed)
         self.trunk = manifest.trunk_id
+        self._sums_up = needs_moments(config.learn.learner)
         self.factory = FactoryMemory(folder, manifest)
         self.base = Head.load(folder / HEAD_NPZ)
         fisher = {key: value.astype(np.float32) for key, value in load_npz(folder / FISHER_NPZ).items()}
@@ -287,7 +288,8 @@ class Experience:
             attempt: Number of the job.
         """
         manifest, config = self._manifest, self._config.learn
-        device = self._device_moments()
+        known = self._factory_moments() if self._sums_up else None
+        device = self._device_moments() if self._sums_up else None
         labels = self._labels(champion, device, may_grow)
         waiting = self.fresh()
         if manifest.task == "classification":
@@ -302,9 +304,13 @@ class Experience:
         factory = self.factory.replayed(self._config.replay.factory_rows)
         base = self.base.grown(labels)
         scratch = bool(config.scratch_every) and attempt % config.scratch_every == 0
-        factory_moments = self._factory_moments().aligned(labels)
         fresh_part, own = self._rows(fresh, labels), self._rows([*replayed, *older], labels)
-        mass = fresh_mass(factory_moments, fresh_part.targets, fresh_part.weights, manifest.task)
+        if known is None or device is None:
+            moments, mass = Moments.none(labels, 0), np.zeros(len(fresh_part), np.float32)
+        else:
+            moments = known.aligned(labels)
+            mass = fresh_mass(moments, fresh_part.targets, fresh_part.weights, manifest.task)
+            moments = moments if scratch else moments.absorb(device.aligned(labels))
         champion = champion.grown(labels)
         job = LearnJob(
             champion=base if scratch else champion,
@@ -313,7 +319,7 @@ class Experience:
             fisher=grown_like(importance.fisher, base.weights),
             fresh=fresh_part,
             replay=own + factory,
-            moments=factory_moments if scratch else factory_moments + device.aligned(labels),
+            moments=moments,
             fresh_mass=mass,
             latent=manifest.latent,
             task=manifest.task,
@@ -322,9 +328,9 @@ class Experience:
         )
         return job, Chosen([s.key for s in fresh], [s.key for s in older], mass.tolist())
 
-    def _labels(self, champion: Head, device: Moments, may_grow: Callable[[str], bool]) -> list[str]:
+    def _labels(self, champion: Head, device: Moments | None, may_grow: Callable[[str], bool]) -> list[str]:
         """The champion's labels, those summed up before, and those that enough new samples ask for."""
-        summed = [name for name, known in zip(device.labels, device.known, strict=True) if known]
+        summed = [name for name, known in zip(device.labels, device.known, strict=True) if known] if device else []
         labels = list(dict.fromkeys([*champion.labels, *summed]))
         return [*labels, *self._wanted(labels, may_grow)]
 
@@ -343,7 +349,7 @@ class Experience:
             known = Moments.load(self._folder / MOMENTS_NPZ).aligned(labels)
             judged = self._moments_of_factory(self.factory.judging)
             enough = self._manifest.task == "regression" or (known.y > judged.y).all()
-            return known - judged if enough and known.rows > judged.rows else known
+            return known.absorb(judged, sign=-1) if enough and known.rows > judged.rows else known
         return self._moments_of_factory(~self.factory.judging)
 
     def _moments_of_factory(self, rows: BoolArray) -> Moments:
@@ -384,8 +390,10 @@ class Experience:
 
         Args:
             chosen: What the job was made of.
-            fold: Also add it to the device's moments. Not if the challenger did harm: the labels may be to blame.
+            fold: Also add it to the device's moments, if the learner reads them. Not if the challenger did harm: the
+                labels may be to blame.
         """
+        fold = fold and self._sums_up
         waiting = {sample.key: sample for sample in self.fresh()}
         mass, learned = dict(zip(chosen.fresh, chosen.mass, strict=True)), chosen.learned.union(chosen.older)
         used = [waiting[key] for key in (*chosen.older, *chosen.fresh) if key in waiting and key in learned]
@@ -396,7 +404,8 @@ class Experience:
             labels = list(dict.fromkeys([*device.labels, *self._labels_of(used)]))
             self._keep_undo()
             self._store.fade_mass(self.trunk, decay)
-            self._save_moments(device.faded(decay).aligned(labels) + self._moments_of(used, masses, labels))
+            device = device.faded(decay).aligned(labels)
+            self._save_moments(device.absorb(self._moments_of(used, masses, labels)))
         else:
             self._store.delete(self._key("undo"))
         gone = (set(chosen.fresh) | set(chosen.older)) - {sample.key for sample in used}
@@ -443,7 +452,7 @@ class Experience:
         if unlearn and (counted := [sample for sample in replayed if sample.mass > 0]):
             device = self._device_moments()
             mass = [sample.mass for sample in counted]
-            self._save_moments(device - self._moments_of(counted, mass, device.labels))
+            self._save_moments(device.absorb(self._moments_of(counted, mass, device.labels), sign=-1))
         for sample in replayed:  # from the last slot on, so that none of them is moved before its turn
             slot = sample.slot or 0
             moved = self.buffer.remove(slot)
@@ -462,6 +471,8 @@ class Experience:
 
         To be called once its samples are erased.
         """
+        if self._store.get(self._key("moments")) is None:
+            return
         device = self._device_moments()
         if label in device.labels and device.known[device.labels.index(label)]:
             self._forget_sums(self.trunk)

@@ -68,7 +68,7 @@ class LearnJob:
         fresh: What is new.
         replay: What must not be forgotten; may be empty.
         moments: Of all that was known before the fresh rows, for the same labels; what the last layer of `base` is
-            given are its features.
+            given are its features. Of no features for a learner that does not read them, see `needs_moments`.
         fresh_mass: float32 [N], how much each fresh row adds to the moments, >= 0.
         latent: How latents are read.
         task: What the outputs mean.
@@ -157,7 +157,7 @@ class LearnJob:
             all({key: value.shape for key, value in part.items()} == shapes for part in others)
             and all(self._reads(rows) for rows in (self.fresh, self.replay))
             and self.fresh_mass.shape == (len(self.fresh),)
-            and self.moments.xy.shape == width
+            and self.moments.xy.shape in (width, (0, width[1]))
         )
 
     def _reads(self, rows: Rows) -> bool:
@@ -230,6 +230,14 @@ LEARNERS = {
     "torch": "edge_sdk.learn.torch_learner:train_torch",
 }
 """By the name used in the configuration."""
+
+
+_WITHOUT_MOMENTS = ("sgd", "torch")
+
+
+def needs_moments(name: str) -> bool:
+    """Whether the learner of a configuration reads moments; an app's own may."""
+    return name not in _WITHOUT_MOMENTS
 
 
 def load_learner(name: str) -> Learner:

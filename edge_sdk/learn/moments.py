@@ -5,9 +5,10 @@ They add up: what the factory saw and what the device saw are two of them, and a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from edge_sdk.learn.ridge import one_hot
 from edge_sdk.types import AnyArray, DoubleArray, FloatArray, Task
 
 _MOST = 100.0
+_AT_ONCE = 256
 RESIDUE = 1e-6
 """Share of the mass up to which a label's own is what rounding left of it after a subtraction."""
 
@@ -60,11 +62,17 @@ class Moments:
             weights: float [N], >= 0.
             labels: C of them.
         """
-        x, w = np.asarray(features, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+        w = np.asarray(weights, dtype=np.float64)
         y = np.asarray(one_hot(targets, len(labels)) if np.ndim(targets) == 1 else targets, dtype=np.float64)
-        weighted = x * w[:, None]
-        return cls(tuple(labels), float(np.count_nonzero(w)), float(w.sum()), weighted.sum(axis=0), weighted.T @ x,
-                   w @ y, weighted.T @ y)  # fmt: skip
+        found = cls.none(labels, features.shape[1])
+        for rows in _parts(len(w)):  # of wide features, what is in between would take as much memory as the result
+            x = np.asarray(features[rows], dtype=np.float64)
+            weighted = x * w[rows, None]
+            for columns in _parts(x.shape[1]):
+                found.x[columns] += weighted[:, columns].sum(axis=0)
+                found.xx[columns] += weighted[:, columns].T @ x
+                found.xy[columns] += weighted[:, columns].T @ y[rows]
+        return replace(found, rows=float(np.count_nonzero(w)), mass=float(w.sum()), y=w @ y)
 
     @property
     def known(self) -> AnyArray:
@@ -79,11 +87,22 @@ class Moments:
         return self._combined(other, -1.0)
 
     def _combined(self, other: Moments, sign: float) -> Moments:
-        if self.labels != other.labels:
-            raise ValueError(f"moments of {self.labels} and of {other.labels}: bring them in line with `aligned`")
+        self._check_labels(other)
         return Moments(self.labels, self.rows + sign * other.rows, self.mass + sign * other.mass,
                        self.x + sign * other.x, self.xx + sign * other.xx, self.y + sign * other.y,
                        self.xy + sign * other.xy)  # fmt: skip
+
+    def _check_labels(self, other: Moments) -> None:
+        if self.labels != other.labels:
+            raise ValueError(f"moments of {self.labels} and of {other.labels}: bring them in line with `aligned`")
+
+    def absorb(self, other: Moments, *, sign: Literal[-1, 1] = 1) -> Moments:
+        """The sum, or the difference, in this one's arrays: of wide features each is megabytes. Use only the result."""
+        self._check_labels(other)
+        for name in ("x", "xx", "y", "xy"):
+            own = getattr(self, name)
+            (np.add if sign > 0 else np.subtract)(own, getattr(other, name), out=own)
+        return replace(self, rows=self.rows + sign * other.rows, mass=self.mass + sign * other.mass)
 
     def faded(self, factor: float) -> Moments:
         """As if every row counted `factor` times as much."""
@@ -111,9 +130,12 @@ class Moments:
 
     def arrays(self) -> dict[str, AnyArray]:
         """What is stored, without the labels; 4 bytes for each of F (F + 1) / 2 + F (C + 1) + C numbers and a few."""
-        upper = self.xx[np.triu_indices(len(self.x))]
-        sums = {"x": self.x, "xx": upper, "y": self.y, "xy": self.xy}
-        return {"size": np.array([self.rows, self.mass]), **{k: v.astype(np.float32) for k, v in sums.items()}}
+        width = len(self.x)
+        upper = np.empty(width * (width + 1) // 2, np.float32)
+        for i, place in _upper_rows(width):  # numpy's indices of a triangle are larger than the matrix
+            upper[place] = self.xx[i, i:]
+        sums = {key: value.astype(np.float32) for key, value in (("x", self.x), ("y", self.y), ("xy", self.xy))}
+        return {"size": np.array([self.rows, self.mass]), "xx": upper, **sums}
 
     @classmethod
     def of_arrays(cls, arrays: dict[str, AnyArray], labels: Sequence[str]) -> Moments:
@@ -123,7 +145,8 @@ class Moments:
             IntegrityError: Something is missing, not finite, or does not fit.
         """
         try:
-            x, upper, y, xy = (np.asarray(arrays[key], dtype=np.float64) for key in ("x", "xx", "y", "xy"))
+            x, y, xy = (np.array(arrays[key], dtype=np.float64) for key in ("x", "y", "xy"))
+            upper = np.asarray(arrays["xx"])
             rows, mass = (float(value) for value in arrays["size"])
         except (KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"the moments are damaged: {error}") from error
@@ -133,9 +156,10 @@ class Moments:
             raise IntegrityError(f"the moments are not those of {len(labels)} labels")
         if not all(np.isfinite(part).all() for part in (x, upper, y, xy, [rows, mass])):
             raise IntegrityError("the moments hold NaN or infinity")
-        xx = np.zeros((len(x), len(x)))
-        xx[np.triu_indices(len(x))] = upper
-        return cls(tuple(labels), rows, mass, x, xx + np.triu(xx, 1).T, y, xy)
+        xx = np.empty((len(x), len(x)))
+        for i, place in _upper_rows(len(x)):
+            xx[i, i:] = xx[i:, i] = upper[place]
+        return cls(tuple(labels), rows, mass, x, xx, y, xy)
 
     def to_bytes(self) -> bytes:
         """As .npz."""
@@ -152,6 +176,18 @@ class Moments:
         if "labels" not in arrays or arrays["labels"].ndim != 1:
             raise IntegrityError("the moments have no list of labels")
         return cls.of_arrays(arrays, [str(label) for label in arrays["labels"]])
+
+
+def _parts(count: int) -> Iterator[slice]:
+    return (slice(start, start + _AT_ONCE) for start in range(0, count, _AT_ONCE))
+
+
+def _upper_rows(width: int) -> Iterator[tuple[int, slice]]:
+    """The rows of the upper half of a symmetric matrix, and where each lies in a list of that half."""
+    end = 0
+    for i in range(width):
+        start, end = end, end + width - i
+        yield i, slice(start, end)
 
 
 def fresh_mass(factory: Moments, targets: AnyArray, weights: AnyArray, task: Task) -> FloatArray:

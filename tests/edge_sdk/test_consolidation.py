@@ -51,7 +51,8 @@ def test_a_rollback_takes_the_last_consolidation_out_of_what_is_summed_up(rig):
     made = rig(gate={"class_margin": 1.0, "factory_margin": 1.0})
     made.promote()
     made.confirm()
-    made.change(learn={"learner": "sgd", "ewc_lambda": 0.0, "replayed_per_batch": 0})
+    # by this name it is an app's own, which may read sums
+    made.change(learn={"learner": "edge_sdk.learn.sgd:train_sgd", "ewc_lambda": 0.0, "replayed_per_batch": 0})
     before = made.moments
     made.add(60, things=[0, 1], label="c", moved=False)
     made.add(40, "judge", things=[0, 1], label="c", moved=False)

@@ -10,6 +10,7 @@ from edge_sdk.config import FeedbackConfig, JoinConfig
 from edge_sdk.experience import MIN_LABEL_ROWS, Chosen, Experience, FactoryMemory
 from edge_sdk.files import load_npz
 from edge_sdk.head import Head, dequantize
+from edge_sdk.learn.base import LearnJob
 from edge_sdk.learn.moments import Moments
 from edge_sdk.manifest import HEAD_NPZ, MEMORY_NPZ, MOMENTS_NPZ
 from edge_sdk.replay import BUFFERS
@@ -491,3 +492,30 @@ def test_the_rows_whose_label_is_known_are_the_newest_of_all_roles(rig):
     newest |= {sample.latent for sample in made.samples("fresh")}
     own = made.experience.known_latents(6)[90:]
     assert {row.tobytes() for row in own} == newest
+
+
+# ---- learners that read no sums
+
+
+@pytest.mark.parametrize("learner", ["sgd", "torch"])
+def test_for_a_learner_that_reads_no_moments_none_are_loaded_or_kept(rig, monkeypatch, tmp_path, learner):
+    made = rig(learn={"learner": learner}, moments=True)
+    made.add(30)
+    made.add(12, label="new", things=[3])
+
+    def refuse(*_):
+        raise AssertionError("moments were read")
+
+    for name in ("load", "of"):
+        monkeypatch.setattr(Moments, name, refuse)
+    job, chosen = job_of(made, made.experience)
+    assert (job.moments.x.size, job.moments.labels) == (0, ("a", "b", "c", "new"))
+    assert job.fits
+    job.save(tmp_path)
+    assert LearnJob.load(tmp_path).moments.x.size == 0
+    with made.store.transaction():
+        made.experience.consolidate(chosen, fold=True)
+    assert made.moments is None
+    assert {sample.mass for sample in made.samples("replay")} == {0.0}
+    with made.store.transaction():
+        made.experience.forget_label("new")

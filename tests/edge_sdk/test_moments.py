@@ -56,6 +56,25 @@ def test_moments_of_parts_add_up_and_subtract_exactly_in_any_order(seed, count, 
     same(Moments.of(x[order], y[order], w[order], LABELS), whole)
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_absorbing_is_adding_or_subtracting_in_the_same_arrays(sign):
+    first, second = Moments.of(*rows(1, 20), LABELS), Moments.of(*rows(2, 10), LABELS)
+    expected = first + second if sign > 0 else first - second
+    absorbed = first.absorb(second, sign=sign)
+    same(absorbed, expected)
+    assert absorbed.xx is first.xx
+    with pytest.raises(ValueError, match="aligned"):
+        first.absorb(second.aligned((*LABELS, "d")))
+
+
+def test_moments_of_many_wide_rows_are_summed_in_parts(rng):
+    x, y, w = rng.normal(size=(700, 600)).astype(np.float32), rng.integers(0, 3, 700), rng.uniform(0, 2, 700)
+    found, wide = Moments.of(x, y, w, LABELS), x.astype(np.float64)
+    np.testing.assert_allclose(found.xx, (wide * w[:, None]).T @ wide, atol=1e-9)
+    np.testing.assert_allclose(found.x, w @ wide, atol=1e-9)
+    np.testing.assert_allclose(found.xy, (wide * w[:, None]).T @ np.eye(3)[y], atol=1e-9)
+
+
 def test_a_row_of_weight_2_equals_two_rows():
     x, y, w = rows(1, 10)
     doubled, twice = Moments.of(x, y, 2 * w, LABELS), Moments.of(x, y, w, LABELS) + Moments.of(x, y, w, LABELS)
