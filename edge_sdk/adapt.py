@@ -18,6 +18,7 @@ import numpy as np
 from edge_sdk.config import DeviceConfig
 from edge_sdk.errors import EdgeError
 from edge_sdk.experience import Chosen, Experience, Learnable
+from edge_sdk.gate import ProbationVerdict
 from edge_sdk.head import Head
 from edge_sdk.join import Judged
 from edge_sdk.learn.executor import LearnExecutor
@@ -301,7 +302,15 @@ class Adaptation:
     # ---- one turn
 
     def turn(
-        self, now: float, *, mode: Mode, alarms: tuple[str, ...], changed_at: float | None, resources: ResourceState
+        self,
+        now: float,
+        *,
+        mode: Mode,
+        alarms: tuple[str, ...],
+        changed_at: float | None,
+        resources: ResourceState,
+        metrics: tuple[str, ...] = (),
+        worse: str = "",
     ) -> None:
         """Do what the phase calls for. The pointer may have been flipped afterwards.
 
@@ -311,6 +320,8 @@ class Adaptation:
             alarms: Monitors whose alarm is up.
             changed_at: When the inputs that raised the first warning came. What is older is replayed, not fresh.
             resources: What the machine can spare.
+            metrics: What the app's own metrics call for learning by.
+            worse: Which of them the version on probation has made worse, and by how much.
         """
         if self.experience is None:
             return
@@ -327,10 +338,10 @@ class Adaptation:
         if learning:
             self._collect(now)
         elif self.state.phase == "probation":
-            self._watch(now)
+            self._watch(now, worse)
         elif self.state.phase == "idle" and mode != "monitor":
             self._ask_about_labels()
-            self._consider(now, alarms)
+            self._consider(now, alarms, metrics)
         if self.state.phase == "judging":
             self._judge(now, mode)
 
@@ -345,10 +356,11 @@ class Adaptation:
                 for label in unheard:
                     self._emit("label_asked", {"label": label, "rows": new[label]})
 
-    def _consider(self, now: float, alarms: tuple[str, ...]) -> None:
+    def _consider(self, now: float, alarms: tuple[str, ...], metrics: tuple[str, ...]) -> None:
         learnable = self._learnable()
         signals = Signals(
             alarms=alarms,
+            metrics=metrics,
             fresh_rows=learnable.rows,
             accuracy=self.state.accuracy,
             calibration=self.state.calibration,
@@ -477,8 +489,10 @@ class Adaptation:
             self.state.demand = "more samples than the challenger before knew"
         self._training.discard()
 
-    def _watch(self, now: float) -> None:
+    def _watch(self, now: float, worse: str) -> None:
         verdict = judge_probation(self.state, now, self._config.gate)
+        if worse:
+            verdict = ProbationVerdict("rollback", worse)
         if verdict.outcome == "need_more":
             return
         if verdict.outcome == "rollback":

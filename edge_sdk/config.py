@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.messages import DEFAULT_PREFIX
 from edge_sdk.types import Mode
 
+_KEY = re.compile("[0-9a-f]{64}")
 Positive = Annotated[float, Meta(gt=0)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -35,6 +37,20 @@ class BrokerConfig(_Section, frozen=True):
     """With `username`."""
     keepalive_s: Count = 30
     """After about this silence either side takes the line for broken."""
+    tls: bool = False
+    """Encrypt, and check who the broker is."""
+    ca_file: str = ""
+    """Certificates of the authorities trusted with `tls`, relative to the device's folder; empty: the system's."""
+    cert_file: str = ""
+    """The device's own certificate, for brokers that ask for one; as `ca_file`."""
+    key_file: str = ""
+    """Its private key."""
+    session_expiry_s: Annotated[int, Meta(ge=0, lt=2**32 - 1)] = 0
+    """So long the broker keeps what is sent to the device while it is away; 0: nothing, and all of it comes again."""
+    receive_maximum: Annotated[int, Meta(ge=1, le=65535)] = 100
+    """Messages that the broker may send before it waits for the device."""
+    version: Literal["5", "3.1.1"] = "5"
+    """Of MQTT; 3.1.1 has no sessions that expire."""
 
 
 class JoinConfig(_Section, frozen=True):
@@ -61,6 +77,10 @@ class DriftConfig(_Section, frozen=True):
     """Rows folded at once."""
     rereference_rows: Annotated[int, Meta(ge=200)] = 300
     """Live rows that make the new reference after a promotion or a new base."""
+    clear_rows: Count = 2_000
+    """An alarm is taken down after so many rows without new evidence."""
+    cooldown_s: NonNegative = 3_600.0
+    """An alarm of the same monitor within this time after the last one is shown, and tells no new event."""
 
 
 class ReplayConfig(_Section, frozen=True):
@@ -149,7 +169,7 @@ class FeedbackConfig(_Section, frozen=True):
     """A request that is not answered within this time has expired."""
 
 
-Trigger = Literal["drift", "accuracy", "calibration", "new_label", "volume", "schedule"]
+Trigger = Literal["drift", "accuracy", "calibration", "metric", "new_label", "volume", "schedule"]
 
 
 class PolicyConfig(_Section, frozen=True):
@@ -159,6 +179,7 @@ class PolicyConfig(_Section, frozen=True):
         ("drift",),
         ("accuracy",),
         ("calibration",),
+        ("metric",),
         ("volume",),
         ("schedule",),
     )
@@ -247,6 +268,17 @@ class ReportConfig(_Section, frozen=True):
     """The same in bytes."""
     resend_s: Positive = 30.0
     """When nothing has been acknowledged for this time, all that waits is sent again."""
+    max_per_s: NonNegative = 0.0
+    """Messages sent in a second, after a first 50; 0: as fast as they are acknowledged, at most 50 at a time."""
+    monthly_bytes: Annotated[int, Meta(ge=0)] = 0
+    """Once so much was sent in a calendar month (UTC; topics and payloads, what is sent again included, releases not),
+    reports and summaries stop until the next, and events go on; 0: no limit."""
+    metered: bool = False
+    """The link is paid for by volume."""
+    metered_interval_s: NonNegative = 3_600.0
+    """Least time between two reports on a metered link."""
+    battery_interval_s: NonNegative = 0.0
+    """Least time between two reports while on battery; 0: as otherwise."""
 
 
 class MetricConfig(_Section, frozen=True):
@@ -276,6 +308,11 @@ class MetricConfig(_Section, frozen=True):
 class UpdateConfig(_Section, frozen=True):
     """How releases are fetched and installed."""
 
+    trust: Literal["root", "none"] = "root"
+    """Install only what metadata signed under this device's `root.json` names; or, where there is no root, whatever is
+    offered. A root is always enforced."""
+    url: str = ""
+    """Second source of files and metadata: a web server, asked with range requests before the broker; empty: none."""
     window_blocks: Count = 8
     """Blocks asked for at once."""
     retry_s: Positive = 20.0
@@ -303,6 +340,8 @@ class DeviceConfig(_Section, frozen=True):
     """Which releases it gets."""
     prefix: str = DEFAULT_PREFIX
     """First level of every topic."""
+    command_key: str = ""
+    """Proves that a command comes from the coordinator: 64 hexadecimal digits; empty: no command is taken."""
     mode: Mode = "shadow"
     """Watch only, also learn and judge, or also promote."""
     variant: Literal["auto", "int8", "fp32"] = "auto"
@@ -329,6 +368,11 @@ class DeviceConfig(_Section, frozen=True):
     update: UpdateConfig = UpdateConfig()
     metrics: dict[str, MetricConfig] = {}
     """The app's own metrics, by name."""
+
+    def __post_init__(self) -> None:
+        """Refuse a key that is none, without repeating it."""
+        if self.command_key and not _KEY.fullmatch(self.command_key):
+            raise ValueError("command_key must be 64 hexadecimal digits")
 
 
 def load_config(path: Path) -> DeviceConfig:

@@ -216,6 +216,26 @@ class EdgeDevice:
         if durable:
             self._wait_for_flush(timeout_s)
 
+    def record(self, name: str, value: float) -> None:
+        """Record a value of one of the app's own metrics: a click, a basket, a minute of down-time. Thread-safe.
+
+        Metrics are reported as summaries, may call for learning and may roll back what made them worse, as
+        `[metrics.NAME]` says.
+
+        Args:
+            name: At most 64 characters; at most 32 names.
+            value: Any finite number within the metric's `low` and `high`.
+
+        Raises:
+            InputError: The name is none, or one too many; the value is not finite or out of range.
+        """
+        self._maintenance.metrics.record(name, value)
+
+    def scores(self) -> dict[str, Any]:
+        """Running scores of labelled predictions, by class and slice, see `drift.performance.Prequential.scores`."""
+        with self._step_lock:
+            return self._maintenance.monitoring.scores
+
     def reward(self, id: str, value: float, *, source: str = "") -> None:  # noqa: A002
         """Say how right a prediction proved, without knowing the truth: clicked, accepted, ignored. Thread-safe.
 

@@ -32,6 +32,9 @@ class Judged(NamedTuple):
     label: str
     correct: bool
     holdout: bool = False
+    said: str = ""
+    """What was predicted."""
+    slice: str = ""
 
 
 @dataclass
@@ -187,7 +190,7 @@ class Joiner:
         if fair and (row.release, row.head) == (current.version.release, current.version.head):
             latent = np.frombuffer(row.latent, dtype=np.uint8)
             right = is_right(row.predicted, label.label, current.manifest)
-            joined.live.append(Judged(latent, label.label, right, row.holdout))
+            joined.live.append(Judged(latent, label.label, right, row.holdout, row.predicted, row.slice))
         truth, weight = label.label, label.weight
         if label.reward is not None:
             truth, weight = from_reward(row.predicted, label.reward)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import msgspec
@@ -22,13 +23,15 @@ from edge_sdk.adapt import Adaptation
 from edge_sdk.asking import Asking
 from edge_sdk.clock import Clock, is_due
 from edge_sdk.config import DeviceConfig
-from edge_sdk.errors import ArtifactError, EdgeError, ModelError, RollbackRefusedError, StoreError
+from edge_sdk.errors import ArtifactError, EdgeError, IntegrityError, ModelError, RollbackRefusedError, StoreError
 from edge_sdk.files import is_damage
 from edge_sdk.front import Front
 from edge_sdk.join import Joined, Joiner
 from edge_sdk.learn.executor import LearnExecutor
 from edge_sdk.manifest import verify_checkpoint
 from edge_sdk.memory import trim_memory
+from edge_sdk.messages import Topics
+from edge_sdk.metrics import Metrics
 from edge_sdk.model import Trunks
 from edge_sdk.monitoring import Monitoring
 from edge_sdk.pending import Pending
@@ -40,7 +43,8 @@ from edge_sdk.serving import Served, load_served
 from edge_sdk.slots import Slots, Version
 from edge_sdk.status import STATUS_KEY, Status, StepReport
 from edge_sdk.store import Store
-from edge_sdk.transport import Transport
+from edge_sdk.transport import NoTransport, Transport
+from edge_sdk.trust import Listening, load_trust
 from edge_sdk.update import UpdateClient
 from edge_sdk.upgrade import Upgrade
 
@@ -104,6 +108,9 @@ class Maintenance:
         prefix = f"{self.store_id[:8]}-"
         self.pending = Pending(self._config.join.max_pending, f"{prefix}{self.boot}-")
         self.pending.reserve(self._store.waiting_ids(not_like=prefix))
+        self._clock, self._trust = clock, load_trust(self._home, self._config.update.trust)
+        if self._trust is not None and not isinstance(transport, NoTransport):
+            transport = Listening(transport, Topics(self._config.prefix), self._trust)
         self.front = Front(self.pending, clock, self._config)
         self.joiner = Joiner(self._store, self.pending, self._config)
         self.reporter = Reporter(
@@ -122,12 +129,20 @@ class Maintenance:
                 emit("store_lost", {"reason": "the database was damaged; it was put aside and begun anew"})
         self.asking = Asking(self._store, self._config, emit)
         self.monitoring = Monitoring(self._store, self._config.drift, emit)
+        self.metrics = Metrics(self._config.metrics)
+        self._summed_up_at = clock.now()
+        if (saved := self._store.get("metrics")) is not None:
+            try:
+                self.metrics.restore(saved)
+            except IntegrityError as error:
+                logger.warning("%s: what the app recorded before is lost: %s", self._name, error)
         client = UpdateClient(
             self._home / "incoming",
             device=self._name,
             topics=self.reporter.topics,
             transport=transport,
             config=self._config.update,
+            trust=self._trust,
         )
         self.upgrade = Upgrade(store=self._store, slots=self._slots, client=client, config=self._config, emit=emit)
 
@@ -271,6 +286,7 @@ class Maintenance:
                 self.adaptation.see(joined.live, now, predictions=len(joined.rows), errors=joined.errors)
             self.upgrade.see([row.correct for row in joined.live], predictions=len(joined.rows), errors=joined.errors)
             self.monitoring.see(joined)
+        self.metrics.fold()
         with self._flushed:
             self._flushes += 1
             self._flushed.notify_all()
@@ -293,13 +309,15 @@ class Maintenance:
             self.adaptation.save()
         self.upgrade.save()
         if self.monitoring.save_if_due(now):
+            self._store.put("metrics", self.metrics.to_bytes())
             self._store.put(STATUS_KEY, msgspec.json.encode(self.status()))
 
     def _learn_turn(self, now: float) -> None:
         adaptation = self.adaptation
         if adaptation is None:
             return
-        self.upgrade.watch(now)
+        worse = self._worse_metric()
+        self.upgrade.watch(now, worse)
         if self.upgrade.state.watching:
             return  # one change at a time: a release proves itself before anything is learned on it
         adaptation.turn(
@@ -308,7 +326,19 @@ class Maintenance:
             alarms=tuple(self.monitoring.alarms),
             changed_at=self.monitoring.changed_at,
             resources=self._resources.read(),
+            metrics=tuple(self.metrics.triggers()),
+            worse=worse,
         )
+
+    def _worse_metric(self) -> str:
+        """Which of the app's own metrics the version on probation has made worse; "" if none, or nothing is."""
+        adaptation = self.adaptation
+        watching = self.upgrade.state.watching or (adaptation is not None and adaptation.state.phase == "probation")
+        if watching and not self.metrics.on_probation:
+            self.metrics.begin_probation()
+        elif self.metrics.on_probation and not watching:
+            self.metrics.end_probation()
+        return self.metrics.verdict(alpha=self._config.gate.alpha) if watching else ""
 
     def _swap(self, now: float) -> None:
         """Serve what the pointer says: built here, off the request path, then one reference is replaced.
@@ -365,7 +395,22 @@ class Maintenance:
 
     def _report(self, now: float) -> None:
         self.reporter.report(now, carry=True, **self._facts())
+        if (every := self._config.report.summary_interval_s) and is_due(now, self._summed_up_at, every):
+            self._sum_up(now)
         trim_memory()
+
+    def _sum_up(self, now: float) -> None:
+        """Queue how inputs, outputs and the app's own metrics looked since the last time."""
+        least, chance = self._config.report.min_count, Random()  # noqa: S311 - rounds counts
+        current = self.served.version if self.served else None
+        message = self.monitoring.take_summary(
+            end=now, release=current.release if current else 0, head=current.head if current else 0, min_count=least,
+            metrics=self.metrics.take_window(min_count=least, chance=chance), chance=chance,
+        )  # fmt: skip
+        self._summed_up_at = now
+        if message is not None:
+            with self._store.transaction():
+                self.reporter.counters.outbox_dropped += self.reporter.outbox.put(message, now)
 
     def _facts(self) -> dict[str, Any]:
         """What a report says beside what the reporter counts."""
@@ -395,6 +440,9 @@ class Maintenance:
             release_on_probation=self.upgrade.state.watching,
             alarms=self.monitoring.alarms,
             warnings=self.monitoring.warnings,
+            diagnosis=self.monitoring.diagnosis,
+            estimated_accuracy=self.monitoring.estimate[0],
+            metrics=self.metrics.means(),
             accuracy=adaptation.accuracy if adaptation else None,
             fresh_rows=adaptation.fresh_rows if adaptation else 0,
             replay_rows=adaptation.replay_rows if adaptation else 0,
@@ -406,6 +454,7 @@ class Maintenance:
             fetching=fetching.release if fetching else None,
             problem=self.problem,
             counters=msgspec.structs.replace(self.reporter.counters),
+            updates=self._trust.state(self._clock.now()) if self._trust else "unsigned",
         )
 
     # ---- going back and forgetting
@@ -468,6 +517,7 @@ class Maintenance:
         try:
             with self._store.transaction():
                 self.monitoring.save(now)
+                self._store.put("metrics", self.metrics.to_bytes())
                 self.upgrade.save()
                 if self.adaptation is not None:
                     self.adaptation.save()  # the last flush was seen after its own transaction

@@ -187,6 +187,11 @@ class Metrics:
             state = self._states.setdefault(name, MetricState.new())
             state.before, state.after = msgspec.structs.replace(state.recent), Tally()
 
+    @property
+    def on_probation(self) -> bool:
+        """Whether what comes is compared with what was."""
+        return any(state.before is not None for state in self._states.values())
+
     def end_probation(self) -> None:
         """The comparison is over."""
         for state in self._states.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from edge_sdk.config import DriftConfig
 from edge_sdk.drift.monitors import DriftMonitors
 from edge_sdk.drift.reference import Reference
 from edge_sdk.errors import IntegrityError
-from edge_sdk.join import Joined
-from edge_sdk.manifest import REFERENCE_NPZ
-from edge_sdk.messages import MonitorState
+from edge_sdk.join import Joined, Judged
+from edge_sdk.manifest import REFERENCE_NPZ, Manifest
+from edge_sdk.messages import MonitorState, Summary
 from edge_sdk.pending import LoggedPrediction
 from edge_sdk.serving import Served
 from edge_sdk.store import Store
+from edge_sdk.tasks import loss_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,16 +44,22 @@ class Monitoring:
         self._monitors: DriftMonitors | None = None
         self._served: Served | None = None
         self._unfolded: list[LoggedPrediction] = []
-        self._announced: set[str] = set()
+        self._announced: dict[str, float] = {}
+        """When each warning and alarm that is up was told of."""
+        self._told_at: dict[str, float] = {}
+        """When an alarm of each monitor was last told of, whether it is still up or not."""
         self._saved_at = 0.0
-        self._block_began = 0.0
+        self._block_began = self._block_ended = 0.0
         self.changed_at: float | None = None
         """Time of the rows that raised the first warning on the version in use: what is older looked different."""
 
     @property
     def alarms(self) -> list[str]:
-        """Names of the monitors whose alarm is up."""
-        return [alarm.monitor for alarm in self._monitors.alarms()] if self._monitors else []
+        """Names of the monitors whose alarm is up, but for an accuracy that has risen."""
+        monitors = self._monitors
+        if monitors is None:
+            return []
+        return [a.monitor for a in monitors.alarms() if not (a.monitor == "accuracy" and monitors.improved)]
 
     @property
     def warnings(self) -> list[str]:
@@ -66,6 +74,35 @@ class Monitoring:
             MonitorState(name, round(d.evidence, 3), d.threshold, d.warning, d.drift_detected)
             for name, d in self._monitors.detectors.items()
         ]
+
+    @property
+    def diagnosis(self) -> str:
+        """What kind of change raised the alarms, in words; "" without alarm."""
+        found = self._monitors.diagnosis() if self._monitors and self._monitors.alarms() else None
+        return f"{found.kind}: {found.words}" if found else ""
+
+    @property
+    def estimate(self) -> tuple[float | None, str]:
+        """Accuracy that confidences foretell, without labels, and why it is not known; see `DriftMonitors.estimate`."""
+        return self._monitors.estimate() if self._monitors else (None, "no release is installed yet")
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """Running scores of labelled predictions, see `Prequential.scores`."""
+        return self._monitors.scores if self._monitors else {}
+
+    def take_summary(self, **facts: Any) -> Summary | None:
+        """Close the summary of the inputs and begin another one; None if there is nothing to tell.
+
+        Args:
+            facts: As in `drift.summary.Summary.message`.
+        """
+        monitors = self._monitors
+        if monitors is None or not monitors.summary.rows:
+            return None
+        message = monitors.summary.message(monitors=self.states(), **facts)
+        monitors.begin_summary(facts["end"])
+        return message
 
     def attach(self, served: Served, folder: Path, now: float) -> None:
         """Watch a version: with the evidence of an earlier run if it was this version's, else from the beginning.
@@ -84,7 +121,8 @@ class Monitoring:
             run_length=self._config.rows_per_day / self._config.alarms_per_day,
             rereference_rows=self._config.rereference_rows,
         )
-        self._served, self._unfolded, self._announced, self.changed_at = served, [], set(), None
+        self._monitors.begin_summary(now)
+        self._served, self._unfolded, self._announced, self.changed_at = served, [], {}, None
         if restart and self._store.get("monitors_of") == key and self._restore(self._monitors):
             self._saved_at = now
             return
@@ -106,8 +144,8 @@ class Monitoring:
         except IntegrityError as error:
             logger.warning("the evidence of the run before is lost: %s", error)
             return False
-        announced, self.changed_at = msgspec.json.decode(self._store.get("announced") or b"[[], null]")
-        self._announced = set(announced)
+        told = msgspec.json.decode(self._store.get("announced") or b"{}", type=_Told)
+        self._announced, self._told_at, self.changed_at = told.announced, told.told_at, told.changed_at
         return True
 
     def see(self, joined: Joined) -> None:
@@ -116,20 +154,50 @@ class Monitoring:
         if monitors is None or served is None:
             return
         if joined.live:
-            monitors.fold_labels(np.array([row.correct for row in joined.live]))
+            self._fold_labels(monitors, joined.live, served.manifest)
         self._unfolded += [row for row in joined.rows if row.version == served.version]
         size = self._config.block_rows
         while len(self._unfolded) >= size:
             block, self._unfolded = self._unfolded[:size], self._unfolded[size:]
-            self._block_began = block[0].time
-            monitors.fold(np.stack([row.x for row in block]), np.stack([row.scores for row in block]))
+            self._block_began, self._block_ended = block[0].time, block[-1].time
+            learns = bool(len(block[0].latent))
+            monitors.fold(
+                np.stack([row.x for row in block]),
+                np.stack([row.scores for row in block]),
+                np.stack([row.latent for row in block]) if learns else None,
+                np.array([row.time for row in block]),
+                said=[label for row in block for label in row.present],
+                latency_ms=np.array([row.latency_ms for row in block]),
+            )
+            self._announce(monitors)
+            self._clear(monitors)
         self._announce(monitors)
+
+    def _fold_labels(self, monitors: DriftMonitors, rows: list[Judged], manifest: Manifest) -> None:
+        more: dict[str, Any] = {"slices": [row.slice for row in rows]}
+        if manifest.task == "regression":
+            more["losses"] = np.array([loss_of(row.said, row.label, manifest) for row in rows])
+        elif manifest.task == "classification":
+            place = {label: i for i, label in enumerate(self._served.labels if self._served else ())}
+            more |= {"truths": np.array([place.get(row.label, -1) for row in rows]),
+                     "said": np.array([place.get(row.said, -1) for row in rows])}  # fmt: skip
+        monitors.fold_labels(np.array([row.correct for row in rows]), **more)
+
+    def _clear(self, monitors: DriftMonitors) -> None:
+        """Take down alarms that nothing has spoken for since long."""
+        for name in monitors.clear(self._config.clear_rows):
+            self._announced = {key: at for key, at in self._announced.items() if key not in (name, f"warning {name}")}
+            with self._store.transaction():
+                self._emit("drift_cleared", {"monitor": name})
+        if not monitors.warnings():
+            self.changed_at = None
 
     def save(self, now: float) -> None:
         """Persist the evidence; inside a transaction."""
         if self._monitors is not None:
             self._store.put("monitors", self._monitors.to_bytes())
-            self._store.put("announced", msgspec.json.encode((sorted(self._announced), self.changed_at)))
+            told = _Told(self._announced, self._told_at, self.changed_at)
+            self._store.put("announced", msgspec.json.encode(told))
             self._saved_at = now
 
     def save_if_due(self, now: float) -> bool:
@@ -140,18 +208,39 @@ class Monitoring:
         return due
 
     def _announce(self, monitors: DriftMonitors) -> None:
-        news: dict[str, tuple[str, dict[str, Any]]] = {
-            f"warning {name}": ("drift_warning", {"monitor": name}) for name in monitors.warnings()
-        }
-        for alarm in monitors.alarms():
-            what = ", ".join(f"{name} {shift:+.2f}" for name, shift in alarm.suspects)
-            detail = {"monitor": alarm.monitor, "evidence": alarm.evidence, "threshold": alarm.threshold}
-            news[alarm.monitor] = ("drift_alarm", {**detail, "suspects": what})
-        fresh = [key for key in news if key not in self._announced]
-        if fresh:
-            with self._store.transaction():
-                for key in fresh:
-                    self._emit(*news[key])
-            self._announced.update(fresh)
-            if self.changed_at is None:
-                self.changed_at = self._block_began
+        """Tell of warnings and alarms that are new; of one that comes back within the cool-down, say nothing."""
+        alarms = {alarm.monitor: alarm for alarm in monitors.alarms()}
+        keys = [*(f"warning {name}" for name in monitors.warnings()), *alarms]
+        fresh = [key for key in keys if key not in self._announced]
+        if not fresh:
+            return
+        now, found = self._block_ended, monitors.diagnosis()
+        with self._store.transaction():
+            for key in fresh:
+                if key not in alarms:
+                    self._emit("drift_warning", {"monitor": key.removeprefix("warning ")})
+                elif now - self._told_at.get(key, -math.inf) >= self._config.cooldown_s:
+                    alarm = alarms[key]
+                    self._emit(
+                        "drift_alarm",
+                        {
+                            "monitor": alarm.monitor,
+                            "evidence": alarm.evidence,
+                            "threshold": alarm.threshold,
+                            "suspects": ", ".join(f"{name} {shift:+.2f}" for name, shift in alarm.suspects),
+                            "kind": found.kind if found else "",
+                            "words": found.words if found else "",
+                        },
+                    )
+        self._announced |= dict.fromkeys(fresh, now)
+        self._told_at |= {key: now for key in fresh if key in alarms}
+        if self.changed_at is None:
+            self.changed_at = self._block_began
+
+
+class _Told(msgspec.Struct):
+    """What people were told; persisted."""
+
+    announced: dict[str, float] = {}
+    told_at: dict[str, float] = {}
+    changed_at: float | None = None

@@ -32,6 +32,7 @@ class Signals:
         since_last_s: Since learning last ended, or None if it never ran.
         demand: Why it should start whatever triggers and cool-down say, or "".
         new_labels: Labels that the head would grow by.
+        metrics: What the app's own metrics call for learning by, in words.
     """
 
     alarms: tuple[str, ...]
@@ -41,6 +42,7 @@ class Signals:
     since_last_s: float | None
     demand: str
     new_labels: int = 0
+    metrics: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,8 @@ def _reasons(signals: Signals, config: PolicyConfig) -> dict[Trigger, str]:
     error, target = signals.calibration, config.calibration_target
     if target and error is not None and error > target:
         reasons["calibration"] = f"calibration error {error:.3f} above {target:g}"
+    if signals.metrics:
+        reasons["metric"] = "; ".join(signals.metrics)
     if signals.new_labels:  # by number: a label may say whose data it is
         reasons["new_label"] = "1 new label" if signals.new_labels == 1 else f"{signals.new_labels} new labels"
     if signals.fresh_rows >= config.volume_rows:

@@ -48,8 +48,14 @@ class Status(msgspec.Struct, frozen=True):
     release_on_probation: bool
     alarms: list[str]
     warnings: list[str]
+    diagnosis: str
+    """What kind of change raised the alarms (quality, covariate, prior, concept), in words; empty without alarm."""
     accuracy: float | None
     """Live, over the latest labels."""
+    estimated_accuracy: float | None
+    """What the confidences of the latest answers foretell, without labels; None while inputs are not as they were."""
+    metrics: dict[str, float]
+    """Recent mean of each of the app's own metrics."""
     fresh_rows: int
     replay_rows: int
     judge_rows: int
@@ -63,3 +69,6 @@ class Status(msgspec.Struct, frozen=True):
     """Number of the release on its way."""
     problem: str
     counters: Counters
+    updates: str = "unsigned"
+    """unsigned; or how it stands with the signed metadata: trusted, waiting, expired, clock_untrusted, refused, or no_root
+    (none is installed, and every release is refused)."""

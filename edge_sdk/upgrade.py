@@ -14,7 +14,16 @@ from edge_sdk.config import DeviceConfig
 from edge_sdk.drift.features import Thumbnail
 from edge_sdk.drift.monitors import DriftMonitors
 from edge_sdk.drift.reference import Reference, output_names
-from edge_sdk.errors import ArtifactError, IntegrityError, ModelError, RollbackRefusedError, StoreError
+from edge_sdk.errors import (
+    ArtifactError,
+    ClockUntrustedError,
+    IntegrityError,
+    MetadataExpiredError,
+    ModelError,
+    RollbackRefusedError,
+    StoreError,
+    UntrustedError,
+)
 from edge_sdk.experience import FactoryMemory, meaning_of_outputs
 from edge_sdk.files import load_npz
 from edge_sdk.gate import is_healthy, watch_release
@@ -139,20 +148,38 @@ class Upgrade:
             return
         if offer is None:
             self.client.abandon()
+            self._note_dates(now, current)
             return
         try:
+            if not self.client.authorise(offer, now):
+                return
             self.client.begin(offer)
             fetched = self.client.turn(now, self._slots.held_files())
             if fetched is not None:
                 self._install_fetched(fetched, adaptation)
         except StoreError as error:  # the disk may have room again later
             self._complain("release_delayed", offer.release, str(error))
+        except UntrustedError as error:  # better metadata, or a clock that is set, may come
+            self.client.abandon()
+            clock, expired = isinstance(error, ClockUntrustedError), isinstance(error, MetadataExpiredError)
+            name = "clock_untrusted" if clock else "metadata_expired" if expired else "release_untrusted"
+            self._complain(name, offer.release, str(error))
         except (ArtifactError, ModelError) as error:
             with self._store.transaction():
                 self.state.refused[offer.digest] = str(error)
                 self._emit("release_failed", {"release": offer.release, "reason": str(error)})
                 self.save()
             self.client.clean()
+
+    def _note_dates(self, now: float, current: Version | None) -> None:
+        """Tell that the signed metadata has expired, or the clock is wrong, also while there is nothing to install."""
+        if (trust := self.client.trust) is None:
+            return
+        trust.refresh(now)
+        state = trust.state(now)
+        if state in ("expired", "clock_untrusted"):
+            name = "clock_untrusted" if state == "clock_untrusted" else "metadata_expired"
+            self._complain(name, current.release if current else 0, "no release can be installed until this is put right")
 
     def see(self, correct: list[bool], *, predictions: int, errors: int) -> None:
         """Take note of live rows of the version in use."""
@@ -161,8 +188,13 @@ class Upgrade:
             self.state.predictions += predictions
             self.state.errors += errors
 
-    def watch(self, now: float) -> None:
-        """Confirm a release on probation, or leave it."""
+    def watch(self, now: float, worse: str = "") -> None:
+        """Confirm a release on probation, or leave it.
+
+        Args:
+            now: Seconds since the epoch.
+            worse: Which of the app's own metrics it has made worse, and by how much.
+        """
         current = self._slots.pointer.current
         if not self.state.watching or current is None:
             return
@@ -178,8 +210,8 @@ class Upgrade:
             rows=update.probation_rows,
             seconds=update.probation_s,
         )
-        if verdict.outcome == "rollback":
-            self.leave(verdict.reason)
+        if worse or verdict.outcome == "rollback":
+            self.leave(worse or verdict.reason)
         elif verdict.outcome == "confirm":
             with self._store.transaction():
                 self.state.watching = False

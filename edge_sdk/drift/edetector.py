@@ -155,6 +155,11 @@ class EDetector(DriftDetector):
         order = np.argsort(-self._m.max(axis=0), kind="stable")[:count]
         return [(int(i), float(self._recent[i] - self._mean[i])) for i in order]
 
+    def look_again(self) -> None:
+        """Begin anew, with the alarm still up: evidence that grew for long would take as long to fall."""
+        self._m = np.zeros_like(self._slope)
+        self._evidence = 0.0
+
     def reset(self) -> None:
         """Forget the evidence and take the alarm down."""
         self._m = np.zeros_like(self._slope)

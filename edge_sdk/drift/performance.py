@@ -138,6 +138,10 @@ class PerformanceMonitor(DriftDetector):
         """The one channel, with the recent error minus the reference's."""
         return self._detector.suspects(count)
 
+    def look_again(self) -> None:
+        """Begin anew, with the alarm still up."""
+        self._detector.look_again()
+
     def reset(self) -> None:
         """Forget the evidence and take the alarm down; the running scores stay."""
         self._detector.reset()

@@ -146,6 +146,10 @@ class QualityMonitor(DriftDetector):
                 found.append(Finding(self._names[feature], fault, words))
         return found
 
+    def look_again(self) -> None:
+        """Begin anew, with the alarm still up."""
+        self._detector.look_again()
+
     def reset(self) -> None:
         """Forget the evidence and take the alarm down."""
         self._detector.reset()

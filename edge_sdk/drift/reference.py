@@ -15,7 +15,7 @@ import numpy as np
 from edge_sdk.drift.estimate import fit_confidence
 from edge_sdk.drift.features import OUTPUT_SUMMARY, input_features, names_of
 from edge_sdk.drift.latent import MAX_DIM, LatentChannels
-from edge_sdk.drift.ranks import rank_channels as rank_channels  # noqa: PLC0414 - monitors.py has it from here
+from edge_sdk.drift.ranks import rank_channels, with_spread
 from edge_sdk.errors import IntegrityError
 from edge_sdk.files import load_npz, npz_bytes
 from edge_sdk.stats import entropy
@@ -44,6 +44,8 @@ class Reference:
             not missing.
         input_mean: float64 [F]: mean rank of each feature; near 0.5, less where values are missing or repeat.
         input_std: float64 [F].
+        spread_mean: float64 [F]: mean distance of the ranks from the middle, see `ranks.with_spread`.
+        spread_std: float64 [F].
         feature_mean: float32 [F], in the feature's own unit, as the next three.
         feature_std: float32 [F].
         low: float32 [F]: least value seen; NaN of a feature that was always missing.
@@ -72,6 +74,8 @@ class Reference:
     edges: FloatArray
     input_mean: DoubleArray
     input_std: DoubleArray
+    spread_mean: DoubleArray
+    spread_std: DoubleArray
     feature_mean: FloatArray
     feature_std: FloatArray
     low: FloatArray
@@ -235,8 +239,8 @@ class Reference:
 
 
 _BY_FEATURE = (
-    "names", "edges", "input_mean", "input_std", "feature_mean", "feature_std", "low", "high", "missing", "repeats",
-    "values",
+    "names", "edges", "input_mean", "input_std", "spread_mean", "spread_std", "feature_mean", "feature_std", "low",
+    "high", "missing", "repeats", "values",
 )  # fmt: skip
 _OUTPUTS = ("output_edges", "output_mean", "output_std")
 _OPTIONAL = ("latent_mean", "latent_std", "class_share", "class_means", "confidence_table")
@@ -279,6 +283,8 @@ def _described(
         "edges": edges,
         "input_mean": ranks.mean(axis=0),
         "input_std": ranks.std(axis=0),
+        "spread_mean": (spreads := with_spread(ranks)[:, width:]).mean(axis=0),
+        "spread_std": spreads.std(axis=0),
         "feature_mean": mean.astype(np.float32),
         "feature_std": np.sqrt((np.where(known, values - mean, 0) ** 2).sum(axis=0) / count).astype(np.float32),
         "low": np.where(never, np.nan, low).astype(np.float32),
