@@ -16,6 +16,9 @@ EdgeError
 ├─ ArtifactError
 │   ├─ IntegrityError           hash or size is wrong; never retried
 │   ├─ IncompatibleError        SDK, task or I/O contract does not fit
+│   ├─ UntrustedError           no signature vouches for it; retry helps once new metadata has come
+│   │   ├─ MetadataExpiredError what would vouch for it is past its date
+│   │   └─ ClockUntrustedError  the clock is too wrong to tell
 │   ├─ SelfTestError            the model does not reproduce its stored outputs here
 │   └─ RollbackRefusedError     older than the installed release, revoked, or nothing to go back to
 ├─ LearnError
@@ -97,6 +100,18 @@ class IntegrityError(ArtifactError):
 
 class IncompatibleError(ArtifactError):
     """The checkpoint asks for something this SDK or device does not do."""
+
+
+class UntrustedError(ArtifactError):
+    """No signed metadata that this device believes names the release. A retry helps once better metadata has come."""
+
+
+class MetadataExpiredError(UntrustedError):
+    """The signed metadata is past its date. A retry helps once the coordinator has signed anew."""
+
+
+class ClockUntrustedError(UntrustedError):
+    """The clock reads before the metadata was signed. A retry helps once it is set."""
 
 
 class SelfTestError(ArtifactError):
