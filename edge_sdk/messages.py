@@ -95,6 +95,10 @@ class Report(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     rss_mb: float
     written_bytes: int
     """Bytes given to flash since the last report."""
+    confusion: dict[str, int] = {}
+    """Labelled predictions by truth and answer, a tab between the two; cells below `min_count` merged."""
+    scores: dict[str, float] = {}
+    """Prequential scores: of the labelled predictions so far, older ones faded."""
 
 
 class MetricSummary(msgspec.Struct, frozen=True, array_like=True):
@@ -223,12 +227,36 @@ class Desired(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
             raise ValueError(f"block_bytes is {self.block_bytes}, not 1 to {MAX_MESSAGE_BYTES}")
 
 
+class Order(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """What a device is told to do, in a Command."""
+
+    id: str
+    """Never given twice; the answer names it."""
+    device: str
+    name: str
+    """One of those in `edge_sdk.commands`."""
+    issued: float
+    expires: float
+    """Not carried out from then on."""
+    args: dict[str, str | int | float | bool] = {}
+
+
+class Command(msgspec.Struct, frozen=True, array_like=True):
+    """An order and the proof that it comes from the coordinator."""
+
+    order: bytes
+    """An Order, without a version byte: these very bytes were signed."""
+    mac: bytes
+    """HMAC-SHA256, see `edge_sdk.commands`."""
+
+
 M = TypeVar("M", bound=msgspec.Struct)
 _READ: dict[type, msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
     for kind in (State, MonitorState, Report, MetricSummary, Summary, Event, Gap, Envelope, Ack, Need, Offer, Desired)
 }
 """Built before two devices of one process may read their first message at once, which could end it."""
+_READ |= {kind: msgspec.msgpack.Decoder(kind) for kind in (Order, Command)}
 
 
 def encode(message: msgspec.Struct) -> bytes:

@@ -46,8 +46,9 @@ class Outbox:
         self._sent_on = 0
         self._oldest = 0
         self._stuck_since = 0.0
-        self._bytes_sent = 0
+        self._bytes_sent = self._bytes_moved = 0
         self._counted = 0
+        self._allowance, self._allowed_at = float(_WINDOW), 0.0
 
     @property
     def pending(self) -> int:
@@ -57,6 +58,11 @@ class Outbox:
     def take_bytes_sent(self) -> int:
         """Payload bytes of messages sent since the last call; a message sent again is not counted again."""
         size, self._bytes_sent = self._bytes_sent, 0
+        return size
+
+    def take_bytes_moved(self) -> int:
+        """Bytes of topics and payloads sent since the last call, each time that a message was sent."""
+        size, self._bytes_moved = self._bytes_moved, 0
         return size
 
     def put(self, message: Report | Summary | Event, time: float) -> int:
@@ -74,6 +80,14 @@ class Outbox:
             raise ProtocolError(f"a {kind} of {len(body)} bytes; at most {_MAX_BODY} can be sent")
         self._store.append(kind, time, body)
         return self._shrink(time)
+
+    def drop_reports(self, time: float) -> int:
+        """All reports and summaries that wait become gaps, so that events need not wait behind them; how many did."""
+        rows = [row for row in self._store.outbox() if row.kind in ("report", "summary")]
+        for row in rows:
+            self._store.replace_with_gap([row], time, b"")
+        self._merge_gaps(time)
+        return len(rows)
 
     def acknowledge(self, ack: Ack) -> None:
         """Forget what the coordinator has committed; an acknowledgement of another database is ignored."""
@@ -95,7 +109,7 @@ class Outbox:
         start = max(self._sent, oldest - 1)
         window_end = oldest + _WINDOW
         sent = 0
-        for row in self._store.outbox(after=start, limit=_WINDOW):
+        for row in self._store.outbox(after=start, limit=self._most(now)):
             if row.first >= window_end:
                 break
             try:
@@ -104,7 +118,17 @@ class Outbox:
                 break
             self._sent, self._sent_on = row.seq, self._transport.connections
             sent += 1
+        self._allowance -= sent
         return sent
+
+    def _most(self, now: float) -> int:
+        """Messages that may go out now: a fleet that comes back after an outage must not drown its coordinator."""
+        rate = self._config.max_per_s
+        if not rate:
+            return _WINDOW
+        passed = max(0.0, now - self._allowed_at)  # none, if the clock was set back
+        self._allowance, self._allowed_at = min(_WINDOW, self._allowance + passed * rate), now
+        return int(self._allowance)
 
     def _publish(self, row: OutboxRow, oldest: int) -> None:
         envelope = Envelope(
@@ -119,6 +143,7 @@ class Outbox:
         topic = self._topics.up(self._device, "event" if happened else "report")
         payload = encode(envelope)
         self._transport.publish(topic, payload)
+        self._bytes_moved += len(topic) + len(payload)
         if row.seq > self._counted:
             self._counted = row.seq
             self._bytes_sent += len(payload)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,7 +13,7 @@ import msgspec
 import numpy as np
 
 from edge_sdk import __version__
-from edge_sdk.clock import Clock
+from edge_sdk.clock import Clock, is_due
 from edge_sdk.config import DeviceConfig, ReportConfig
 from edge_sdk.errors import NotConnectedError, ProtocolError
 from edge_sdk.messages import Ack, Desired, Event, MonitorState, Report, State, Topics, decode, encode
@@ -34,6 +36,11 @@ _TOTALS = {
     "release_rolled_back": "rollbacks",
 }
 """Which counter an event raises."""
+_MAX_CELLS_KEPT = 1000
+_MAX_ORDERS = 64
+_LATEST = 253_402_300_799.0  # the end of the year 9999
+_MAX_CELLS = 100
+_SCORES = ("accuracy", "precision", "recall", "f1", "loss", "calibration_error")
 
 
 class Counters(msgspec.Struct):
@@ -58,6 +65,12 @@ class Counters(msgspec.Struct):
     bad_messages: int = 0
     bytes_sent: int = 0
     written_bytes: int = 0
+    month: int = 0
+    """The calendar month (UTC, as 202611) that the next counts."""
+    month_bytes: int = 0
+    """Sent in it, topics and repetitions included."""
+    month_capped: bool = False
+    """`report.monthly_bytes` was reached in it: no reports until the next."""
 
 
 class Window(msgspec.Struct):
@@ -79,6 +92,16 @@ class Window(msgspec.Struct):
     predicted: dict[str, int] = {}
     latency: tuple[list[int], list[int], int] = ([], [], 0)
     """Milliseconds, as a `QuantileSketch` puts them: this is written at every flush."""
+    confusion: dict[str, int] = {}
+    """Labelled predictions by truth and answer, a tab between the two."""
+
+    def confuse(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Add labelled predictions of a classification: the truth and what was said."""
+        cells = Counter(self.confusion)
+        for truth, said in pairs:
+            cell = f"{truth}\t{said}"
+            cells[cell if cell in cells or len(cells) < _MAX_CELLS_KEPT else "other"] += 1
+        self.confusion = dict(cells)
 
     def count(self, labels: list[str], confidences: list[float], latencies: list[float]) -> None:
         """Add predictions: what they said, how sure they were, and how long each took in milliseconds."""
@@ -88,6 +111,20 @@ class Window(msgspec.Struct):
         sketch = QuantileSketch.from_wire(*self.latency)
         sketch.add(np.array(latencies))
         self.latency = sketch.to_wire()
+
+
+class Standing(msgspec.Struct, frozen=True):
+    """What commands have set until further notice; persisted."""
+
+    mode: Mode | None = None
+    configured_mode: Mode | None = None
+    """What `mode` took the place of: once the setting says something else, it counts again."""
+    paused: bool = False
+    paused_at: float = 0.0
+    paused_s: float = 0.0
+    """0: until resumed."""
+    interval_s: float = 0.0
+    """0: as configured."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +156,12 @@ class Reporter:
         self._networked = not isinstance(transport, NoTransport)
         self._connections = 0
         self.topics = Topics(config.prefix)
-        self.mode: Mode = config.mode
+        standing = _load(store, "standing", Standing) or Standing()
+        if standing.configured_mode not in (None, config.mode):
+            standing = msgspec.structs.replace(standing, mode=None, configured_mode=None)
+        self.standing = standing
+        self.mode: Mode = standing.mode or config.mode
+        self._orders: list[bytes] = []
         self.identity = Identity()
         """What serves now."""
         self.counters = _load(store, "counters", Counters) or Counters()
@@ -127,6 +169,46 @@ class Reporter:
         self.outbox = Outbox(
             store, store_id, device=config.device, topics=self.topics, transport=transport, config=config.report
         )
+
+    def stand(self, **changes: Any) -> None:
+        """Change what commands have set until further notice: fields of `Standing`."""
+        standing = msgspec.structs.replace(self.standing, **changes)
+        if "mode" in changes:
+            standing = msgspec.structs.replace(standing, configured_mode=self._config.mode)
+        with self._store.transaction():
+            self._store.put("standing", msgspec.json.encode(standing))
+        self.standing = standing
+        if standing.mode is not None and "mode" in changes:
+            self.mode = standing.mode
+
+    def learning_paused(self, now: float) -> bool:
+        """Whether a command forbids to learn. A pause for a time ends at the latest when the clock is set back."""
+        standing = self.standing
+        return standing.paused and not (standing.paused_s and is_due(now, standing.paused_at, standing.paused_s))
+
+    def take_orders(self) -> list[bytes]:
+        """Payloads of commands that came since the last call."""
+        orders, self._orders = self._orders, []
+        return orders
+
+    def report_due(self, now: float, on_mains: Callable[[], bool | None]) -> bool:
+        """Whether it is time for a report.
+
+        Args:
+            now: Seconds since the epoch.
+            on_mains: Asked only when it matters; None: unknown.
+        """
+        rules, since = self._config.report, self.window.start
+        interval = self.standing.interval_s or rules.interval_s
+        if rules.metered:
+            interval = max(interval, rules.metered_interval_s)
+        if self.capped(now) or not is_due(now, since, interval):
+            return False
+        return not rules.battery_interval_s or is_due(now, since, rules.battery_interval_s) or on_mains() is not False
+
+    def capped(self, now: float) -> bool:
+        """Whether this month's bytes are spent: reports and summaries had better not be made."""
+        return self.counters.month_capped and self.counters.month == _month(now)
 
     def save(self) -> None:
         """Persist counters and window; inside a transaction."""
@@ -168,7 +250,7 @@ class Reporter:
             **facts,
         )
         with self._store.transaction():
-            if self._networked:
+            if self._networked and not self.capped(now):
                 self.counters.outbox_dropped += self.outbox.put(report, now)
             self._store.put("window", msgspec.json.encode(window))
         self.window = window
@@ -177,6 +259,7 @@ class Reporter:
         """Connect and listen for acknowledgements and the desired state."""
         # before the connection, so that it does not count as one until both are in force
         self._transport.subscribe(self.topics.down(self._config.device, "ack"))
+        self._transport.subscribe(self.topics.down(self._config.device, "cmd"))
         self._transport.subscribe(self.topics.desired(self._config.group))
         self._transport.connect(self._state(online=False, reason="lost"))
 
@@ -224,13 +307,32 @@ class Reporter:
         """Send what is due; returns how many messages went out."""
         sent = self.outbox.send(now)
         self.counters.bytes_sent += self.outbox.take_bytes_sent()
+        self._account(now)
         return sent
+
+    def _account(self, now: float) -> None:
+        """Count what was sent towards the month's limit, and keep to it."""
+        counters, limit = self.counters, self._config.report.monthly_bytes
+        moved = self.outbox.take_bytes_moved()
+        if counters.month != _month(now):
+            if not moved:
+                return
+            counters.month, counters.month_bytes, counters.month_capped = _month(now), 0, False
+        counters.month_bytes += moved
+        if limit and counters.month_bytes >= limit and not counters.month_capped:
+            counters.month_capped = True
+            with self._store.transaction():
+                counters.outbox_dropped += self.outbox.drop_reports(now)
+                self.emit("data_cap_reached", {"bytes": counters.month_bytes, "limit": limit})
 
     def _take(self, message: Message, client: UpdateClient) -> Ack | None:
         if (block := self.topics.parse_block(message.topic)) is not None:
             client.take_block(*block, message.payload)
         elif message.topic == self.topics.down(self._config.device, "ack"):
             return decode(message.payload, Ack)
+        elif message.topic == self.topics.down(self._config.device, "cmd"):
+            if len(self._orders) < _MAX_ORDERS:  # the others come again
+                self._orders.append(message.payload)
         elif message.topic == self.topics.desired(self._config.group) and message.payload:
             client.follow(decode(message.payload, Desired))
         return None
@@ -265,6 +367,7 @@ def build_report(
     rss_mb: float,
     carry: bool,
     config: ReportConfig,
+    scores: Mapping[str, Any] | None = None,
 ) -> tuple[Report, Window]:
     """The report of a window, and the window to go on with.
 
@@ -302,11 +405,35 @@ def build_report(
         outbox_dropped=totals.outbox_dropped,
         rss_mb=round(rss_mb, 1),
         written_bytes=window.written_bytes,
+        confusion=_told_cells(window.confusion, config.min_count) if enough else {},
+        scores=_told_scores(scores or {}, config.min_count),
     )
     carried = Window(start=now, release=window.release, head=window.head)
     if carry and not enough:
         carried.labelled, carried.correct = window.labelled, window.correct
+        carried.confusion = dict(window.confusion)
     return report, carried
+
+
+def _told_cells(cells: dict[str, int], min_count: int) -> dict[str, int]:
+    """The largest cells; what is too small, or one too many, is merged."""
+    largest = sorted(cells, key=lambda cell: (-cells[cell], cell))
+    kept = {cell: cells[cell] for cell in largest[:_MAX_CELLS]}
+    if rest := sum(cells[cell] for cell in largest[_MAX_CELLS:]):
+        kept["other"] = kept.get("other", 0) + rest
+    return suppress_small(kept, min_count=min_count)
+
+
+def _told_scores(scores: Mapping[str, Any], min_count: int) -> dict[str, float]:
+    """Those over all rows, of `Prequential.scores`; none while they rest on too few."""
+    if scores.get("rows", 0) < min_count:
+        return {}
+    return {name: round(float(scores[name]), 4) for name in _SCORES if scores.get(name) is not None}
+
+
+def _month(now: float) -> int:
+    date = time.gmtime(min(max(now, 0.0), _LATEST))
+    return 100 * date.tm_year + date.tm_mon
 
 
 def _load(store: Store, key: str, kind: type[T]) -> T | None:

@@ -45,6 +45,7 @@ _MAX_UNKNOWN = 1000
 _HOUR_S = 3600
 _MAX_FEATURES = 64
 _MAX_BINS = 64
+_MAX_CELLS = 256
 _MOMENTS_BYTES = 16
 
 
@@ -301,6 +302,10 @@ def _content(envelope: Envelope) -> tuple[Report | Summary | Event | Gap | None,
 def _checked_report(report: Report) -> Report:
     _check_numbers(report)
     _check_monitors(report.monitors)
+    for cell, count in report.confusion.items():
+        _check_count(f"confusion {cell[:_MAX_TEXT]!r}", count)
+    if len(report.confusion) + len(report.scores) > _MAX_CELLS or not all(map(math.isfinite, report.scores.values())):
+        raise ProtocolError("too many cells or scores, or one is not finite")
     if report.correct > report.labelled:
         raise ProtocolError(f"{report.correct} correct of {report.labelled} labelled")
     return report

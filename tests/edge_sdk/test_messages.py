@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_sdk import messages
+from edge_sdk.commands import sign
 from edge_sdk.errors import ProtocolError
 from edge_sdk.messages import (
     BLOCK_BYTES,
@@ -26,6 +27,7 @@ from edge_sdk.messages import (
     MonitorState,
     Need,
     Offer,
+    Order,
     Report,
     State,
     Summary,
@@ -49,6 +51,10 @@ from edge_sdk.messages import (
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 EVENT = Event(name="promoted", release=2, head=5, detail={"rows": 120, "gain": 0.25, "by": "gate", "dry": False})
+ORDER = Order(
+    id="7d3a", device="pump-1", name="pause-learning", issued=1_767_225_600.0, expires=1_767_312_000.0,
+    args={"seconds": 3600.0},
+)  # fmt: skip
 MESSAGES = {
     "state": State(
         device="pump-1",
@@ -90,6 +96,8 @@ MESSAGES = {
         outbox_dropped=0,
         rss_mb=71.5,
         written_bytes=40_960,
+        confusion={"0\t0": 60, "1\t1": 50, "other": 10},
+        scores={"accuracy": 0.9167, "f1": 0.875},
     ),
     "summary": Summary(
         start=1_767_225_600.0,
@@ -123,6 +131,8 @@ MESSAGES = {
         threshold=2**30,
         revoked=[3],
     ),
+    "order": ORDER,
+    "command": sign(ORDER, bytes(range(32))),
     "desired-empty": Desired(revision=0, base=None, candidate=None, salt="", threshold=0, revoked=[]),
 }
 named_messages = pytest.mark.parametrize(("name", "message"), MESSAGES.items(), ids=MESSAGES)
@@ -162,6 +172,12 @@ def test_a_message_that_lacks_a_field_is_refused(name, message):
 def test_the_block_size_has_a_default_for_older_writers():
     fields = msgspec.msgpack.decode(encode(MESSAGES["desired"])[1:])[:-1]
     assert decode(bytes([WIRE_VERSION]) + msgspec.msgpack.encode(fields), Desired).block_bytes == BLOCK_BYTES
+
+
+def test_a_report_of_an_older_writer_has_no_scores():
+    fields = msgspec.msgpack.decode(encode(MESSAGES["report"])[1:])[:-2]
+    report = decode(bytes([WIRE_VERSION]) + msgspec.msgpack.encode(fields), Report)
+    assert (report.written_bytes, report.confusion, report.scores) == (40_960, {}, {})
 
 
 def test_an_envelope_carries_its_body_unread():
