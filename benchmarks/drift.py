@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import inspect
 import json
 import os
 import platform
@@ -30,7 +29,7 @@ import numpy as np
 from drift_tables import markdown
 
 from edge_sdk import __version__
-from edge_sdk.drift.edetector import EDetector
+from edge_sdk.config import DriftConfig
 from edge_sdk.drift.features import input_features
 from edge_sdk.drift.monitors import DriftMonitors
 from edge_sdk.drift.performance import PerformanceMonitor
@@ -43,6 +42,7 @@ BLOCK = 32
 RUN_LENGTH = 10_000.0
 """Rows in which one false alarm is allowed, to us and to every peer."""
 REFERENCE_ROWS = 1000
+CLEAR_ROWS = DriftConfig().clear_rows
 LABELS = tuple(str(i) for i in range(data.CLASSES))
 WINDOWS = (32, 64, 128, 256)
 PEERS = ("river", "alibi", "evidently", "whylogs")
@@ -117,25 +117,21 @@ class Bench:
 # ---- our monitors
 
 
-def reference_of(stream: data.Stream, correct: Any = (), **options: Any) -> Reference:
+def reference_of(stream: data.Stream, correct: Any = ()) -> Reference:
     """Taken from a stream, latents included."""
-    if stream.latents.shape[1] and "latents" in inspect.signature(Reference.build).parameters:
-        options["latents"] = stream.latents
-    return Reference.build(stream.x, stream.scores, np.asarray(correct, bool), **options)
+    latents = stream.latents if stream.latents.shape[1] else None
+    return Reference.build(stream.x, stream.scores, np.asarray(correct, bool), latents=latents)
 
 
-def monitors_of(reference: Reference, run_length: float = RUN_LENGTH, **options: Any) -> DriftMonitors:
+def monitors_of(reference: Reference, run_length: float = RUN_LENGTH) -> DriftMonitors:
     """With one false alarm allowed in `run_length` rows, all monitors together."""
-    return DriftMonitors(reference, LABELS, run_length=run_length, rereference_rows=300, **options)
+    return DriftMonitors(reference, LABELS, run_length=run_length, rereference_rows=300)
 
 
 def fold(monitors: DriftMonitors, block: data.Stream) -> None:
     """One block."""
-    if "latents" in inspect.signature(monitors.fold).parameters:
-        latents = block.latents if block.latents.shape[1] else None
-        monitors.fold(block.x, block.scores, latents=latents, times=block.times)
-    else:
-        monitors.fold(block.x, block.scores)
+    latents = block.latents if block.latents.shape[1] else None
+    monitors.fold(block.x, block.scores, latents=latents, times=block.times)
 
 
 def alarms_of(
@@ -160,7 +156,7 @@ def alarms_of(
         if up and start is not None and last >= start:
             break
         if latched:
-            before = up
+            before = up - set(monitors.clear(CLEAR_ROWS))
         else:
             for name in up:
                 monitors.detectors[name].reset()
@@ -173,9 +169,8 @@ def channels_of(monitors: DriftMonitors, stream: data.Stream, *, outputs: bool =
     parts = [ranked(input_features(stream.x), reference.edges)[0]]
     if outputs:
         parts.append(output_channels(stream.scores, reference.output_edges, reference.task))
-        latent = getattr(reference, "latent", None)
-        if latent is not None and stream.latents.shape[1]:
-            parts.append(latent.channels(stream.latents))
+        if reference.latent is not None:
+            parts.append(reference.latent.channels(stream.latents))
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
@@ -212,38 +207,43 @@ def cost(bench: Bench) -> Line:
     seen = data.healthy("iid", rng, times, features=64)
     plain = reference_of(seen[:2000], np.ones(0))
     monitors = monitors_of(plain)
-    block = seen[2000 : 2000 + BLOCK]
-    detectors = monitors.detectors
+    blocks = [seen[begin : begin + BLOCK] for begin in range(2000, 4000 - BLOCK, BLOCK)]
+    watched, at = monitors.watched, 0
     spec = InputSpec(shape=[64], columns=[Column(f"f{i}") for i in range(64)])
     rows = data.dict_rows(BLOCK, 64)
     checked = np.stack([spec.check(row) for row in rows])
 
-    def fold_input(x: Any = block.x) -> None:
-        features = input_features(x)
-        detectors["input"].update(ranked(features, plain.edges)[0])
-        if "quality" in detectors:
-            detectors["quality"].update(features)
+    def block() -> data.Stream:
+        nonlocal at
+        at = (at + 1) % len(blocks)
+        return blocks[at]
 
-    def fold_outputs() -> None:
-        detectors["output"].update(output_channels(block.scores, plain.output_edges, plain.task))
+    def fold_input(given: data.Stream) -> None:
+        features = input_features(given.x)
+        ranks, _ = ranked(features, plain.edges)
+        watched["input"].fold(ranks, given.times)
+        monitors.quality.update(features)
+
+    def fold_outputs(given: data.Stream) -> None:
+        watched["output"].fold(output_channels(given.scores, plain.output_edges, plain.task), given.times)
+
+    def fold_latents(given: data.Stream) -> None:
+        assert plain.latent is not None
+        watched["latent"].fold(plain.latent.channels(given.latents), given.times)
 
     repeat = 5 if bench.quick else 30
     runs = {
-        "input": timed(fold_input, repeat),
-        "output": timed(fold_outputs, repeat),
-        "all": timed(lambda: fold(monitors, block), repeat),
+        "input": timed(lambda: fold_input(block()), repeat),
+        "output": timed(lambda: fold_outputs(block()), repeat),
+        "latent": timed(lambda: fold_latents(block()), repeat),
+        "all": timed(lambda: fold(monitors, block()), repeat),
         "check": timed(lambda: [spec.check(row) for row in rows], repeat),
-        "dict": timed(lambda: fold_input(checked), repeat),
     }
-    latent = getattr(plain, "latent", None)
-    if latent is not None:
-        detector = detectors.get("latent") or EDetector(np.full(32, 0.5), np.full(32, 0.1), run_length=1e5)
-        runs["latent"] = timed(lambda: detector.update(latent.channels(block.latents)), repeat)
     runs |= peer_costs(bench, seen, plain, checked)
     found = in_turns({name: run for name, run in runs.items() if name != "evidently"}, 3 if bench.quick else 15)
     if "evidently" in runs:
         found |= in_turns({"evidently": runs["evidently"]}, 1)
-    whole = ("input", "output", "all", "check", "dict", "latent")
+    whole = ("input", "output", "latent", "all", "check")
     result: Line = {name: 1e6 * s / (BLOCK if name in whole else 1) for name, s in found.items()}
     result["fold"] = {name: 1e6 * found[name] for name in ("input", "output", "latent", "all") if name in found}
     return result

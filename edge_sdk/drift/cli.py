@@ -98,7 +98,10 @@ def _told(found: Replay) -> list[str]:
         lines.append(f"not watched: {', '.join(found.left_out)}")
     if found.caveat:
         lines.append(found.caveat)
-    lines += [f"row {alarm.row}: {alarm.monitor} alarm: {alarm.words}" for alarm in found.alarms]
+    lines += [
+        f"row {alarm.row}: {alarm.monitor} alarm, {alarm.kind}: {alarm.words} ({alarm.carried})"
+        for alarm in found.alarms
+    ]
     if not found.alarms:
         most = {name: max(trace.evidence, default=0.0) for name, trace in found.traces.items()}
         lines.append("no alarm; most evidence: " + ", ".join(f"{name} {100 * e:.2g} %" for name, e in most.items()))

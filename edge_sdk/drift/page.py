@@ -121,10 +121,11 @@ def _alarms(alarms: Sequence[Raised]) -> str:
         return '<p class="ok">None.</p>'
     rows = [
         f'<tr><td class="number">{a.row:,}</td><td>{_when(a.time)}</td><td class="alarm">{escape(a.monitor)}</td>'
-        f"<td>{escape(a.words)}</td></tr>"
+        f'<td>{escape(a.kind)}</td><td>{escape(a.words)}<div class="soft small">{escape(a.carried)}</div></td></tr>'
         for a in alarms
     ]
-    head = '<tr><th class="number">row</th><th>time</th><th>monitor</th><th>what carried it</th></tr>'
+    names = ("time", "monitor", "kind", "what is the matter, and what carried it")
+    head = f'<tr><th class="number">row</th>{"".join(f"<th>{name}</th>" for name in names)}</tr>'
     return f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>'
 
 

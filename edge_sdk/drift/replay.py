@@ -31,11 +31,13 @@ class Settings:
         alarms_per_day: False alarms that are tolerated, as in `[drift]` of device.toml.
         rows_per_day: 0: from the times of the stream, else 10 000.
         block_rows: Rows folded at once.
+        clear_rows: An alarm is taken down after so many rows without new evidence.
     """
 
     alarms_per_day: float = 0.1
     rows_per_day: float = 0.0
     block_rows: int = 32
+    clear_rows: int = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +48,18 @@ class Raised:
         monitor: Which.
         row: Number of the row at which it was raised, from 1: the last of its block.
         time: Of that row, seconds since the epoch; None if the stream has no times.
-        words: What carried it.
+        kind: Of change: "quality", "covariate", "prior" or "concept".
+        words: What is the matter, all monitors taken together.
+        carried: What carried this one: channels and the shift of their recent mean, strongest first.
         suspects: Names of the channels that did, strongest first.
     """
 
     monitor: str
     row: int
     time: float | None
+    kind: str
     words: str
+    carried: str
     suspects: tuple[str, ...]
 
 
@@ -142,7 +148,10 @@ class Replay:
             "data": self.data, "reference": self.reference, "rows": self.rows, "reference_rows": self.reference_rows,
             "alarms_per_day": self.settings.alarms_per_day, "rows_per_day": self.settings.rows_per_day,
             "block_rows": self.settings.block_rows,
-            "alarms": [{"monitor": a.monitor, "row": a.row, "time": a.time, "words": a.words} for a in self.alarms],
+            "alarms": [
+                {name: getattr(a, name) for name in ("monitor", "row", "time", "kind", "words", "carried")}
+                for a in self.alarms
+            ],
             "most_evidence": {name: max(trace.evidence, default=0.0) for name, trace in self.traces.items()},
             "first_alarm_by_alarms_per_day": {f"{budget:g}": self.first_alarms(budget) for budget in BUDGETS},
             "left_out": list(self.left_out), "caveat": self.caveat,
@@ -190,7 +199,7 @@ def replay(
     for part in layout.read(data, settings.block_rows):
         rows += len(part)
         kept.append(part.features)
-        _fold(monitors, part)
+        _fold(monitors, part, settings.clear_rows)
         seen.look(monitors, rows, part)
         if progress is not None:
             progress(rows)
@@ -229,11 +238,16 @@ def _reference(layout: Layout, rows: Rows) -> Reference:
     )
 
 
-def _fold(monitors: DriftMonitors, part: Rows) -> None:
+def _fold(monitors: DriftMonitors, part: Rows, clear_rows: int) -> None:
     scores = np.zeros((len(part), 0), np.float32) if part.scores is None else part.scores
-    monitors.fold(part.features, scores)
+    monitors.fold(part.features, scores, times=part.times)
     if part.right is not None and (known := ~np.isnan(part.right)).any():
-        monitors.fold_labels(part.right[known].astype(bool))
+        right = part.right[known]
+        if monitors.reference.task == "regression":
+            monitors.fold_labels(np.zeros(len(right), bool), losses=right)
+        else:
+            monitors.fold_labels(right.astype(bool))
+    monitors.clear(clear_rows)
 
 
 @dataclass
@@ -256,11 +270,11 @@ class _Seen:
             detector = monitors.detectors[name]
             trace.evidence.append(detector.evidence / detector.threshold)
         raised = monitors.alarms()
-        for alarm in raised:
-            if alarm.monitor not in self.up:
-                words = ", ".join(f"{name} {shift:+.2f}" for name, shift in alarm.suspects)
-                names = tuple(name for name, _ in alarm.suspects)
-                self.alarms.append(Raised(alarm.monitor, rows, time, words, names))
+        if (new := [alarm for alarm in raised if alarm.monitor not in self.up]) and (found := monitors.diagnosis()):
+            for alarm in new:
+                carried = ", ".join(f"{name} {shift:+.2f}" for name, shift in alarm.suspects)
+                names = (*found.suspects, *(name for name, _ in alarm.suspects))
+                self.alarms.append(Raised(alarm.monitor, rows, time, found.kind, found.words, carried, names))
         self.up = {alarm.monitor for alarm in raised}
 
 
