@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from enum import Enum
 
 import msgspec
@@ -154,6 +155,7 @@ class Turn:
         known: Devices of this turn that are registered.
         accept_unknown: Whether others are taken in.
         now: Seconds since the epoch.
+        revoked: Devices of this turn that are turned away, registered or not.
     """
 
     def __init__(
@@ -164,8 +166,10 @@ class Turn:
         known: set[str],
         accept_unknown: bool,
         now: float,
+        revoked: AbstractSet[str] = frozenset(),
     ) -> None:
         self.now = now
+        self._revoked = revoked
         self.reports: list[ReportRow] = []
         self.summaries: list[SummaryRow] = []
         self.events: list[EventRow] = []
@@ -225,6 +229,9 @@ class Turn:
         self.states[device] = state
 
     def _admit(self, device: str) -> bool:
+        if device in self._revoked:
+            self._problem("revoked_device", f"{device} was revoked, and the broker still lets it in")
+            return False
         if device in self._known:
             return True
         if self._accept_unknown:

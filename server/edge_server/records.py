@@ -43,6 +43,8 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     correct: int
     alarms: int
     warnings: int
+    is_revoked: bool = False
+    """Turned away, whatever it says."""
 
     @property
     def health(self) -> Health:
@@ -59,6 +61,37 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     def accuracy(self) -> float | None:
         """Share of labelled predictions that were right, 0 to 1; None without labels."""
         return self.correct / self.labelled if self.labelled else None
+
+
+class CommandRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """An order to one device, and its answer."""
+
+    id: str
+    device: str
+    name: str
+    args: dict[str, Any]
+    """The values are str, int, float or bool."""
+    issued: float
+    """Seconds since the epoch, as all times here."""
+    expires: float
+    actor: str
+    outcome: str
+    """By the device "done", "failed", "expired" or "interrupted"; "waiting"; "unanswered": no word came in time."""
+    answered: float | None
+    reason: str
+    result: str
+    """JSON, or nothing."""
+
+
+class CertificateRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A certificate that was issued to a device."""
+
+    serial: str
+    device: str
+    pem: str
+    issued: float
+    expires: float
+    in_use: bool
 
 
 class ReleaseRecord(msgspec.Struct, frozen=True, kw_only=True):

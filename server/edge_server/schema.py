@@ -135,5 +135,44 @@ def _summaries(db: Database) -> None:
     )
 
 
-STEPS: tuple[Callable[[Database], None], ...] = (_first_tables, _summaries)
+def _identities_and_commands(db: Database) -> None:
+    db.table("devices").add_column("enrolment", int, not_null_default=1)
+    db.table("devices").add_column("revoked", float)
+    db.table("certificates").create(
+        {
+            "serial": str,
+            "device": str,
+            "pem": str,
+            "issued": float,
+            "expires": float,
+            "command": str,
+            "in_use": int,  # the device has it: it came with the bundle, or the device said so
+            "revoked": float,
+        },
+        pk="serial",
+        not_null={"device", "pem", "issued", "expires"},
+        defaults={"in_use": 0},
+    )
+    db.table("certificates").create_index(["device"])
+    db.table("commands").create(
+        {
+            "id": str,
+            "device": str,
+            "name": str,
+            "args": str,
+            "issued": float,
+            "expires": float,
+            "actor": str,
+            "outcome": str,
+            "answered": float,
+            "reason": str,
+            "result": str,
+        },
+        pk="id",
+        defaults={"outcome": "waiting", "reason": "", "result": ""},
+    )
+    db.table("commands").create_index(["outcome", "device"])
+
+
+STEPS: tuple[Callable[[Database], None], ...] = (_first_tables, _summaries, _identities_and_commands)
 """Step i leads from `user_version` i to i + 1. Steps are only ever appended."""

@@ -16,6 +16,8 @@ from edge_sdk.database import Database
 from edge_sdk.messages import Report, Summary, unpack
 from edge_server.ingest import WILL, EventRow, RejectedRow, ReportRow, Turn
 from edge_server.records import (
+    CertificateRecord,
+    CommandRecord,
     DeviceRecord,
     EventRecord,
     FleetRecord,
@@ -29,11 +31,13 @@ from edge_server.schema import STEPS
 _MAX_UNKNOWN = 1000
 _SUMMARY_HOURS = 31 * 24
 """So many hours of a device's summaries are kept: of 8 kB each."""
-_NESTED = {"detail", "labels", "metrics", "revoked", "plan", "state"}
+_OUTCOMES = ("done", "failed", "expired", "interrupted")
+_COMMAND = "id, device, name, args, issued, expires, actor, outcome, answered, reason, result"
+_NESTED = {"args", "detail", "labels", "metrics", "revoked", "plan", "state"}
 _DEVICE = """
     name, group_name, credential IS NOT NULL, online, reason, coalesce(row_release, state_release),
     coalesce(row_head, state_head), mode, sdk, last_seen, predictions, errors, labelled, correct, alarms,
-    warnings
+    warnings, revoked IS NOT NULL
 """
 R = TypeVar("R", bound=msgspec.Struct)
 
@@ -56,6 +60,14 @@ class Store(Database):
     def known(self, devices: Collection[str]) -> set[str]:
         """Those of `devices` that are registered."""
         rows = self.read("SELECT name FROM devices WHERE name IN (SELECT value FROM json_each(?))", _json(devices))
+        return {row[0] for row in rows}
+
+    def revoked(self, devices: Collection[str]) -> set[str]:
+        """Those of `devices` that were revoked."""
+        rows = self.read(
+            "SELECT name FROM devices WHERE revoked IS NOT NULL AND name IN (SELECT value FROM json_each(?))",
+            _json(devices),
+        )
         return {row[0] for row in rows}
 
     def positions(self, devices: Collection[str]) -> dict[tuple[str, str], int]:
@@ -92,6 +104,7 @@ class Store(Database):
             ],
         )
         self._write_summaries(turn)
+        self._write_answers(turn)
         many(
             "INSERT INTO rejected (device, store_id, seq, time, received, kind, reason, body)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -123,6 +136,25 @@ class Store(Database):
                 "DELETE FROM unknown WHERE device NOT IN (SELECT device FROM unknown ORDER BY last_seen DESC LIMIT ?)",
                 [(_MAX_UNKNOWN,)],
             )
+
+    def _write_answers(self, turn: Turn) -> None:
+        answers = [
+            (*(str(row.event.detail.get(key, "")) for key in ("outcome", "reason", "result", "id")), row.device)
+            for row in turn.events
+            if row.event.name == "command_done"
+        ]
+        self.execute_many(
+            "UPDATE commands SET outcome = ?, reason = ?, result = ?, answered = ? WHERE id = ? AND device = ?"
+            " AND outcome IN ('waiting', 'unanswered')",
+            [
+                (outcome if outcome in _OUTCOMES else "failed", reason, result, turn.now, number, device)
+                for outcome, reason, result, number, device in answers
+            ],
+        )
+        self.execute_many(
+            "UPDATE certificates SET in_use = 1 WHERE command = ? AND device = ?",
+            [(number, device) for outcome, _, _, number, device in answers if outcome == "done"],
+        )
 
     def _write_summaries(self, turn: Turn) -> None:
         self.execute_many(
@@ -232,9 +264,98 @@ class Store(Database):
         return [_record(DeviceRecord, row) for row in rows]
 
     def credentials(self) -> list[tuple[str, str]]:
-        """(name, hashed password) of every enrolled device."""
-        rows = self.read("SELECT name, credential FROM devices WHERE credential IS NOT NULL ORDER BY name")
+        """(name, hashed password) of every enrolled device that was not revoked."""
+        rows = self.read(
+            "SELECT name, credential FROM devices WHERE credential IS NOT NULL AND revoked IS NULL ORDER BY name"
+        )
         return [(row[0], row[1]) for row in rows]
+
+    def enrolment(self, name: str) -> int | None:
+        """How often the device was enrolled; None: never, or it was revoked."""
+        rows = self.read(
+            "SELECT enrolment FROM devices WHERE name = ? AND credential IS NOT NULL AND revoked IS NULL", name
+        )
+        return int(rows[0][0]) if rows else None
+
+    def replace_device(self, name: str, *, credential: str) -> bool:
+        """Enrol a device anew; False if it was never added. Belongs inside a transaction."""
+        cursor = self.execute(
+            "UPDATE devices SET credential = ?, enrolment = enrolment + 1, revoked = NULL"
+            " WHERE name = ? AND credential IS NOT NULL",
+            (credential, name),
+        )
+        return cursor.rowcount == 1
+
+    def revoke_device(self, name: str, *, now: float) -> bool:
+        """Turn a device away from now on; False if it is unknown. Belongs inside a transaction."""
+        cursor = self.execute("UPDATE devices SET revoked = coalesce(revoked, ?) WHERE name = ?", (now, name))
+        return cursor.rowcount == 1
+
+    # ---- certificates
+
+    def add_certificate(
+        self, device: str, *, serial: str, pem: str, issued: float, expires: float, command: str | None = None
+    ) -> None:
+        """Record a certificate; without `command` the device has it already. Belongs inside a transaction."""
+        self.execute(
+            "INSERT INTO certificates (serial, device, pem, issued, expires, command, in_use)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (serial, device, pem, issued, expires, command, command is None),
+        )
+
+    def revoke_certificates(self, device: str, *, now: float) -> None:
+        """All certificates of a device so far. Belongs inside a transaction."""
+        self.execute("UPDATE certificates SET revoked = ? WHERE device = ? AND revoked IS NULL", (now, device))
+
+    def revoked_certificates(self, *, now: float) -> list[tuple[str, float]]:
+        """(serial, when) of those that were revoked and would still be good."""
+        rows = self.read(
+            "SELECT serial, revoked FROM certificates WHERE revoked IS NOT NULL AND expires > ? ORDER BY revoked", now
+        )
+        return [(row[0], row[1]) for row in rows]
+
+    def certificates_to_renew(self, *, before: float) -> list[CertificateRecord]:
+        """The latest that each device has, where it ends before that time and no later one is on its way."""
+        rows = self.read(
+            # with a bare column beside max(), SQLite gives the row of the maximum
+            "SELECT serial, device, pem, issued, end, in_use FROM"
+            " (SELECT serial, device, pem, issued, max(expires) AS end, in_use FROM certificates"
+            " WHERE in_use AND revoked IS NULL GROUP BY device) WHERE end < ? AND device NOT IN"
+            " (SELECT device FROM commands WHERE outcome = 'waiting' AND name = 'renew-certificate') ORDER BY device",
+            before,
+        )
+        return [_record(CertificateRecord, row) for row in rows]
+
+    # ---- commands
+
+    def add_command(self, record: CommandRecord) -> None:
+        """Store a new command. Belongs inside a transaction."""
+        self.execute(
+            "INSERT INTO commands (id, device, name, args, issued, expires, actor) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                *(record.id, record.device, record.name, _json(record.args)),
+                *(record.issued, record.expires, record.actor),
+            ),
+        )
+
+    def commands(self, *, device: str | None = None, waiting: bool = False, limit: int = 1000) -> list[CommandRecord]:
+        """Commands, newest first."""
+        rows = self.read(
+            f"SELECT {_COMMAND} FROM commands WHERE (?1 IS NULL OR device = ?1)"  # noqa: S608 - a constant
+            " AND (NOT ?2 OR outcome = 'waiting') ORDER BY issued DESC, id LIMIT ?3",
+            device,
+            waiting,
+            limit,
+        )
+        return [_record(CommandRecord, row) for row in rows]
+
+    def give_up_commands(self, *, now: float) -> None:
+        """What has expired without an answer is no longer waited for, nor what a revoked device was told."""
+        self.execute(
+            "UPDATE commands SET outcome = 'unanswered' WHERE outcome = 'waiting' AND (expires <= ? OR device IN"
+            " (SELECT name FROM devices WHERE revoked IS NOT NULL))",
+            (now,),
+        )
 
     def last_report(self, device: str) -> Report | None:
         """The newest report of a device."""
