@@ -51,6 +51,8 @@ class Bundle(msgspec.Struct, frozen=True):
     group: str
     prefix: str
     broker: _BundleBroker
+    root: str = ""
+    """TUF root metadata as it is, or nothing: then updates are not signed."""
 
 
 class _Group(click.Group):
@@ -108,6 +110,7 @@ def enroll(bundle: Path, home: Path | None, force: bool) -> None:
     from edge_sdk.config import DeviceConfig
     from edge_sdk.files import replace_file
     from edge_sdk.messages import check_name
+    from edge_sdk.trust import ROOT_NAME, version_of
 
     try:
         content = msgspec.json.decode(bundle.read_bytes(), type=Bundle)
@@ -120,6 +123,8 @@ def enroll(bundle: Path, home: Path | None, force: bool) -> None:
         for name, what in ((content.device, "device name"), (content.group, "group"), (content.prefix, "topic prefix")):
             check_name(name, what)
         msgspec.toml.decode(text, type=DeviceConfig)
+        if content.root:
+            version_of(content.root.encode())
     except (ProtocolError, msgspec.MsgspecError) as error:
         raise ConfigError(f"{bundle} does not fit a device: {error}") from error
     folder = home or _default_home()
@@ -127,8 +132,18 @@ def enroll(bundle: Path, home: Path | None, force: bool) -> None:
     target = folder / CONFIG_NAME
     if target.exists() and not force:
         raise ConfigError(f"{target} exists: this device is enrolled already; use --force to replace it")
+    root = folder / ROOT_NAME
+    if root.exists() and not content.root:
+        raise ConfigError(
+            f"{root} says whom this device trusts, and the bundle has no root: nothing was changed. To give up signed "
+            "updates, delete the file yourself"
+        )
+    if content.root:  # first: a device with settings and no root would refuse every release, which is the safe side
+        replace_file(root, content.root.encode())
     replace_file(target, text, mode=0o600)
     target.chmod(0o600)
+    if not content.root:
+        click.echo("updates of this device are NOT signed: its coordinator has no keys (update.trust = none)", err=True)
     click.echo(f"enrolled as {content.device} in group {content.group}; start with: edge run --home {folder}")
 
 
@@ -137,7 +152,8 @@ def _device_toml(bundle: Bundle) -> str:
     return (
         f"device = {quote(bundle.device)}\ngroup = {quote(bundle.group)}\nprefix = {quote(bundle.prefix)}\n\n"
         f"[broker]\nhost = {quote(bundle.broker.host)}\nport = {bundle.broker.port}\n"
-        f"username = {quote(bundle.broker.username)}\npassword = {quote(bundle.broker.password)}\n"
+        f"username = {quote(bundle.broker.username)}\npassword = {quote(bundle.broker.password)}\n\n"
+        f"[update]\ntrust = {quote('root' if bundle.root else 'none')}\n"
     )
 
 

@@ -227,6 +227,15 @@ class Desired(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
             raise ValueError(f"block_bytes is {self.block_bytes}, not 1 to {MAX_MESSAGE_BYTES}")
 
 
+class MetadataSet(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """Retained on `tuf/set`: the versions of the signed metadata that belong together. It claims nothing else."""
+
+    root: int
+    timestamp: int
+    snapshot: int
+    targets: int
+
+
 class Order(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """What a device is told to do, in a Command."""
 
@@ -253,7 +262,10 @@ class Command(msgspec.Struct, frozen=True, array_like=True):
 M = TypeVar("M", bound=msgspec.Struct)
 _READ: dict[type, msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
-    for kind in (State, MonitorState, Report, MetricSummary, Summary, Event, Gap, Envelope, Ack, Need, Offer, Desired)
+    for kind in (
+        *(State, MonitorState, Report, MetricSummary, Summary, Event, Gap, Envelope, Ack, Need, Offer, Desired),
+        MetadataSet,
+    )
 }
 """Built before two devices of one process may read their first message at once, which could end it."""
 _READ |= {kind: msgspec.msgpack.Decoder(kind) for kind in (Order, Command)}
@@ -345,6 +357,15 @@ class Topics:
     def block(self, digest: str, index: int | str) -> str:
         """One block of a file; index "+" to subscribe to all."""
         return f"{self.prefix}/b/{digest}/{index}"
+
+    def metadata(self, name: str) -> str:
+        """Signed metadata: name is "set", "timestamp", "snapshot", "targets" or "3.root"; "+" to subscribe to all."""
+        return f"{self.prefix}/tuf/{name}"
+
+    def parse_metadata(self, topic: str) -> str | None:
+        """The name of a topic made by `metadata`, or None."""
+        parts = topic.split("/")
+        return parts[2] if len(parts) == 3 and parts[:2] == [self.prefix, "tuf"] else None
 
     def parse_up(self, topic: str) -> tuple[str, str] | None:
         """(device, kind) of a topic made by `up`, or None."""

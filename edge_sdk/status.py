@@ -70,5 +70,5 @@ class Status(msgspec.Struct, frozen=True):
     problem: str
     counters: Counters
     updates: str = "unsigned"
-    """unsigned; or how it stands with the signed metadata: trusted, waiting, expired, clock_untrusted, refused, or no_root
-    (none is installed, and every release is refused)."""
+    """unsigned; or how it stands with the signed metadata: trusted, waiting, expired, clock_untrusted, refused, or
+    no_root: none is installed, and every release is refused."""

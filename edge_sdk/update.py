@@ -1,26 +1,41 @@
 """The update client: learns what the device should run, and fetches it in blocks that survive anything.
 
 A release is a manifest and the files it names; all of them travel as content-addressed blobs. What an installed
-release already holds is never fetched again. Checked here are SHA-256, size and a rising release number; a signature
-over the offer belongs in `offered`, before the first block is asked for.
+release already holds is never fetched again. Checked here are SHA-256, size and a rising release number, and, before
+the first block is asked for and again before anything is installed, that signed metadata names the offer (`trust`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_sdk.clock import is_due
 from edge_sdk.config import UpdateConfig
-from edge_sdk.errors import DiskFullError, IntegrityError, NotConnectedError, RollbackRefusedError
+from edge_sdk.errors import ArtifactError, DiskFullError, IntegrityError, NotConnectedError, RollbackRefusedError
 from edge_sdk.files import crashpoint, fsync_folder, remove_tree, replace_file, sha256_file, storage_error
-from edge_sdk.manifest import digest_of, parse_manifest
-from edge_sdk.messages import Desired, Need, Offer, Topics, block_count, cohort, encode, from_bitmap, to_bitmap
+from edge_sdk.index import MAX_INDEX, Patch, ReleaseIndex, apply_patch, can_patch, parse_index
+from edge_sdk.manifest import Manifest, digest_of, parse_manifest
+from edge_sdk.messages import (
+    Desired,
+    MetadataSet,
+    Need,
+    Offer,
+    Topics,
+    block_count,
+    cohort,
+    encode,
+    from_bitmap,
+    to_bitmap,
+)
+from edge_sdk.ranges import HttpSource, set_of
 from edge_sdk.transport import Transport
+from edge_sdk.trust import SignedRelease, Trust
 
 logger = logging.getLogger(__name__)
 _MAX_MANIFEST = 4_000_000
@@ -44,8 +59,9 @@ class Download:
     much; a block that is on disk but not in the map is merely fetched again.
     """
 
-    def __init__(self, folder: Path, digest: str, size: int, block_bytes: int) -> None:
+    def __init__(self, folder: Path, digest: str, size: int, block_bytes: int, hashes: Sequence[bytes] = ()) -> None:
         self.digest, self.size, self.block_bytes = digest, size, block_bytes
+        self._hashes = hashes
         self.count = block_count(size, block_bytes)
         self.path = folder / digest
         self._part = folder / f"{digest}.part"
@@ -65,13 +81,16 @@ class Download:
         return [i for i in range(self.count) if i not in self._have and i not in self._unflushed]
 
     def write(self, index: int, payload: bytes) -> bool:
-        """Put a block in its place; False if it is not one that is missing.
+        """Put a block in its place; False if it is not one that is missing, or not the one that was signed.
 
         Raises:
             DiskFullError, StoreError: It cannot be written.
         """
         expected = min(self.block_bytes, self.size - index * self.block_bytes)
         if index in self._have or index in self._unflushed or len(payload) != expected or index >= self.count:
+            return False
+        if self._hashes and hashlib.sha256(payload).digest() != self._hashes[index]:
+            logger.warning("block %d of %s is damaged and is fetched again", index, self.digest[:12])
             return False
         try:
             descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT, 0o644)
@@ -136,10 +155,18 @@ class UpdateClient:
         topics: Of the coordinator's prefix.
         transport: Where to ask.
         config: Limits.
+        trust: Says which releases are signed; None: they are not, and none is asked for a signature.
     """
 
     def __init__(
-        self, folder: Path, *, device: str, topics: Topics, transport: Transport, config: UpdateConfig
+        self,
+        folder: Path,
+        *,
+        device: str,
+        topics: Topics,
+        transport: Transport,
+        config: UpdateConfig,
+        trust: Trust | None = None,
     ) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,6 +180,44 @@ class UpdateClient:
         self._full_at: float | None = None
         self._sound: dict[str, bool] = {}
         self._damaged = 0
+        self.trust = trust
+        self._source = HttpSource(config.url, retry_s=10 * config.retry_s) if config.url else None
+        self._looked_at: float | None = None
+        self._signed: SignedRelease | None = None
+        self._index: ReleaseIndex | None = None
+        self._unpatchable: set[str] = set()
+
+    def authorise(self, offer: Offer, now: float) -> bool:
+        """Whether the offer may be fetched; False: what would vouch for it has not come yet.
+
+        Raises:
+            UntrustedError: Nothing vouches for it.
+            StoreError: Metadata cannot be written.
+        """
+        if self.trust is None:
+            self._signed = None
+            return True
+        self._signed = None
+        source = self._source
+        if source is not None and (found := source.metadata()):
+            # what came over MQTT meanwhile is at least as new: a set that does not fit together only waits
+            for name, data in found.items():
+                self.trust.take(name, data)
+            self.trust.announce(MetadataSet(**set_of(found, self.trust.root_version)))
+        signed = None
+        try:
+            signed = self.trust.require(offer, now)
+        finally:
+            if signed is None and source is not None:
+                self._look_for_metadata(source, now)
+        self._signed = signed
+        return signed is not None
+
+    def _look_for_metadata(self, source: HttpSource, now: float) -> None:
+        due = self._looked_at is None or is_due(now, self._looked_at, self._config.retry_s)
+        if self.trust is not None and self.trust.root_version and due and source.usable(now):
+            self._looked_at = now
+            source.ask_metadata(self.trust.root_version)
 
     @property
     def fetching(self) -> Offer | None:
@@ -203,9 +268,13 @@ class UpdateClient:
         self.abandon()
         if not 0 < offer.size <= _MAX_MANIFEST:
             raise IntegrityError(f"release {offer.release} has a manifest of {offer.size} bytes")
+        if self.trust is None:
+            logger.warning("release %d is not signed: it is fetched because update.trust is none", offer.release)
         self._offer = offer
         self._damaged = 0
         self._sound = {}
+        self._index = None
+        self._unpatchable = set()
 
     def abandon(self) -> None:
         """Stop fetching; blocks that are here stay for another try."""
@@ -246,27 +315,24 @@ class UpdateClient:
         if self._offer is None or (self._full_at is not None and not is_due(now, self._full_at, self._config.retry_s)):
             return None
         offer = self._offer
+        if self._source is not None:
+            for block in self._source.blocks():
+                self.take_block(*block)
         try:
-            manifest = self._fetch(offer.digest, offer.size, now, held)
-            if manifest is None:
+            data = self._fetch_manifest(offer, now, held)
+            if data is None:
                 return None
-            data = manifest.read_bytes()
-            if digest_of(data) != offer.digest:
-                manifest.unlink()
-                raise IntegrityError(f"the manifest of release {offer.release} was damaged on the disk")
             parsed = parse_manifest(data)
-            if parsed.release != offer.release:
-                raise IntegrityError(f"offered as release {offer.release}, its manifest says {parsed.release}")
-            total = sum(entry.size for entry in parsed.files.values())
-            if total > self._config.max_bytes:
-                raise IntegrityError(f"release {offer.release} has {total} bytes; at most {self._config.max_bytes}")
+            self._require_fit(offer, parsed)
+            if not self._fetch_index(offer, now, held):
+                return None
             files: dict[str, Path] = {}
             wanted = {entry.sha256: entry.size for _, entry in sorted(parsed.files.items())}
             self._require_room(
                 sum(self._lacking(digest, size) for digest, size in wanted.items() if digest not in held)
             )
             for digest, size in wanted.items():
-                path = self._fetch(digest, size, now, held)
+                path = self._obtain(digest, size, now, held)
                 if path is None:
                     return None
                 files[digest] = path
@@ -274,6 +340,63 @@ class UpdateClient:
             self._full_at = now
             raise
         return FetchedRelease(offer, data, files)
+
+    def _fetch_manifest(self, offer: Offer, now: float, held: Mapping[str, Path]) -> bytes | None:
+        path = self._fetch(offer.digest, offer.size, now, held)
+        if path is None:
+            return None
+        data = path.read_bytes()
+        if digest_of(data) != offer.digest:
+            path.unlink()
+            raise IntegrityError(f"the manifest of release {offer.release} was damaged on the disk")
+        return data
+
+    def _require_fit(self, offer: Offer, parsed: Manifest) -> None:
+        if parsed.release != offer.release:
+            raise IntegrityError(f"offered as release {offer.release}, its manifest says {parsed.release}")
+        total = sum(entry.size for entry in parsed.files.values())
+        if total > self._config.max_bytes:
+            raise IntegrityError(f"release {offer.release} has {total} bytes; at most {self._config.max_bytes}")
+
+    def _fetch_index(self, offer: Offer, now: float, held: Mapping[str, Path]) -> bool:
+        """Whether the release's index is here, or there is none. One that cannot be read is done without."""
+        signed = self._signed
+        if self._index is not None or signed is None or not 0 < signed.index_size <= MAX_INDEX:
+            return True
+        path = self._fetch(signed.index, signed.index_size, now, held)
+        if path is None:
+            return False
+        try:
+            self._index = parse_index(path.read_bytes())
+        except ArtifactError as error:
+            logger.warning("the index of release %d is of no use: %s", offer.release, error)
+            self._index = ReleaseIndex(release=offer.release, block_bytes=0)
+        return True
+
+    def _obtain(self, digest: str, size: int, now: float, held: Mapping[str, Path]) -> Path | None:
+        """A file of the release: held, patched or fetched whole; None: not yet."""
+        done = self._folder / digest
+        patch = None if digest in held or done.exists() else self._patch_for(digest, held)
+        if patch is None:
+            return self._fetch(digest, size, now, held)
+        arrived = self._fetch(patch.digest, patch.size, now, held)
+        if arrived is None:
+            return None
+        try:
+            made = apply_patch(held[patch.source], arrived, digest=digest, size=size)
+        except (ArtifactError, OSError) as error:
+            logger.warning("%s is fetched whole: %s", digest[:12], error)
+            self._unpatchable.add(digest)
+            return self._fetch(digest, size, now, held)
+        replace_file(done, made)
+        arrived.unlink()
+        return done
+
+    def _patch_for(self, digest: str, held: Mapping[str, Path]) -> Patch | None:
+        if self._index is None or digest in self._unpatchable or not can_patch():
+            return None
+        fitting = (patch for patch in self._index.patches if patch.target == digest and patch.form == "bsdiff4")
+        return next((p for p in fitting if p.source in held and self._is_sound(p.source, held[p.source])), None)
 
     def _fetch(self, digest: str, size: int, now: float, held: Mapping[str, Path]) -> Path | None:
         """The file with this hash if it is here; else ask for its missing blocks."""
@@ -285,7 +408,8 @@ class UpdateClient:
             if self._download is not None:
                 self._transport.unsubscribe(self._topics.block(self._download.digest, "+"))
             block_bytes = self.desired.block_bytes if self.desired else 65_536
-            self._download = Download(self._folder, digest, size, block_bytes)
+            hashes = self._index.hashes(digest, size, block_bytes) if self._index else []
+            self._download = Download(self._folder, digest, size, block_bytes, hashes)
             self._asked_at = None
             self._transport.subscribe(self._topics.block(digest, "+"))
         download = self._download
@@ -316,6 +440,9 @@ class UpdateClient:
 
     def _ask(self, download: Download, now: float) -> None:
         """Ask for the next window of blocks when the last one is here, is overdue, or the connection is new."""
+        if self._source is not None and self._source.usable(now):
+            self._source.ask(download.digest, download.size, download.block_bytes, download.missing())
+            return
         reconnected = self._asked_on != self._transport.connections
         overdue = self._asked_at is None or is_due(now, self._asked_at, self._config.retry_s)
         if self._asked and not overdue and not reconnected:

@@ -179,7 +179,9 @@ class Upgrade:
         state = trust.state(now)
         if state in ("expired", "clock_untrusted"):
             name = "clock_untrusted" if state == "clock_untrusted" else "metadata_expired"
-            self._complain(name, current.release if current else 0, "no release can be installed until this is put right")
+            self._complain(
+                name, current.release if current else 0, "no release can be installed until this is put right"
+            )
 
     def see(self, correct: list[bool], *, predictions: int, errors: int) -> None:
         """Take note of live rows of the version in use."""

@@ -242,7 +242,7 @@ def test_every_topic_is_documented():
     assert {"report", "event", "need", "state"} <= up
     assert "ack" in down
     made = {topics.up("{device}", kind) for kind in up} | {topics.down("{device}", kind) for kind in down}
-    made |= {topics.desired("{group}"), topics.block("{digest}", "{index}")}
+    made |= {topics.desired("{group}"), topics.block("{digest}", "{index}"), topics.metadata("{name}")}
     documented = {code(row[0])[0] for row in tables(section("2. Topics")) if code(row[0])}
     assert documented == {topic.replace("P/", "{prefix}/", 1) for topic in made}
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         DeviceExistsError,
         ReleaseError,
         RolloutError,
+        SigningError,
         UnknownDeviceError,
         UnknownRolloutError,
     )
@@ -44,6 +45,7 @@ _HOME = {
     "RolloutRules": "rollout",
     "RolloutState": "rollout",
     "Settings": "settings",
+    "SigningError": "errors",
     "UnknownDeviceError": "errors",
     "UnknownRolloutError": "errors",
     "load_settings": "settings",
@@ -61,6 +63,7 @@ __all__ = [
     "RolloutRules",
     "RolloutState",
     "Settings",
+    "SigningError",
     "UnknownDeviceError",
     "UnknownRolloutError",
     "load_settings",

@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import FileResponse, HTMLResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
@@ -109,6 +109,8 @@ def create_app(registry: Registry) -> Starlette:
         Route("/api/v1/rollouts/{number}", api.rollout),
         Route("/api/v1/rollouts/{number}/abort", api.abort, methods=["POST"]),
         Route("/api/v1/events", api.events),
+        Route("/updates/blobs/{digest}", api.blob),
+        Route("/updates/tuf/{name}.json", api.metadata),
         Mount("/static", StaticFiles(directory=_HERE / "static")),
     ]
     return Starlette(
@@ -136,6 +138,14 @@ class _Api:
     async def healthz(self, _request: Request) -> Response:
         self._registry.store.read("SELECT 1")
         return _json({"status": "ok"})
+
+    async def blob(self, request: Request) -> Response:
+        path = self._registry.blobs.path(request.path_params["digest"])
+        return Response(status_code=404) if path is None else FileResponse(path)  # it knows ranges
+
+    async def metadata(self, request: Request) -> Response:
+        path = self._registry.repository.path(request.path_params["name"])
+        return Response(status_code=404) if path is None else FileResponse(path)
 
     async def fleet(self, _request: Request) -> Response:
         return _json(as_json(self._registry.fleet()))

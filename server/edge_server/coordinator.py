@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 
 from edge_sdk.clock import Clock
-from edge_sdk.errors import NotConnectedError
+from edge_sdk.errors import NotConnectedError, ProtocolError
 from edge_sdk.messages import Topics, encode
 from edge_sdk.transport import Message, Transport
+from edge_server.errors import SigningError
 from edge_server.ingest import Turn
 from edge_server.records import DeviceRecord, EventRecord, RolloutRecord
 from edge_server.registry import Registry
@@ -17,6 +18,7 @@ from edge_server.rollout import RolloutRules
 from edge_server.settings import Settings
 
 logger = logging.getLogger(__name__)
+_RENEW_S = 60.0
 
 
 class Coordinator:
@@ -54,6 +56,10 @@ class Coordinator:
         self._published: dict[str, int] = {}
         self._published_on = 0
         self._advanced_at: float | None = None
+        self._renewed_at: float | None = None
+        self._problem = ""
+        self._metadata: dict[str, bytes] = {}
+        self._metadata_stamp: tuple[int, int] | None = None
 
     def start(self) -> None:
         """Connect and subscribe. What groups should run is published as soon as the connection is there."""
@@ -73,6 +79,9 @@ class Coordinator:
         """One turn: `pump`, and `advance` when it is due. Returns what `pump` does; errors as there."""
         handled = self.pump()
         now = self._clock.now()
+        if self._renewed_at is None or abs(now - self._renewed_at) >= _RENEW_S:
+            self._renewed_at = now
+            self.renew()
         if self._advanced_at is None or now - self._advanced_at >= self._settings.rollout_interval_s:
             self._advanced_at = now
             self.advance()
@@ -104,6 +113,20 @@ class Coordinator:
             plan, state = rollout.plan, rollout.state
             logger.info("rollout %s of release %s: %s, %s", rollout.id, plan.release, state.status, state.reason)
         self._publish_desired()
+
+    def renew(self) -> None:
+        """Sign anew what is near its end, so that devices go on believing it."""
+        if not self.registry.repository.exists:
+            return
+        try:
+            if self.registry.repository.renew():
+                logger.info("signed metadata renewed")
+                self._publish_desired()
+            self._problem = ""
+        except SigningError as error:
+            if str(error) != self._problem:  # a person has to act, and everything else goes on
+                self._problem = str(error)
+                logger.error("devices will soon install nothing any more: %s", error)  # noqa: TRY400
 
     def push(self, folder: Path, *, group: str = "default", plan: RolloutRules | None = None) -> int:
         """Take in a checkpoint, start its rollout and publish it; returns the rollout's number.
@@ -175,8 +198,10 @@ class Coordinator:
         """Publish what changed, here or in another process; everything again after a new connection."""
         if self._published_on != self._transport.connections:
             self._published.clear()
+            self._metadata.clear()
+            self._metadata_stamp = None
             self._published_on = self._transport.connections
-        if not self._transport.connected:
+        if not self._transport.connected or not self._publish_metadata():
             return
         for group in self.registry.store.groups():
             if self._published.get(group.name) == group.revision:
@@ -186,3 +211,22 @@ class Coordinator:
             except NotConnectedError:
                 return
             self._published[group.name] = group.revision
+
+    def _publish_metadata(self) -> bool:
+        """Publish signed metadata that is not out yet, before what refers to it; False: not now."""
+        repository = self.registry.repository
+        stamp = repository.stamp
+        if stamp == self._metadata_stamp or not repository.exists:
+            return True
+        try:
+            published = repository.published()
+            for name, data in (*published.files.items(), ("set", encode(published.versions))):
+                if self._metadata.get(name) != data:
+                    self._transport.publish(self._topics.metadata(name), data, retain=True)
+                    self._metadata[name] = data
+        except NotConnectedError:
+            return False
+        except (SigningError, ProtocolError) as error:
+            logger.error("signed metadata cannot be published: %s", error)  # noqa: TRY400
+        self._metadata_stamp = stamp
+        return True

@@ -42,6 +42,8 @@ class Bundle(msgspec.Struct, frozen=True, kw_only=True):
     group: str
     prefix: str
     broker: BrokerAccess
+    root: str = ""
+    """TUF root metadata that the device is to trust; empty: the coordinator has no keys, and nothing is signed."""
 
 
 def hash_password(password: str) -> str:
@@ -51,7 +53,17 @@ def hash_password(password: str) -> str:
     return f"$7${_ITERATIONS}${base64.b64encode(salt).decode()}${base64.b64encode(digest).decode()}"
 
 
-def enrol(store: Store, settings: Settings, name: str, *, group: str, out: Path, actor: str, now: float) -> Bundle:
+def enrol(
+    store: Store,
+    settings: Settings,
+    name: str,
+    *,
+    group: str,
+    out: Path,
+    actor: str,
+    now: float,
+    root: str = "",
+) -> Bundle:
     """Register a device and write its bundle, readable by its owner only. Both happen, or neither.
 
     Raises:
@@ -75,6 +87,7 @@ def enrol(store: Store, settings: Settings, name: str, *, group: str, out: Path,
         group=group,
         prefix=settings.prefix,
         broker=BrokerAccess(host=broker.public_host or broker.host, port=broker.port, username=name, password=password),
+        root=root,
     )
     try:
         with store.transaction():

@@ -5,6 +5,7 @@ EdgeError
     ├─ DeviceError
     │   ├─ UnknownDeviceError   no device of that name is registered
     │   └─ DeviceExistsError    the name is taken
+    ├─ SigningError             keys are missing, too few, or expired; the message says which command helps
     ├─ ReleaseError             the release cannot be taken in: its number or its content conflicts
     └─ RolloutError             the rollout cannot start or change now
         └─ UnknownRolloutError  there is no rollout of that number
@@ -33,6 +34,10 @@ class DeviceExistsError(DeviceError):
 
 class ReleaseError(CoordinatorError):
     """A release cannot be taken in: its number is not new, or its content differs. A retry does not help."""
+
+
+class SigningError(CoordinatorError):
+    """Nothing can be signed as things are: a key is missing, too few root keys are at hand, or the root has expired."""
 
 
 class RolloutError(CoordinatorError):

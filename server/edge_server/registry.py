@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from tuf.api.metadata import TargetFile
 
 from edge_sdk.clock import Clock, SystemClock
 from edge_sdk.errors import ConfigError, ProtocolError
 from edge_sdk.files import storage_error
-from edge_sdk.manifest import digest_of
+from edge_sdk.manifest import Manifest, digest_of, parse_manifest
 from edge_sdk.messages import Desired, Offer, as_json, check_name, decode, encode
+from edge_sdk.trust import target_path
 from edge_server.enrol import Bundle, enrol, password_file
 from edge_server.errors import ReleaseError, RolloutError, UnknownDeviceError, UnknownRolloutError
+from edge_server.keys import Repository
 from edge_server.records import (
     DeviceRecord,
     EventRecord,
@@ -26,7 +29,7 @@ from edge_server.records import (
     ReleaseRecord,
     RolloutRecord,
 )
-from edge_server.releases import BlobStore, take_in
+from edge_server.releases import BlobStore, describe, take_in
 from edge_server.rollout import RolloutPlan, RolloutRules, advance, begin, desired, halt
 from edge_server.settings import Settings
 from edge_server.store import Store
@@ -49,6 +52,7 @@ class Registry:
         except OSError as error:
             raise storage_error(error, f"cannot make {home}") from error
         self.blobs = BlobStore(home / self.settings.blobs)
+        self.repository = Repository(home, settings=self.settings.signing, clock=self.clock)
         self.store = Store(home / self.settings.database, durable=self.settings.durable)
 
     def close(self) -> None:
@@ -80,6 +84,7 @@ class Registry:
             IncompatibleError: The checkpoint is of a newer form.
             ReleaseError: The release number is not above all earlier ones.
             RolloutError: The group has an active rollout, or `plan` is for something else.
+            SigningError: There are keys, and the release cannot be signed with them.
             ConfigError: The group's name cannot stand in a topic.
             StoreError: Nothing was recorded.
         """
@@ -99,9 +104,56 @@ class Registry:
             pushed=self.clock.now(),
         )
         full_plan = _plan(plan or self.settings.rollout, release.release, group)
+        target = None
+        if self.repository.exists:
+            target = self.repository.targets().get(target_path(release.release))
+            if target is None or target.hashes.get("sha256") != release.digest:
+                target = describe(manifest, data, self.blobs, self._patched_from())
         with self.store.transaction():
             self._record_release(release)
-            return self._start(full_plan, actor)
+            rollout = self._start(full_plan, actor)
+            if target is not None:  # the last that can fail: nobody is offered what is not signed
+                self.repository.sign({**self._signed_still(), target.path: target})
+            return rollout
+
+    def sign_all(self) -> int:
+        """Sign every release that devices may still be told to run; returns how many.
+
+        Raises:
+            SigningError: A key is missing, or the root has expired.
+            StoreError: A file cannot be read or kept.
+        """
+        signed = self._signed_still()
+        for release in self._kept():
+            if target_path(release.release) not in signed:
+                data = self.blobs.read(release.digest)
+                signed[target_path(release.release)] = describe(parse_manifest(data), data, self.blobs)
+        self.repository.sign(signed)
+        return len(signed)
+
+    def _kept(self) -> list[ReleaseRecord]:
+        """The newest releases, and those that groups run; without withdrawn ones that nobody is told to run."""
+        groups = self.store.groups()
+        told = {group.base for group in groups}
+        told |= {
+            rollout.plan.release for rollout in self.store.rollouts(active=True) if rollout.state.status == "running"
+        }
+        withdrawn = {number for group in groups for number in group.revoked} - told
+        newest = self.store.releases(limit=self.settings.signing.keep_releases)
+        older = [record for number in told if number is not None for record in self.store.releases(number=number)]
+        found = {record.release: record for record in (*newest, *older) if record.release not in withdrawn}
+        return list(found.values())
+
+    def _signed_still(self) -> dict[str, TargetFile]:
+        """What is signed and stays so."""
+        kept = {target_path(record.release) for record in self._kept()}
+        return {path: target for path, target in self.repository.targets().items() if path in kept}
+
+    def _patched_from(self) -> list[Manifest]:
+        """The releases that devices are likely to have."""
+        count = self.settings.signing.patches_from
+        records = sorted(self._kept(), key=lambda record: -record.release)[:count]
+        return [parse_manifest(self.blobs.read(record.digest)) for record in records]
 
     def _record_release(self, release: ReleaseRecord) -> None:
         if known := self.store.releases(number=release.release):
@@ -280,7 +332,9 @@ class Registry:
 
     def enrol(self, name: str, *, group: str, out: Path, actor: str) -> Bundle:
         """Register a device and write its bundle; see `enrol.enrol`."""
-        return enrol(self.store, self.settings, name, group=group, out=out, actor=actor, now=self.clock.now())
+        root = self.repository.root().decode() if self.repository.exists else ""
+        now = self.clock.now()
+        return enrol(self.store, self.settings, name, group=group, out=out, actor=actor, now=now, root=root)
 
     def password_file(self) -> str:
         """Names and hashed passwords of all enrolled devices, for mosquitto."""

@@ -1,26 +1,31 @@
 """Releases: files kept by their content, and handed out in blocks.
 
 A release is the manifest's digest; the manifest names every other file by its own. Taken in are checkpoints whose
-sizes and hashes fit. Signed metadata (TUF) comes at this place: `take_in` is where a signer will see the files.
-Until then nothing here claims more than integrity.
+sizes and hashes fit. `describe` makes what is signed of a release: the manifest's hash and size, and its index.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from tuf.api.metadata import TargetFile
 
 from edge_sdk.errors import IntegrityError, NotConnectedError
 from edge_sdk.files import replace_file, storage_error
+from edge_sdk.index import MAX_PATCHED, Patch, ReleaseIndex, can_patch, hash_blocks, index_bytes, make_patch
 from edge_sdk.manifest import MANIFEST_NAME, Manifest, digest_of, verify_checkpoint
 from edge_sdk.messages import BLOCK_BYTES, Need, Topics, block_count, from_bitmap
 from edge_sdk.transport import Transport
+from edge_sdk.trust import target_path
 from edge_server.errors import ReleaseError
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_RELEASE = 2**53 - 1  # what JSON readers take for exact
+_WORTH_IT = 0.8
+"""A patch larger than this share of the file is not kept."""
 
 
 class BlobStore:
@@ -58,6 +63,21 @@ class BlobStore:
         except OSError:
             return None
 
+    def path(self, digest: str) -> Path | None:
+        """Where the file with that hash is; None if it is not here."""
+        return None if self.size(digest) is None else self._folder / digest
+
+    def read(self, digest: str) -> bytes:
+        """A whole file.
+
+        Raises:
+            StoreError: It is not here, or cannot be read.
+        """
+        try:
+            return (self._folder / digest).read_bytes()
+        except OSError as error:
+            raise storage_error(error, f"cannot read {digest[:12]}…") from error
+
     def block(self, digest: str, index: int) -> bytes:
         """Block `index` of a file that is here; the last one may be short.
 
@@ -91,6 +111,48 @@ def take_in(folder: Path, blobs: BlobStore) -> tuple[Manifest, bytes]:
         raise storage_error(error, f"cannot read {folder}") from error
     blobs.put(data, digest_of(data))
     return manifest, data
+
+
+def describe(manifest: Manifest, data: bytes, blobs: BlobStore, before: Sequence[Manifest] = ()) -> TargetFile:
+    """What is to be signed of a release. Its index, and patches from earlier releases, are kept as files of it.
+
+    Args:
+        manifest: Of a release that was taken in.
+        data: The manifest as it is.
+        blobs: Where its files are.
+        before: Releases that devices may have.
+
+    Raises:
+        StoreError: A file cannot be read or kept.
+    """
+    patches = [patch for earlier in before for patch in _patches(manifest, earlier, blobs)]
+    known = {entry.sha256 for entry in manifest.files.values()} | {patch.digest for patch in patches}
+    index = index_bytes(
+        ReleaseIndex(
+            release=manifest.release,
+            block_bytes=BLOCK_BYTES,
+            blocks={digest: hash_blocks(blobs.read(digest), BLOCK_BYTES) for digest in sorted(known)},
+            patches=patches,
+        )
+    )
+    blobs.put(index, digest_of(index))
+    target = TargetFile(len(data), {"sha256": digest_of(data)}, target_path(manifest.release))
+    target.unrecognized_fields["custom"] = {"index": {"sha256": digest_of(index), "length": len(index)}}
+    return target
+
+
+def _patches(manifest: Manifest, before: Manifest, blobs: BlobStore) -> Iterator[Patch]:
+    """Patches for the files of equal name that changed, where they are much smaller than the file."""
+    for name, entry in sorted(manifest.files.items()) if can_patch() else ():
+        old = before.files.get(name)
+        if old is None or old.sha256 == entry.sha256 or blobs.size(old.sha256) is None:
+            continue
+        if not 0 < old.size <= MAX_PATCHED or not BLOCK_BYTES < entry.size <= MAX_PATCHED:
+            continue
+        patch = make_patch(blobs.read(old.sha256), blobs.read(entry.sha256))
+        if len(patch) <= _WORTH_IT * entry.size:
+            blobs.put(patch, digest_of(patch))
+            yield Patch(entry.sha256, old.sha256, digest_of(patch), len(patch))
 
 
 class BlockServer:

@@ -75,6 +75,35 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             )
 
 
+class SigningSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How long signatures are good, once keys were made. The coordinator renews all but the root's at half the time.
+
+    Attributes:
+        timestamp_days: Devices that hear of no newer one for so long install nothing.
+        snapshot_days: As above.
+        targets_days: As above.
+        root_days: Until the owners of the root keys must sign again (`keys renew`).
+        keep_releases: So many of the newest releases stay signed, beside those that a group is told to run.
+        patches_from: Patches are made from so many of the releases before; 0: none.
+    """
+
+    timestamp_days: float = 7.0
+    snapshot_days: float = 30.0
+    targets_days: float = 180.0
+    root_days: float = 730.0
+    keep_releases: int = 50
+    patches_from: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("timestamp_days", "snapshot_days", "targets_days", "root_days"):
+            if not 0 < getattr(self, name) <= 36_500:
+                raise ValueError(f"{name} must lie above 0 and up to 36500, got {getattr(self, name)}")
+        if not 1 <= self.keep_releases <= 100:
+            raise ValueError(f"keep_releases must lie in 1 to 100, got {self.keep_releases}")
+        if self.patches_from < 0:
+            raise ValueError(f"patches_from must be 0 or more, got {self.patches_from}")
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything the coordinator can be told.
 
@@ -99,6 +128,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     blobs: str = "blobs"
     broker: BrokerSettings = BrokerSettings()
     http: HttpSettings = HttpSettings()
+    signing: SigningSettings = SigningSettings()
     rollout: RolloutRules = RolloutRules()
 
     def __post_init__(self) -> None:
