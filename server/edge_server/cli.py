@@ -117,6 +117,8 @@ def serve(home: Path, expose_broker: bool) -> None:
             f"broker.host {broker.host!r} can be reached from other machines, and the embedded broker checks no "
             "passwords: use mosquitto, or --expose-broker on a network that you trust"
         )
+    with _registry(home) as registry:
+        tls = registry.identities.tls()
     with ExitStack() as stack:
         if broker.embedded:
             port = stack.enter_context(EmbeddedBroker(host=broker.host, port=broker.port)).port
@@ -126,6 +128,7 @@ def serve(home: Path, expose_broker: bool) -> None:
             client_id=f"coordinator-{settings.prefix}",
             username=broker.username,
             password=_password(home, broker.password_file),
+            tls=tls,
         )
         listener = listen(settings.http)
         stack.callback(listener.close)
@@ -215,7 +218,7 @@ def rollout_abort(number: int, home: Path, reason: str) -> None:
 
 @main.group()
 def devices() -> None:
-    """Add devices, list them, export their passwords' hashes."""
+    """Add devices, list them, replace or revoke them."""
 
 
 @devices.command("add")
@@ -247,6 +250,31 @@ def devices_list(home: Path, as_json: bool) -> None:
         for r in records
     ]
     _print(records, columns, rows, as_json=as_json)
+
+
+@devices.command("replace")
+@click.argument("name")
+@_home_option
+@click.option("--out", type=click.Path(path_type=Path), help="The bundle; by default NAME.bundle.json.")
+def devices_replace(name: str, home: Path, out: Path | None) -> None:
+    """Write a new bundle for a device; what the one before it holds is void. Then renew the broker's files."""
+    path = out or Path(f"{name}.bundle.json")
+    with _registry(home) as registry:
+        registry.replace(name, out=path, actor="cli")
+    click.echo(f"{path} is ready: bring it to the device and run: edge enroll --force {path.name}")
+    click.echo("now renew the broker's files (edge-coordinator broker-files) and let it reload them")
+
+
+@devices.command("revoke")
+@click.argument("name")
+@_home_option
+def devices_revoke(name: str, home: Path) -> None:
+    """Turn a device away. Its messages are dropped at once; the broker has to be given its new files."""
+    with _registry(home) as registry:
+        registry.identities.revoke(name, actor="cli")
+    click.echo(
+        f"{name} is revoked; now renew the broker's files (edge-coordinator broker-files) and let it reload them"
+    )
 
 
 @devices.command("passwd")
@@ -411,6 +439,54 @@ def keys_renew(home: Path, away: tuple[Path, ...], passphrase: str | None, no_pa
     with _registry(home) as registry:
         version = registry.repository.renew_root(away, passphrase=secret)
     click.echo(f"root {version} is signed")
+
+
+@main.command("broker-files")
+@_home_option
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the files.")
+@click.option("--host", "hosts", multiple=True, help="Name or address of the broker: gives it a new certificate.")
+@click.option("--days", type=click.FloatRange(1, 3650), default=365.0, show_default=True, help="Of that certificate.")
+def broker_files(home: Path, out: Path, hosts: tuple[str, ...], days: float) -> None:
+    """Write what mosquitto reads: access rules, passwords, certificates and revocations. See docs/brokers.md."""
+    with _registry(home) as registry:
+        names = registry.identities.broker_files(out, hosts=hosts, days=days)
+    click.echo(f"{', '.join(names)} written to {out}; let the broker reload them (SIGHUP)")
+
+
+@main.command("command")
+@click.argument("device")
+@click.argument("order")
+@click.argument("args", nargs=-1, metavar="[KEY=VALUE]...")
+@_home_option
+@click.option("--expires", type=click.FloatRange(1), default=86_400.0, show_default=True, metavar="SECONDS",
+              help="After this time it is not carried out any more.")  # fmt: skip
+def command(device: str, order: str, args: tuple[str, ...], home: Path, expires: float) -> None:
+    """Tell DEVICE what to do.
+
+    ORDER: adapt-now, roll-back, reset-to-base, pause-learning [seconds=S], resume-learning, report-interval seconds=S
+    (0: as configured), mode mode=monitor|shadow|adapt, status, diagnostics. The answer comes with `commands`.
+    """
+    pairs = [text.partition("=") for text in args]
+    if wrong := [text for text, (_, equals, _) in zip(args, pairs, strict=True) if not equals]:
+        raise click.BadParameter(f"{wrong[0]!r} is no KEY=VALUE")
+    given = {key: value for key, _, value in pairs}
+    with _registry(home) as registry:
+        record = registry.identities.order(device, order, given, expires_s=expires, actor="cli")
+    click.echo(f"command {record.id} waits for {device}; its answer: edge-coordinator commands {device}")
+
+
+@main.command("commands")
+@click.argument("device", required=False)
+@_home_option
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="The newest so many.")
+@_json_option
+def commands(device: str | None, home: Path, limit: int, as_json: bool) -> None:
+    """List commands and their answers, newest first."""
+    with _registry(home) as registry:
+        records = registry.store.commands(device=device, limit=limit)
+    columns = ("command", "device", "order", "given (UTC)", "outcome", "answer")
+    rows = [(r.id, r.device, r.name, _when(r.issued), r.outcome, r.reason or r.result) for r in records]
+    _print(records, columns, rows, as_json=as_json)
 
 
 @contextmanager

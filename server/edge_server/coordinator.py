@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from edge_sdk.clock import Clock
+from edge_sdk.clock import Clock, is_due
 from edge_sdk.errors import NotConnectedError, ProtocolError
 from edge_sdk.messages import Topics, encode
 from edge_sdk.transport import Message, Transport
@@ -18,6 +18,8 @@ from edge_server.rollout import RolloutRules
 from edge_server.settings import Settings
 
 logger = logging.getLogger(__name__)
+_COMMAND_AGAIN_S = 60.0
+_CERTIFICATES_S = 3600.0
 _RENEW_S = 60.0
 
 
@@ -55,6 +57,8 @@ class Coordinator:
         self._blocks = BlockServer(self.registry.blobs, self._topics, max_queued=self._settings.max_queued_blocks)
         self._published: dict[str, int] = {}
         self._published_on = 0
+        self._certified_at: float | None = None
+        self._commanded: dict[str, dict[str, float]] = {}
         self._advanced_at: float | None = None
         self._renewed_at: float | None = None
         self._problem = ""
@@ -85,6 +89,11 @@ class Coordinator:
         if self._advanced_at is None or now - self._advanced_at >= self._settings.rollout_interval_s:
             self._advanced_at = now
             self.advance()
+        if self._certified_at is None or abs(now - self._certified_at) >= _CERTIFICATES_S:
+            self._certified_at = now
+            if renewed := self.registry.identities.renew():
+                logger.info("%d certificates are being renewed", renewed)
+            self.registry.identities.tls()  # the coordinator's own, which the transport reads again
         return handled
 
     def pump(self) -> int:
@@ -99,6 +108,7 @@ class Coordinator:
         messages = self._transport.receive()
         if messages:
             self._ingest(messages)
+        self._send_commands()
         sent = self._blocks.serve(self._transport, self._settings.blocks_per_turn)
         self._publish_desired()
         return len(messages) + sent
@@ -176,6 +186,7 @@ class Coordinator:
                 known=store.known(devices),
                 accept_unknown=self._settings.accept_unknown,
                 now=self._clock.now(),
+                revoked=store.revoked(devices),
             )
             for message in messages:
                 turn.read(message)
@@ -186,6 +197,9 @@ class Coordinator:
                 turn.counters["malformed"] + turn.counters["rejected_body"] + turn.counters["unknown_device"],
                 turn.last_problem or f"unknown device {next(iter(turn.unknown))}",
             )
+        for device, state in turn.states.items():
+            if state.online:
+                self._commanded.pop(device, None)  # whatever it was sent before, it may not have been there
         try:
             for device, ack in turn.acks:
                 self._transport.publish(self._topics.down(device, "ack"), encode(ack))
@@ -193,6 +207,27 @@ class Coordinator:
             logger.debug("acknowledgements not sent: the devices will send again and be answered then")
         for need in turn.needs:
             self._blocks.ask(need)
+
+    def _send_commands(self) -> None:
+        """Publish commands that wait: new ones at once, the others again when the device is back or does not answer."""
+        if not self._transport.connected:
+            return
+        now = self._clock.now()
+        sent: dict[str, dict[str, float]] = {}
+        for command in self.registry.identities.waiting():
+            known = self._commanded.get(command.device, {})
+            sent.setdefault(command.device, {})[command.id] = known.get(command.id, now)
+            if command.id in known and not is_due(now, known[command.id], _COMMAND_AGAIN_S):
+                continue
+            payload = encode(self.registry.identities.sign(command))
+            try:
+                topic = self._topics.down(command.device, "cmd")
+                self._transport.publish(topic, payload, expires_s=command.expires - now)
+            except NotConnectedError:
+                del sent[command.device][command.id]
+                break
+            sent[command.device][command.id] = now
+        self._commanded = sent
 
     def _publish_desired(self) -> None:
         """Publish what changed, here or in another process; everything again after a new connection."""

@@ -20,6 +20,7 @@ from edge_sdk.messages import Desired, Offer, as_json, check_name, decode, encod
 from edge_sdk.trust import target_path
 from edge_server.enrol import Bundle, enrol, password_file
 from edge_server.errors import ReleaseError, RolloutError, UnknownDeviceError, UnknownRolloutError
+from edge_server.identity import Identities
 from edge_server.keys import Repository
 from edge_server.records import (
     DeviceRecord,
@@ -54,6 +55,7 @@ class Registry:
         self.blobs = BlobStore(home / self.settings.blobs)
         self.repository = Repository(home, settings=self.settings.signing, clock=self.clock)
         self.store = Store(home / self.settings.database, durable=self.settings.durable)
+        self.identities = Identities(home, store=self.store, settings=self.settings, clock=self.clock)
 
     def close(self) -> None:
         """Close the database."""
@@ -333,8 +335,23 @@ class Registry:
     def enrol(self, name: str, *, group: str, out: Path, actor: str) -> Bundle:
         """Register a device and write its bundle; see `enrol.enrol`."""
         root = self.repository.root().decode() if self.repository.exists else ""
-        now = self.clock.now()
-        return enrol(self.store, self.settings, name, group=group, out=out, actor=actor, now=now, root=root)
+        credentials, now = self.identities.credentials(name), self.clock.now()
+        return enrol(
+            self.store,
+            self.settings,
+            name,
+            group=group,
+            out=out,
+            actor=actor,
+            now=now,
+            root=root,
+            credentials=credentials,
+        )
+
+    def replace(self, name: str, *, out: Path, actor: str) -> Bundle:
+        """Enrol a device anew under its name; see `Identities.replace`."""
+        root = self.repository.root().decode() if self.repository.exists else ""
+        return self.identities.replace(name, out=out, actor=actor, root=root)
 
     def password_file(self) -> str:
         """Names and hashed passwords of all enrolled devices, for mosquitto."""

@@ -40,6 +40,13 @@ class BrokerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         public_host: Address that devices are told, if it differs from `host`.
         username: Name to log in with; None: anonymous.
         password_file: File that holds the password alone.
+        tls: Encrypt, and let certificates say who is who; see docs/brokers.md.
+        ca_file: Certificates of whoever signed the broker's; None: an authority of the coordinator's own, which signs
+            the broker's, the devices' and the coordinator's.
+        cert_file: With `ca_file`: the coordinator's certificate, if the broker asks for one.
+        key_file: With `cert_file`: its private key.
+        certificate_days: How long certificates of its own authority are good.
+        renew_days: So long before its end a device's certificate is replaced by a later one.
     """
 
     host: str = "127.0.0.1"
@@ -48,9 +55,19 @@ class BrokerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     public_host: str | None = None
     username: str | None = None
     password_file: str | None = None
+    tls: bool = False
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
+    certificate_days: float = 365.0
+    renew_days: float = 90.0
 
     def __post_init__(self) -> None:
         _check_port(self.port, lowest=0 if self.embedded else 1)
+        if self.tls and self.embedded:
+            raise ValueError("the embedded broker knows no TLS: set embedded or tls to false")
+        if not (0 < self.certificate_days <= 3650 and 0 <= self.renew_days < self.certificate_days):
+            raise ValueError("certificate_days must lie above 0 and up to 3650, renew_days below it")
         if not self.host:
             raise ValueError("host must not be empty")
 

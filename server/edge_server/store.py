@@ -277,6 +277,18 @@ class Store(Database):
         )
         return int(rows[0][0]) if rows else None
 
+    def enrolments(self, name: str) -> int:
+        """How often the device was enrolled, revoked or not."""
+        rows = self.read("SELECT enrolment FROM devices WHERE name = ?", name)
+        return int(rows[0][0]) if rows else 0
+
+    def enrolled(self) -> list[tuple[str, str]]:
+        """(name, group) of every enrolled device that was not revoked, by name."""
+        rows = self.read(
+            "SELECT name, group_name FROM devices WHERE credential IS NOT NULL AND revoked IS NULL ORDER BY name"
+        )
+        return [(row[0], row[1]) for row in rows]
+
     def replace_device(self, name: str, *, credential: str) -> bool:
         """Enrol a device anew; False if it was never added. Belongs inside a transaction."""
         cursor = self.execute(

@@ -35,16 +35,20 @@ def test_the_bundle_has_all_a_device_needs_and_only_its_owner_reads_it(registry,
         "device": "pump-1",
         "group": "lab",
         "prefix": "plant",
+        "command_key": bundle.command_key,
+        "root": "",
         "broker": {
             "host": "10.0.0.5",
             "port": 8883,
             "username": "pump-1",
             "password": bundle.broker.password,
         },
+        "root": "",
     }
     assert out.stat().st_mode & 0o777 == 0o600
     assert msgspec.json.decode(out.read_bytes(), type=Bundle) == bundle
     assert len(bundle.broker.password) >= 40
+    assert len(bytes.fromhex(bundle.command_key)) == 32
 
 
 def test_the_public_address_is_told_where_it_differs(tmp_path):

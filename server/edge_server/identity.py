@@ -1,0 +1,330 @@
+"""Who is who: command keys, certificates, what the broker has to know of them, and orders to single devices."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from edge_sdk.clock import Clock
+from edge_sdk.commands import KEY_BYTES, check_order, sign
+from edge_sdk.errors import ConfigError, MissingExtraError, ProtocolError, StoreError
+from edge_sdk.files import replace_file, storage_error
+from edge_sdk.messages import Command, Order
+from edge_sdk.mqtt import Tls
+from edge_server.enrol import Bundle, Credentials, coordinator_name, password_file, replace
+from edge_server.errors import UnknownDeviceError
+from edge_server.records import CommandRecord
+from edge_server.settings import Settings
+from edge_server.store import Store
+
+if TYPE_CHECKING:
+    from edge_server.authority import Authority
+
+_SECRET_NAME = "commands.key"  # noqa: S105 - the name of a file
+_CA_FOLDER = "ca"
+_DAY_S = 86_400.0
+_RENEWAL_S = 14 * _DAY_S
+"""So long a new certificate is offered to a device before another is made."""
+
+
+class Identities:
+    """What devices and the coordinator prove who they are with. To be used by one thread at a time.
+
+    Args:
+        home: The coordinator's folder.
+        store: Its database.
+        settings: Its settings.
+        clock: Where the time comes from.
+    """
+
+    def __init__(self, home: Path, *, store: Store, settings: Settings, clock: Clock) -> None:
+        self._home, self._store, self._settings, self._clock = home, store, settings, clock
+        self._secret: bytes | None = None
+
+    @property
+    def authority(self) -> Authority:
+        """The coordinator's own certificate authority; made when it is first needed.
+
+        Raises:
+            MissingExtraError: `cryptography` is not installed.
+        """
+        try:
+            from edge_server.authority import Authority  # noqa: PLC0415 - only with TLS
+        except ImportError as error:
+            raise MissingExtraError("certificates", "server") from error
+        authority = Authority(self._home / _CA_FOLDER)
+        authority.make(self._clock.now())
+        return authority
+
+    # ---- devices
+
+    def credentials(self, name: str, *, enrolment: int = 1) -> Credentials:
+        """What a device is given beside its password.
+
+        Args:
+            name: Of the device.
+            enrolment: How often it has been enrolled then: each time it gets another command key.
+        """
+        key = self._key(name, enrolment).hex()
+        broker = self._settings.broker
+        if not broker.tls:
+            return Credentials(command_key=key)
+        if broker.ca_file is not None:  # somebody else's authority signs the broker's and the devices' certificates
+            return Credentials(command_key=key, ca=self._text(broker.ca_file))
+        issued = self.authority.issue(name, days=broker.certificate_days, now=self._clock.now())
+        return Credentials(
+            command_key=key,
+            ca=self.authority.ca_pem,
+            certificate=issued.certificate,
+            key=issued.key,
+            serial=issued.serial,
+            expires=issued.expires,
+        )
+
+    def replace(self, name: str, *, out: Path, actor: str, root: str = "") -> Bundle:
+        """Enrol a device anew, as a new one that takes the name: what the old one has is good no longer.
+
+        Raises:
+            UnknownDeviceError: It was never added.
+            StoreError: The bundle exists already or cannot be written.
+        """
+        record = self._store.device(name)
+        if record is None:
+            raise UnknownDeviceError(f"there is no device {name!r}: add it")
+        number = self._store.enrolments(name) + 1
+        bundle = replace(
+            self._store,
+            self._settings,
+            name,
+            group=record.group,
+            out=out,
+            actor=actor,
+            now=self._clock.now(),
+            credentials=self.credentials(name, enrolment=number),
+            root=root,
+        )
+        self._write_crl()
+        return bundle
+
+    def revoke(self, name: str, *, actor: str) -> None:
+        """Turn a device away: its messages at once, its connection once the broker has the new files.
+
+        Raises:
+            UnknownDeviceError: There is none.
+        """
+        now = self._clock.now()
+        with self._store.transaction():
+            if not self._store.revoke_device(name, now=now):
+                raise UnknownDeviceError(f"there is no device {name!r}")
+            self._store.revoke_certificates(name, now=now)
+            self._store.audit(now, actor, "device revoked", {"device": name})
+        self._write_crl()
+
+    def renew(self, actor: str = "coordinator") -> int:
+        """Send devices whose certificate ends soon a later one for the same key; returns how many."""
+        broker, now = self._settings.broker, self._clock.now()
+        if not (broker.tls and broker.ca_file is None):
+            return 0
+        due = self._store.certificates_to_renew(before=now + broker.renew_days * _DAY_S)
+        for old in due:
+            if self._store.enrolment(old.device) is None:
+                continue
+            issued = self.authority.reissue(old.pem, days=broker.certificate_days, now=now)
+            command = self._new_command(
+                old.device, "renew-certificate", {"certificate": issued.certificate}, _RENEWAL_S, actor
+            )
+            with self._store.transaction():
+                self._store.add_command(command)
+                self._store.add_certificate(
+                    old.device,
+                    serial=issued.serial,
+                    pem=issued.certificate,
+                    issued=now,
+                    expires=issued.expires,
+                    command=command.id,
+                )
+        return len(due)
+
+    # ---- the broker
+
+    def tls(self) -> Tls | None:
+        """How the coordinator connects; its own certificate is made or renewed when that is due."""
+        broker = self._settings.broker
+        if not broker.tls:
+            return None
+        if broker.ca_file is not None:
+            cert, key = broker.cert_file, broker.key_file
+            return Tls(
+                self._home / broker.ca_file,
+                None if cert is None else self._home / cert,
+                None if key is None else self._home / key,
+            )
+        authority = self.authority
+        folder = authority.folder
+        certificate, key_file = folder / "coordinator.pem", folder / "coordinator.key"
+        days = broker.certificate_days
+        if not certificate.exists() or self._clock.now() - certificate.stat().st_mtime > days * _DAY_S / 2:
+            issued = authority.issue(coordinator_name(self._settings), days=days, now=self._clock.now())
+            replace_file(key_file, issued.key.encode(), mode=0o600)
+            replace_file(certificate, issued.certificate.encode())
+        return Tls(folder / "ca.pem", certificate, key_file)
+
+    def broker_files(self, folder: Path, *, hosts: Sequence[str] = (), days: float = 365.0) -> list[str]:
+        """Write what the broker reads: access rules, passwords and, with TLS, certificates; returns the files' names.
+
+        Args:
+            folder: Where they go.
+            hosts: Names and addresses of the broker, for a new certificate of its own; none: it keeps the one it has.
+            days: How long that is good.
+
+        Raises:
+            StoreError: They cannot be written.
+        """
+        files: dict[str, bytes] = {
+            "acl": self.acl().encode(),
+            "passwords": password_file(self._store).encode(),
+        }
+        if self._settings.broker.tls and self._settings.broker.ca_file is None:
+            authority = self.authority
+            files["ca.pem"] = authority.ca_pem.encode()
+            files["crl.pem"] = self._write_crl().read_bytes()
+            if hosts:
+                issued = authority.issue(hosts[0], days=days, now=self._clock.now(), hosts=hosts)
+                files |= {"broker.pem": issued.certificate.encode(), "broker.key": issued.key.encode()}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, f"cannot make {folder}") from error
+        for name, data in files.items():
+            replace_file(folder / name, data, mode=0o640)
+        return list(files)
+
+    def acl(self) -> str:
+        """Access rules for mosquitto: every device publishes below its own topic only; who is revoked has none."""
+        prefix = self._settings.prefix
+        blocks = [f"user {coordinator_name(self._settings)}\ntopic readwrite {prefix}/#\n"]
+        for name, group in self._store.enrolled():
+            blocks.append(
+                f"user {name}\ntopic write {prefix}/d/{name}/up/#\ntopic read {prefix}/d/{name}/dn/#\n"
+                f"topic read {prefix}/g/{group}/desired\ntopic read {prefix}/tuf/+\ntopic read {prefix}/b/+/+\n"
+            )
+        return "\n".join(blocks)
+
+    def _write_crl(self) -> Path:
+        path = self._home / _CA_FOLDER / "crl.pem"
+        if self._settings.broker.tls and self._settings.broker.ca_file is None:
+            now = self._clock.now()
+            return self.authority.write_crl(self._store.revoked_certificates(now=now), now)
+        return path
+
+    # ---- commands
+
+    def order(
+        self, device: str, name: str, args: Mapping[str, Any] | None = None, *, expires_s: float, actor: str
+    ) -> CommandRecord:
+        """Tell a device what to do. It is sent as soon as the device can be reached, until it answers.
+
+        Args:
+            device: Who.
+            name: One of `edge_sdk.commands.COMMANDS`.
+            args: Of the command; texts may stand for numbers.
+            expires_s: After this time it is not carried out any more.
+            actor: Who asks, for the audit.
+
+        Raises:
+            ConfigError: There is no such command, or it does not take these.
+            UnknownDeviceError: The device was not added here, or it was revoked.
+        """
+        if not expires_s > 0:
+            raise ConfigError(f"a command must expire in more than 0 s, got {expires_s}")
+        try:
+            checked = msgspec.to_builtins(check_order(name, args or {}, strict=False))
+        except ProtocolError as error:
+            raise ConfigError(str(error)) from error
+        if self._store.enrolment(device) is None:
+            raise UnknownDeviceError(f"there is no device {device!r} with a command key: add it, or replace it")
+        command = self._new_command(device, name, checked, expires_s, actor)
+        with self._store.transaction():
+            self._store.add_command(command)
+            self._store.audit(command.issued, actor, "command given", {"device": device, "command": name})
+        return command
+
+    def waiting(self) -> list[CommandRecord]:
+        """Commands that no device has answered and that are still to be carried out, oldest first."""
+        now = self._clock.now()
+        commands = self._store.commands(waiting=True)
+        if any(command.expires <= now or self._store.enrolment(command.device) is None for command in commands):
+            with self._store.transaction():
+                self._store.give_up_commands(now=now)
+            commands = self._store.commands(waiting=True)
+        return commands[::-1]
+
+    def sign(self, record: CommandRecord) -> Command:
+        """A command as it goes over the wire.
+
+        Raises:
+            UnknownDeviceError: The device was revoked meanwhile.
+        """
+        enrolment = self._store.enrolment(record.device)
+        if enrolment is None:
+            raise UnknownDeviceError(f"there is no device {record.device!r} with a command key")
+        order = Order(
+            id=record.id,
+            device=record.device,
+            name=record.name,
+            issued=record.issued,
+            expires=record.expires,
+            args=record.args,
+        )
+        return sign(order, self._key(record.device, enrolment))
+
+    def _new_command(self, device: str, name: str, args: dict[str, Any], expires_s: float, actor: str) -> CommandRecord:
+        now = self._clock.now()
+        return CommandRecord(
+            id=secrets.token_hex(8),
+            device=device,
+            name=name,
+            args=args,
+            issued=now,
+            expires=now + expires_s,
+            actor=actor,
+            outcome="waiting",
+            answered=None,
+            reason="",
+            result="",
+        )
+
+    def _key(self, device: str, enrolment: int) -> bytes:
+        """A device's command key. Of the database alone nobody can give orders."""
+        if self._secret is None:
+            self._secret = self._load_secret()
+        return hmac.new(self._secret, f"{enrolment}/{device}".encode(), hashlib.sha256).digest()
+
+    def _load_secret(self) -> bytes:
+        path = self._home / _SECRET_NAME
+        try:
+            if not path.exists():
+                temporary = path.with_name(f"{_SECRET_NAME}.{os.getpid()}")
+                replace_file(temporary, os.urandom(KEY_BYTES).hex().encode(), mode=0o600)
+                try:
+                    os.link(temporary, path)  # whoever comes first makes it, for all
+                except FileExistsError:
+                    pass
+                finally:
+                    temporary.unlink()
+            return bytes.fromhex(path.read_text("ascii"))
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path} cannot be read: {error}") from error
+
+    def _text(self, name: str) -> str:
+        try:
+            return (self._home / name).read_text("ascii")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"broker.ca_file {name!r} cannot be read: {error}") from error
