@@ -7,6 +7,7 @@ import numpy as np
 
 from demo import factory
 from edge_sdk import DeviceConfig, EdgeDevice, Fleet, ManualClock, MqttTransport, SimulatedDevice, streams
+from edge_sdk.config import UpdateConfig
 from edge_sdk.resources import FixedReader
 from edge_server import Coordinator, RolloutRules, Settings
 from edge_server.broker import EmbeddedBroker
@@ -28,7 +29,8 @@ with tempfile.TemporaryDirectory() as folder, EmbeddedBroker() as broker:
     fleet = []
     for number in range(5):
         rng = np.random.default_rng(number)
-        config = DeviceConfig(device=f"device-{number}", variant="int8")
+        # unsigned, which a device has to be told: docs/releases.md shows how to sign
+        config = DeviceConfig(device=f"device-{number}", variant="int8", update=UpdateConfig(trust="none"))
         transport = MqttTransport(broker.host, broker.port, client_id=config.device)
         device = EdgeDevice(home / config.device, config=config, transport=transport, clock=clock,
                             resources=FixedReader(), rng=rng)  # fmt: skip

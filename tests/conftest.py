@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 
 from edge_sdk.clock import ManualClock
-from edge_sdk.config import DeviceConfig, DriftConfig, GateConfig, LearnConfig, PolicyConfig
+from edge_sdk.config import DeviceConfig, DriftConfig, GateConfig, LearnConfig, PolicyConfig, UpdateConfig
 from edge_sdk.device import EdgeDevice
 from edge_sdk.resources import FixedReader
 from edge_sdk.schema import InputSpec
@@ -201,6 +201,7 @@ def config():
         policy=PolicyConfig(min_fresh_rows=40, cooldown_s=60),
         drift=DriftConfig(rows_per_day=10_000, alarms_per_day=1),
         gate=GateConfig(max_wait_s=3_600),
+        update=UpdateConfig(trust="none"),
     )
 
 

@@ -86,7 +86,7 @@ def online(make_device, publisher):
     """Opens connected devices."""
 
     def make(**settings):
-        settings.setdefault("update", UpdateConfig(min_free_bytes=0))
+        settings.setdefault("update", UpdateConfig(trust="none", min_free_bytes=0))
         device = make_device(transport=MemoryTransport(publisher.transport._broker), **settings)
         device.connect()
         return device

@@ -65,7 +65,7 @@ config = DeviceConfig(
     replay=ReplayConfig(max_bytes=5_000_000),
     gate=GateConfig(probation_rows=20),
     report=ReportConfig(interval_s=20),
-    update=UpdateConfig(min_free_bytes=0, probation_rows=20, max_accuracy_drop=1.0, retry_s=1.0),
+    update=UpdateConfig(trust="none", min_free_bytes=0, probation_rows=20, max_accuracy_drop=1.0, retry_s=1.0),
 )
 broker, topics, clock = MemoryBroker(), Topics(), ManualClock(float(start))
 coordinator = MemoryTransport(broker)

@@ -271,7 +271,9 @@ def test_releases_of_other_adapt_levels_come_over_the_network_without_a_gap_in_s
         kind.build(folder, release=release, adapt=level, parent=folders[release - 2] if release > 1 else None)
     publisher = Publisher()
     device = make_device(
-        checkpoint=folders[0], transport=MemoryTransport(publisher.broker), update=UpdateConfig(min_free_bytes=0)
+        checkpoint=folders[0],
+        transport=MemoryTransport(publisher.broker),
+        update=UpdateConfig(trust="none", min_free_bytes=0),
     )
     device.connect()
     rows, said = list(zip(kind.data.holdout_x, kind.data.holdout_y, strict=True)), []
