@@ -36,7 +36,6 @@ def test_the_bundle_has_all_a_device_needs_and_only_its_owner_reads_it(registry,
         "group": "lab",
         "prefix": "plant",
         "command_key": bundle.command_key,
-        "root": "",
         "broker": {
             "host": "10.0.0.5",
             "port": 8883,
