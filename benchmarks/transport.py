@@ -262,7 +262,9 @@ def measure(
 def markdown(results: dict[str, Any]) -> str:
     """The committed tables."""
     machine = results["machine"]
+    loads = [run["load_before"] for run in results["runs"]]
     expected = "\n".join(f"- {what}: {why}" for what, why in results["expected"].items())
+    notes = "".join(f"\n{note}\n" for note in results.get("notes", []))
     return f"""\
 Transport only: every device a connection of its own in one process, a report of {PAYLOAD_BYTES} bytes at QoS 1 each
 interval, the broker on loopback, another process that reads it all. Core: processor time of the devices' process, by
@@ -280,8 +282,10 @@ Expected before measuring:
 {expected}
 
 {machine["cpu"]}, {machine["cores"]} cores, Python {machine["python"]}, edge-sdk {machine["edge_sdk"]}, \
-{results["seconds"]:g} s a run (three intervals at least); load of the machine before the runs: {machine["load"]:.1f}.
-"""
+{results["seconds"]:g} s a run (three intervals at least).
+Load of the machine before each: {min(loads):.1f} to {max(loads):.1f}. Above the number of cores the processes wait for
+each other: "kept" then says what they were given, "core" and "a report" what the devices took.
+{notes}"""
 
 
 def line(run: dict[str, Any]) -> str:
