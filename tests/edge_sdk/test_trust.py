@@ -2,18 +2,23 @@
 
 import hashlib
 import logging
+import shutil
 
 import msgspec
 import pytest
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, MetaFile, Root, TargetFile
 
+from edge_sdk.config import UpdateConfig
 from edge_sdk.errors import ClockUntrustedError, IntegrityError, MetadataExpiredError, ProtocolError, UntrustedError
-from edge_sdk.messages import MetadataSet, Offer, Topics, encode
+from edge_sdk.manifest import MANIFEST_NAME, manifest_bytes, parse_manifest
+from edge_sdk.messages import Desired, MetadataSet, Offer, Topics, encode
 from edge_sdk.transport import MemoryBroker, MemoryTransport
 from edge_sdk.trust import ROOT_NAME, Listening, Trust, load_trust, target_path
-from edge_server.keys import Published, Repository
-from edge_server.settings import SigningSettings
+from edge_server.coordinator import Coordinator
+from edge_server.keys import Published, Repository, _load_secret
+from edge_server.rollout import RolloutRules
+from edge_server.settings import Settings, SigningSettings
 
 DAY = 86_400.0
 MANIFEST = b'{"a": "manifest"}'
@@ -42,8 +47,6 @@ class Owner:
 
     def secret(self, role):
         """The signer of an online role, as a thief would have it."""
-        from edge_server.keys import _load_secret
-
         key = next(found.key for found in self.repository.keys() if found.role == role)  # noqa: SIM118 - no dict
         return _load_secret(self.folder / "keys" / f"{key[:16]}.pem", None)
 
@@ -249,8 +252,6 @@ def test_metadata_of_another_coordinator_is_refused(owner, trust, tmp_path, cloc
 
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_a_root_with_too_few_signatures_is_refused(owner, trust, clock, count):
-    from edge_server.keys import _load_secret
-
     owner.repository.renew_root(owner.away, passphrase=None)
     published = owner.sign(1)
     signers = [_load_secret(path, None) for path in sorted(owner.away[0].iterdir())[:count]]
@@ -299,8 +300,6 @@ def forged(published, signers):
 
 
 def test_a_revoked_root_key_no_longer_counts(owner, trust, clock, tmp_path):
-    from edge_server.keys import _load_secret
-
     thieves = [_load_secret(path, None) for path in sorted(owner.away[0].iterdir())]
     key = thieves[0].public_key.keyid
     owner.repository.revoke(key, owner.away, passphrase=None, new=tmp_path / "new")
@@ -400,3 +399,209 @@ def test_a_transport_that_listens_keeps_metadata_and_passes_on_the_rest(owner, t
     device.unsubscribe("edge/g/#")
     device.close()
     assert not device.connected
+
+
+# ---- a whole device under attack: it refuses, says so, and serves as before
+
+
+class Field:
+    """A coordinator with keys, a device on release 1 with its root, and someone else who may publish anything."""
+
+    def __init__(self, folder, clock, make_device, checkpoint):
+        self.clock, self.folder, self.checkpoint = clock, folder, checkpoint
+        self.broker, self.topics = MemoryBroker(), Topics()
+        self.coordinator = Coordinator(
+            folder / "home",
+            transport=MemoryTransport(self.broker),
+            clock=clock,
+            settings=Settings(accept_unknown=True, durable=False),
+        )
+        self.repository = self.coordinator.registry.repository
+        self.away = folder / "away"
+        self.repository.init(self.away, count=2, threshold=2, passphrase=None)
+        self.coordinator.start()
+        self.coordinator.push(checkpoint)
+        (folder / "device").mkdir()
+        (folder / "device" / ROOT_NAME).write_bytes(self.repository.root())
+        self.transport = MemoryTransport(self.broker)
+        self.device = make_device(transport=self.transport, update=UpdateConfig(min_free_bytes=0))
+        self.device.connect()
+        self.attacker = MemoryTransport(self.broker)
+        self.attacker.connect()
+        self.steps(3)
+        self.first = self.repository.published()
+
+    def steps(self, count):
+        for _ in range(count):
+            assert self.device.step().problem == ""
+            self.coordinator.pump()
+
+    def push(self, release=2):
+        """A release that differs from the first by its number; nobody hears of it yet."""
+        folder = shutil.copytree(self.checkpoint, self.folder / f"release-{release}")
+        manifest = parse_manifest((folder / MANIFEST_NAME).read_bytes())
+        (folder / MANIFEST_NAME).write_bytes(manifest_bytes(msgspec.structs.replace(manifest, release=release)))
+        self.transport.online = False
+        plan = RolloutRules(stages=(100,), soak_s=0, min_labelled=0)
+        self.coordinator.push(folder, plan=plan)
+        return self.repository.published()
+
+    def publish(self, published):
+        for name, data in {**published.files, "set": encode(published.versions)}.items():
+            self.attacker.publish(self.topics.metadata(name), data, retain=True)
+
+    def offer(self, release, digest, size):
+        desired = Desired(
+            revision=99, base=Offer(release, digest, size), candidate=None, salt="", threshold=0, revoked=[]
+        )
+        self.attacker.publish(self.topics.desired("default"), encode(desired), retain=True)
+
+    def honest(self):
+        """The coordinator's own word again."""
+        self.broker.stop()
+        self.broker.start()
+        self.coordinator.pump()
+
+    def told(self):
+        return {entry.name for entry in self.device.history(limit=1000)}
+
+    def secret(self, role):
+        key = next(found.key for found in self.repository.keys() if found.role == role)  # noqa: SIM118 - no dict
+        return _load_secret(self.folder / "home" / "keys" / f"{key[:16]}.pem", None)
+
+
+@pytest.fixture
+def field(tmp_path, clock, make_device, checkpoint):
+    made = Field(tmp_path, clock, make_device, checkpoint)
+    yield made
+    made.coordinator.close()
+
+
+def swap_a_file(field):
+    field.push()
+    field.offer(2, hashlib.sha256(b"evil").hexdigest(), len(b"evil"))
+
+
+def send_a_longer_file(field):
+    field.push()
+    record = field.coordinator.registry.releases()[0]
+    field.offer(2, record.digest, record.size + 1)
+
+
+def replay_older_metadata(field):
+    field.push()
+    field.publish(field.first)
+
+
+def mix_two_sets(field):
+    new = field.push()
+    old = altered(field.first, "targets", lambda signed: setattr(signed, "version", new.versions.targets))
+    field.publish(Published(new.versions, {**new.files, "targets": old.files["targets"]}))
+
+
+def let_it_expire(field):
+    field.push()
+    field.clock.advance(8 * DAY)
+
+
+def set_the_clock_back(field):
+    field.clock.advance(10 * DAY)
+    field.push()
+    field.clock._now -= 10 * DAY
+
+
+def sign_with_a_wrong_key(field):
+    field.publish(altered(field.push(), "timestamp", lambda signed: None, CryptoSigner.generate_ed25519()))
+
+
+def sign_a_root_too_seldom(field):
+    field.repository.renew_root([field.away], passphrase=None)
+    signer = _load_secret(min(field.away.iterdir()), None)
+    field.publish(altered(field.push(), "2.root", lambda root: None, signer))
+
+
+def use_a_revoked_key(field):
+    thief = field.secret("targets")
+    field.repository.revoke(thief.public_key.keyid, [field.away], passphrase=None)
+    stolen = {role: field.secret(role) for role in ("timestamp", "snapshot")}
+    field.publish(forged(field.push(), {**stolen, "targets": thief}))
+
+
+ATTACKS = {
+    swap_a_file: "release_untrusted",
+    send_a_longer_file: "release_untrusted",
+    replay_older_metadata: "release_untrusted",
+    mix_two_sets: "release_untrusted",
+    let_it_expire: "metadata_expired",
+    set_the_clock_back: "clock_untrusted",
+    sign_with_a_wrong_key: "release_untrusted",
+    sign_a_root_too_seldom: "release_untrusted",
+    use_a_revoked_key: "release_untrusted",
+}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("attack", "event"), ATTACKS.items(), ids=[attack.__name__ for attack in ATTACKS])
+def test_a_device_refuses_and_serves_as_before(field, digits, attack, event):
+    x = digits.score.x[0]
+    before = field.device.predict(x)
+    attack(field)
+    field.transport.online = True
+    field.steps(12)
+    after = field.device.predict(x)
+    status = field.device.status()
+    assert (after.label, after.confidence, after.release) == (before.label, before.confidence, 1)
+    assert (status.release, status.fetching, status.updates != "unsigned") == (1, None, True)
+    assert event in field.told()
+    assert "release_failed" not in field.told(), "it may be had as soon as it is signed as it must be"
+    if attack is set_the_clock_back:
+        field.clock.advance(10 * DAY)
+    for _ in range(2):  # above the versions that a thief may have used
+        field.repository.sign(field.repository.targets())
+    field.honest()
+    if attack in (swap_a_file, send_a_longer_file):  # its revision was higher: the group's next word counts
+        field.device._maintenance.upgrade.client.desired = None
+        field.honest()
+    field.steps(40)
+    assert field.device.status().release == 2, "the honest word is believed"
+    assert field.device.status().updates == "trusted"
+
+
+@pytest.mark.torch
+def test_an_older_release_is_refused_though_it_is_signed(field):
+    field.push()
+    field.transport.online = True
+    field.steps(40)
+    assert field.device.status().release == 2
+    record = next(release for release in field.coordinator.registry.releases() if release.release == 1)
+    field.offer(1, record.digest, record.size)
+    field.steps(10)
+    assert field.device.status().release == 2
+    assert "release_refused" in field.told()
+
+
+@pytest.mark.torch
+def test_expiry_is_told_also_while_there_is_nothing_to_install(field):
+    field.clock.advance(8 * DAY)
+    field.steps(3)
+    status = field.device.status()
+    assert (status.release, status.updates) == (1, "expired")
+    assert "metadata_expired" in field.told()
+
+
+@pytest.mark.torch
+def test_without_a_root_the_settings_decide_and_the_status_tells(make_device, clock):
+    broker = MemoryBroker()
+    attacker = MemoryTransport(broker)
+    attacker.connect()
+    desired = Desired(revision=1, base=OFFER, candidate=None, salt="", threshold=0, revoked=[])
+    desired = msgspec.structs.replace(desired, base=Offer(2, OFFER.digest, OFFER.size))
+    attacker.publish(Topics().desired("default"), encode(desired), retain=True)
+    found = {}
+    for wanted in ("root", "none"):
+        device = make_device(wanted, transport=MemoryTransport(broker), update=UpdateConfig(trust=wanted))
+        device.connect()
+        device.step()
+        device.step()
+        found[wanted] = (device.status().updates, device.status().fetching)
+    assert found == {"root": ("no_root", None), "none": ("unsigned", 2)}
