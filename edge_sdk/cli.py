@@ -41,6 +41,10 @@ class _BundleBroker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     port: int
     username: str = ""
     password: str = ""
+    tls: bool = False
+    ca: str = ""
+    certificate: str = ""
+    key: str = ""
 
 
 class Bundle(msgspec.Struct, frozen=True):
@@ -51,6 +55,7 @@ class Bundle(msgspec.Struct, frozen=True):
     group: str
     prefix: str
     broker: _BundleBroker
+    command_key: str = ""
     root: str = ""
     """TUF root metadata as it is, or nothing: then updates are not signed."""
 
@@ -107,6 +112,7 @@ def main(debug: bool) -> None:
 @click.option("--force", is_flag=True, help="Replace an earlier enrolment.")
 def enroll(bundle: Path, home: Path | None, force: bool) -> None:
     """Install the BUNDLE that `edge-coordinator devices add` wrote."""
+    from edge_sdk import identity
     from edge_sdk.config import DeviceConfig
     from edge_sdk.files import replace_file
     from edge_sdk.messages import check_name
@@ -140,6 +146,8 @@ def enroll(bundle: Path, home: Path | None, force: bool) -> None:
         )
     if content.root:  # first: a device with settings and no root would refuse every release, which is the safe side
         replace_file(root, content.root.encode())
+    given = content.broker
+    identity.install(folder, ca=given.ca, certificate=given.certificate, key=given.key)
     replace_file(target, text, mode=0o600)
     target.chmod(0o600)
     if not content.root:
@@ -150,28 +158,41 @@ def enroll(bundle: Path, home: Path | None, force: bool) -> None:
 def _device_toml(bundle: Bundle) -> str:
     quote = json.dumps  # a JSON string is a TOML string
     return (
-        f"device = {quote(bundle.device)}\ngroup = {quote(bundle.group)}\nprefix = {quote(bundle.prefix)}\n\n"
+        f"device = {quote(bundle.device)}\ngroup = {quote(bundle.group)}\nprefix = {quote(bundle.prefix)}\n"
+        f"command_key = {quote(bundle.command_key)}\n\n"
         f"[broker]\nhost = {quote(bundle.broker.host)}\nport = {bundle.broker.port}\n"
-        f"username = {quote(bundle.broker.username)}\npassword = {quote(bundle.broker.password)}\n\n"
+        f"username = {quote(bundle.broker.username)}\npassword = {quote(bundle.broker.password)}\n"
+        f"{_tls_toml(bundle.broker)}\n"
         f"[update]\ntrust = {quote('root' if bundle.root else 'none')}\n"
     )
+
+
+def _tls_toml(broker: _BundleBroker) -> str:
+    from edge_sdk.identity import CA_FILE, CERT_FILE, KEY_FILE
+
+    files = {"ca_file": CA_FILE if broker.ca else ""}
+    if broker.certificate:
+        files |= {"cert_file": CERT_FILE, "key_file": KEY_FILE}
+    lines = [f"{key} = {json.dumps(name)}\n" for key, name in files.items()]
+    return "".join(["tls = true\n", *lines]) if broker.tls else ""
 
 
 @main.command()
 @home_option
 @click.option("--checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path), help="To start with.")
 def run(home: Path | None, checkpoint: Path | None) -> None:
-    """Run the device from its device.toml until SIGTERM."""
+    """Run the device from its device.toml until SIGTERM. Tells systemd that it is ready and alive."""
     from edge_sdk.config import load_config
     from edge_sdk.device import EdgeDevice
+    from edge_sdk.systemd import supervised
 
     folder = home or _default_home()
     config = load_config(folder / CONFIG_NAME)
     stop = threading.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: stop.set())
-    device = EdgeDevice(folder, checkpoint=checkpoint, config=config, transport=_transport(config))
-    with device:
+    device = EdgeDevice(folder, checkpoint=checkpoint, config=config, transport=_transport(config, folder))
+    with device, supervised(device.status, os.environ):
         click.echo(f"{device.name} runs; stop with SIGTERM", err=True)
         stop.wait()
     click.echo(f"{device.name} stopped", err=True)
@@ -203,6 +224,7 @@ def serve(
         raise MissingExtraError("edge serve", "serve") from error
     from edge_sdk.config import load_config
     from edge_sdk.device import EdgeDevice
+    from edge_sdk.systemd import supervised
 
     folder = home or _default_home()
     config = load_config(folder / CONFIG_NAME)
@@ -215,19 +237,22 @@ def serve(
         raise click.UsageError("give either --socket PATH or --port NUMBER")
     with (
         listening as listener,
-        EdgeDevice(folder, checkpoint=checkpoint, config=config, transport=_transport(config)) as device,
+        EdgeDevice(folder, checkpoint=checkpoint, config=config, transport=_transport(config, folder)) as device,
+        supervised(device.status, os.environ),
     ):
         where = http.address_of(listener)
         http.serve(device, listener, limits, on_ready=lambda: click.echo(f"{device.name} answers on {where}", err=True))
     click.echo(f"{device.name} stopped", err=True)
 
 
-def _transport(config: DeviceConfig) -> Transport | None:
+def _transport(config: DeviceConfig, folder: Path) -> Transport | None:
     if not config.broker.host:
         return None
-    from edge_sdk.mqtt import MqttTransport
+    from edge_sdk.mqtt import MqttTransport, Tls
 
     broker = config.broker
+    names = (folder / name if name else None for name in (broker.ca_file, broker.cert_file, broker.key_file))
+    tls = Tls(*names) if broker.tls else None
     return MqttTransport(
         broker.host,
         broker.port,
@@ -235,6 +260,10 @@ def _transport(config: DeviceConfig) -> Transport | None:
         username=broker.username or None,
         password=broker.password or None,
         keepalive_s=broker.keepalive_s,
+        tls=tls,
+        session_expiry_s=broker.session_expiry_s,
+        receive_maximum=broker.receive_maximum,
+        version=broker.version,
     )
 
 

@@ -170,6 +170,11 @@ class Desk:
         saved = store.get(_STATE)
         self._memory = msgspec.json.decode(saved, type=_Memory) if saved else _Memory()
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether an order was begun of which nothing was told."""
+        return any(not order.done for order in self._memory.orders)
+
     def turn(self, payloads: Iterable[bytes], now: float, handlers: Handlers) -> int:
         """Carry out what came; returns how many messages were no command for this device.
 
@@ -202,7 +207,8 @@ class Desk:
         logger.info("%s: carrying out %s", self._device, order.name)
         outcome, reason, result = "done", "", {}
         try:
-            result = dict(handlers[order.name](check_order(order.name, order.args)) or {})
+            args = check_order(order.name, order.args)
+            result = dict(handlers[order.name](args) or {})
         except EdgeError as error:
             outcome, reason = "failed", str(error)[:_MAX_TEXT]
         except Exception as error:  # a bug in one command must not come again with every start

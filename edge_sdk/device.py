@@ -20,10 +20,12 @@ import numpy as np
 from edge_sdk.adapt import Adaptation
 from edge_sdk.ask import LabelRequest
 from edge_sdk.clock import Clock, SystemClock
+from edge_sdk.commands import Desk, Handlers
 from edge_sdk.config import DeviceConfig
 from edge_sdk.errors import ConfigError, LabelError, ModelError, StoreError
 from edge_sdk.files import lock_folder
 from edge_sdk.front import checked_id
+from edge_sdk.identity import renew
 from edge_sdk.labelling import LabellingFunctions
 from edge_sdk.learn.executor import LearnExecutor, new_executor
 from edge_sdk.maintenance import Maintenance
@@ -34,7 +36,7 @@ from edge_sdk.resources import PsutilReader, ResourceReader, SafeReader
 from edge_sdk.serving import Served
 from edge_sdk.skew import Skew
 from edge_sdk.slots import Slots, Version
-from edge_sdk.status import Status, StepReport
+from edge_sdk.status import Status, StepReport, diagnostics, told_status, told_version
 from edge_sdk.store import HistoryEntry, Lineage, Store
 from edge_sdk.transport import NoTransport, Transport
 from edge_sdk.types import Mode, Prediction, Truth
@@ -116,6 +118,7 @@ class EdgeDevice:
                 rng=rng,
             )
             self._front, self._reporter = self._maintenance.front, self._maintenance.reporter
+            self._desk = Desk(self._store, device=self.name, key=self.config.command_key, emit=self._reporter.emit)
             self.store_id, self.boot = self._maintenance.store_id, self._maintenance.boot
             self._maintenance.start(None if checkpoint is None else Path(checkpoint), self._clock.now())
             self._files = opened.pop_all()
@@ -329,7 +332,35 @@ class EdgeDevice:
         What fails is recorded in the report and in the status, and the other parts go on.
         """
         with self._step_lock:
-            return self._maintenance.turn(self._clock.now())
+            report = self._maintenance.turn(self._clock.now())
+            self._obey()
+            return report
+
+    def _obey(self) -> None:
+        """Carry out what the coordinator has ordered."""
+        reporter, now = self._reporter, self._clock.now()
+        orders = reporter.take_orders()
+        if not orders and not self._desk.unfinished:
+            return
+        try:
+            reporter.counters.bad_messages += self._desk.turn(orders, now, self._handlers(now))
+        except StoreError as error:
+            logger.warning("%s: a command could not be kept; it will come again: %s", self.name, error)
+
+    def _handlers(self, now: float) -> Handlers:
+        stand, least = self._reporter.stand, self.config.report.min_count
+        return {
+            "adapt-now": lambda _: self.learn_now(),
+            "roll-back": lambda _: told_version(self.rollback()),
+            "reset-to-base": lambda _: told_version(self.reset_to_base()),
+            "pause-learning": lambda args: stand(paused=True, paused_at=now, paused_s=args.seconds),
+            "resume-learning": lambda _: stand(paused=False),
+            "report-interval": lambda args: stand(interval_s=args.seconds),
+            "mode": lambda args: stand(mode=args.mode),
+            "status": lambda _: told_status(self.status(), min_count=least),
+            "diagnostics": lambda _: diagnostics(self._home, self._maintenance.read_resources(), boot=self.boot),
+            "renew-certificate": lambda args: renew(self._home, self.config.broker, args.certificate),
+        }
 
     # ---- people
 

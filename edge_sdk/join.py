@@ -130,6 +130,8 @@ class Joiner:
         self._store.put(_CAP, msgspec.json.encode(joined.cap))
         joined.gone += self._store.trim_rows(older_than=now - join.window_s, max_bytes=join.max_bytes)
         self._tally(joined, len(taught))
+        if current is not None and current.manifest.task == "classification":
+            joined.window.confuse((row.label, row.said) for row in joined.live)
         return joined
 
     def written(self, joined: Joined) -> None:

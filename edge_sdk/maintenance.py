@@ -35,6 +35,7 @@ from edge_sdk.metrics import Metrics
 from edge_sdk.model import Trunks
 from edge_sdk.monitoring import Monitoring
 from edge_sdk.pending import Pending
+from edge_sdk.policy import ResourceState
 from edge_sdk.progress import saved_state
 from edge_sdk.reporter import Identity, Reporter
 from edge_sdk.resources import ResourceReader
@@ -243,7 +244,7 @@ class Maintenance:
             self._learn_turn(now)
             self._swap(now)
         with _recorded(problems):
-            if is_due(now, self.reporter.window.start, self._config.report.interval_s):
+            if self.reporter.report_due(now, lambda: self._resources.read().on_mains):
                 self._report(now)
         with _recorded(problems):
             sent = self.reporter.send(now)
@@ -322,7 +323,7 @@ class Maintenance:
             return  # one change at a time: a release proves itself before anything is learned on it
         adaptation.turn(
             now,
-            mode=self.reporter.mode,
+            mode="monitor" if self.reporter.learning_paused(now) else self.reporter.mode,
             alarms=tuple(self.monitoring.alarms),
             changed_at=self.monitoring.changed_at,
             resources=self._resources.read(),
@@ -420,7 +421,12 @@ class Maintenance:
             "replay_rows": adaptation.replay_rows if adaptation else 0,
             "fresh_rows": adaptation.fresh_rows if adaptation else 0,
             "rss_mb": self._resources.rss_mb(),
+            "scores": self.monitoring.scores,
         }
+
+    def read_resources(self) -> ResourceState:
+        """What the machine can spare."""
+        return self._resources.read()
 
     def status(self) -> Status:
         """How the device is."""

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
 import msgspec
 
+from edge_sdk.policy import ResourceState
 from edge_sdk.reporter import Counters
+from edge_sdk.slots import Version
 from edge_sdk.types import Mode
 
 STATUS_KEY = "status"
@@ -72,3 +80,37 @@ class Status(msgspec.Struct, frozen=True):
     updates: str = "unsigned"
     """unsigned; or how it stands with the signed metadata: trusted, waiting, expired, clock_untrusted, refused, or
     no_root: none is installed, and every release is refused."""
+
+
+def told_version(version: Version) -> dict[str, Any]:
+    """What serves, as the coordinator is told."""
+    return {"release": version.release, "head": version.head}
+
+
+def told_status(status: Status, *, min_count: int) -> dict[str, Any]:
+    """A status as the coordinator is told on demand: without texts that could name paths, and without small counts."""
+    told: dict[str, Any] = msgspec.to_builtins(status)
+    told["new_labels"] = {label: rows for label, rows in status.new_labels.items() if rows >= min_count}
+    if status.counters.labelled < min_count:
+        told["accuracy"] = None
+    told["problem"] = bool(status.problem)
+    return told
+
+
+def diagnostics(home: Path, resources: ResourceState, *, boot: int) -> dict[str, Any]:
+    """The machine, as the coordinator is told on demand."""
+    disk = shutil.disk_usage(home)
+    return {
+        "boot": boot,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.release(),
+        "cores": os.cpu_count(),
+        "disk_free_mb": round(disk.free / 1e6),
+        "database_mb": round(sum(file.stat().st_size for file in home.glob("edge.db*")) / 1e6, 1),
+        "free_mb": resources.free_mb,
+        "battery": resources.battery,
+        "on_mains": resources.on_mains,
+        "temperature_c": resources.temperature_c,
+        "cpu_load": resources.cpu_load,
+    }
