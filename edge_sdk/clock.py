@@ -13,6 +13,10 @@ class Clock(Protocol):
         """Seconds since the epoch (UTC)."""
         ...
 
+    def timer(self) -> float:
+        """Seconds since any instant, to measure how long something takes."""
+        ...
+
 
 def is_due(now: float, since: float, seconds: float) -> bool:
     """Whether `seconds` have passed since `since`. A clock that was set back makes all due, rather than nothing."""
@@ -25,6 +29,8 @@ class SystemClock:
     def now(self) -> float:
         """Seconds since the epoch (UTC)."""
         return time.time()
+
+    timer = staticmethod(time.perf_counter)
 
 
 class ManualClock:
@@ -42,6 +48,10 @@ class ManualClock:
 
     def now(self) -> float:
         """Seconds since the epoch (UTC), as last set."""
+        return self._now
+
+    def timer(self) -> float:
+        """The same: while the clock stands still nothing takes time, and a simulation depends on its seed alone."""
         return self._now
 
     def advance(self, seconds: float) -> None:

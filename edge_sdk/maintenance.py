@@ -132,6 +132,7 @@ class Maintenance:
         self.monitoring = Monitoring(self._store, self._config.drift, emit)
         self.metrics = Metrics(self._config.metrics)
         self._summed_up_at = clock.now()
+        self._chance = Random(rng.bytes(8) if rng else os.urandom(8))  # noqa: S311 - rounds counts
         if (saved := self._store.get("metrics")) is not None:
             try:
                 self.metrics.restore(saved)
@@ -402,7 +403,7 @@ class Maintenance:
 
     def _sum_up(self, now: float) -> None:
         """Queue how inputs, outputs and the app's own metrics looked since the last time."""
-        least, chance = self._config.report.min_count, Random()  # noqa: S311 - rounds counts
+        least, chance = self._config.report.min_count, self._chance
         current = self.served.version if self.served else None
         message = self.monitoring.take_summary(
             end=now, release=current.release if current else 0, head=current.head if current else 0, min_count=least,

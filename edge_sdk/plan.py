@@ -221,6 +221,10 @@ class SkewedClock:
         now = self._clock.now()
         return now + self._plan.clock_ahead(now - self._started)
 
+    def timer(self) -> float:
+        """What the simulation's clock measures."""
+        return self._clock.timer()
+
 
 def _rng(seed: int, *path: str | int) -> np.random.Generator:
     return np.random.default_rng([seed, *(zlib.crc32(part.encode()) if isinstance(part, str) else part
