@@ -203,7 +203,7 @@ class Trust:
         again = self._updater is None and self._expired and is_due(now, self._checked_at or 0.0, _AGAIN_S)
         if self._root is None or not (self._changed or again) or not self.complete:
             return
-        from tuf.api import exceptions  # noqa: PLC0415 - 25 MB that only signed updates need
+        from tuf.api import exceptions  # noqa: PLC0415 - memory that only signed updates need
         from tuf.ngclient import Updater, UpdaterConfig  # noqa: PLC0415
 
         self._changed, self._checked_at = False, now

@@ -112,6 +112,29 @@ def test_enrolling_twice_needs_force(bundle, home):
     assert (home / "device.toml").stat().st_mode & 0o777 == 0o600
 
 
+def test_without_a_root_the_device_is_told_that_nothing_is_signed(bundle, home):
+    result = edge("enroll", bundle(), "--home", home)
+    assert "NOT signed" in result.stderr
+    assert load_config(home / "device.toml").update.trust == "none"
+    assert not (home / "root.json").exists()
+
+
+def test_a_root_is_installed_and_never_taken_away_by_a_bundle(bundle, home):
+    root = '{"signed": {"version": 1}, "signatures": []}'
+    assert "NOT signed" not in edge("enroll", bundle(root=root), "--home", home).stderr
+    assert (home / "root.json").read_text() == root
+    assert load_config(home / "device.toml").update.trust == "root"
+    result = edge("enroll", bundle(device="pump-2"), "--home", home, "--force")
+    assert result.exit_code == 2
+    assert "the bundle has no root: nothing was changed" in result.output
+    assert load_config(home / "device.toml").device == "pump-1"
+
+
+def test_a_root_that_is_none_is_refused(bundle, home):
+    assert edge("enroll", bundle(root="{"), "--home", home).exit_code == 2
+    assert not (home / "device.toml").exists()
+
+
 def test_the_home_may_stand_in_the_environment(bundle, home, monkeypatch):
     monkeypatch.setenv("EDGE_HOME", str(home))
     assert edge("enroll", bundle()).exit_code == 0

@@ -52,6 +52,31 @@ def error(response):
     return response.status_code, response.json()["error"]["type"]
 
 
+class TestUpdates:
+    """What devices with `update.url` fetch; without keys there is nothing signed."""
+
+    def test_files_come_whole_or_by_range(self, get, coordinator, checkpoint):
+        coordinator.push(checkpoint(1))
+        record = coordinator.registry.releases()[0]
+        data = coordinator.registry.blobs.read(record.digest)
+        assert get(f"/updates/blobs/{record.digest}").content == data
+        part = get(f"/updates/blobs/{record.digest}", headers={"Range": "bytes=10-19"})
+        assert (part.status_code, part.content) == (206, data[10:20])
+        assert part.headers["content-range"] == f"bytes 10-19/{len(data)}"
+
+    def test_metadata_comes_under_its_own_names(self, get, coordinator, tmp_path):
+        coordinator.registry.repository.init(tmp_path / "away", count=2, threshold=2, passphrase=None)
+        for name in ("timestamp", "1.root", "1.snapshot", "1.targets"):
+            assert get(f"/updates/tuf/{name}.json").json()["signed"]["_type"] == name.rpartition(".")[2]
+
+    @pytest.mark.parametrize(
+        "path",
+        ["blobs/abc", "blobs/" + "0" * 64, "blobs/..%2Fcoordinator.db", "tuf/2.root.json", "tuf/..%2F1.root.json"],
+    )
+    def test_there_is_nothing_else(self, get, path):
+        assert get(f"/updates/{path}").status_code == 404
+
+
 class TestReading:
     def test_health(self, get):
         assert get("/healthz").json() == {"status": "ok"}
