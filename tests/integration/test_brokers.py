@@ -1,0 +1,343 @@
+"""A fleet behind mosquitto as docs/brokers.md configures it: TLS, certificates of both sides, access by device."""
+
+import getpass
+import re
+import signal
+import ssl
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+from click.testing import CliRunner
+
+from edge_sdk import cli
+from edge_sdk.clock import ManualClock
+from edge_sdk.commands import Desk
+from edge_sdk.config import load_config
+from edge_sdk.errors import ConfigError
+from edge_sdk.identity import renew
+from edge_sdk.messages import Ack, Envelope, Event, State, Topics, decode, encode, raw
+from edge_sdk.mqtt import MqttTransport, Tls
+from edge_sdk.store import Store
+from edge_server.coordinator import Coordinator
+from edge_server.registry import Registry
+from edge_server.settings import BrokerSettings, Settings
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "brokers.md").read_text()
+DEADLINE_S = 20
+TOPICS = Topics()
+pytestmark = [
+    pytest.mark.mosquitto,
+    # paho leaves a socket whose handshake failed to the garbage collector
+    pytest.mark.filterwarnings("ignore:Exception ignored in. <ssl.SSLSocket:pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _quick_retries(monkeypatch):
+    monkeypatch.setattr("edge_sdk.mqtt._BACKOFF_FIRST_S", 0.05)
+    monkeypatch.setattr("edge_sdk.mqtt._BACKOFF_MOST_S", 0.2)
+
+
+class Fleet:
+    """A coordinator and the broker of its documentation."""
+
+    def __init__(self, folder, port):
+        self.folder, self.port = folder, port
+        self.files = folder / "broker"
+        self.settings = Settings(broker=BrokerSettings(host="127.0.0.1", port=port, tls=True))
+        registry = Registry(folder / "home", settings=self.settings)
+        registry.identities.broker_files(self.files, hosts=["127.0.0.1", "localhost"])
+        self.tls = registry.identities.tls()
+        registry.close()
+        text = re.search(r"```text file=mosquitto.conf\n(.*?)```", DOCUMENT, re.DOTALL)[1]
+        for before, after in (
+            ("listener 8883", f"listener {port} 127.0.0.1\nuser {getpass.getuser()}\nlog_dest file {folder}/log"),
+            ("/etc/mosquitto/edge/", f"{self.files}/"),
+            ("/var/lib/mosquitto/", f"{folder}/"),
+        ):
+            assert before in text
+            text = text.replace(before, after)
+        (folder / "mosquitto.conf").write_text(re.sub(r"^ +", "", text, flags=re.MULTILINE))
+        self.process = None
+        self.transport = MqttTransport("127.0.0.1", port, client_id="coordinator", tls=self.tls)
+        self.coordinator = Coordinator(folder / "home", transport=self.transport, settings=self.settings)
+        self.identities = self.coordinator.registry.identities
+        self.start()
+        self.coordinator.start()
+        self.until(lambda: self.transport.connected)
+
+    def start(self):
+        from socket import create_connection
+
+        self.process = subprocess.Popen(
+            ["mosquitto", "-c", self.folder / "mosquitto.conf"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for _ in range(1000):
+            try:
+                return create_connection(("127.0.0.1", self.port), 1).close()
+            except OSError:
+                assert self.process.poll() is None, (self.folder / "log").read_text()
+                threading.Event().wait(0.01)
+        return pytest.fail("mosquitto did not start")
+
+    def reload(self, *, restart=False):
+        self.identities.broker_files(self.files)
+        if restart:
+            self.kill()
+            self.start()
+            self.until(lambda: self.transport.connected)
+            return
+        before = (self.folder / "log").read_text().count("Reloading config")
+        self.process.send_signal(signal.SIGHUP)
+        self.until(lambda: (self.folder / "log").read_text().count("Reloading config") > before)
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait(10)
+
+    def close(self):
+        self.coordinator.close()
+        self.kill()
+
+    def until(self, condition, *, what=""):
+        deadline = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < deadline, what or self.transport.last_error
+            if self.coordinator.step() == 0:
+                self.transport.wait(0.02)
+
+    def add(self, name, *, replace=False):
+        bundle = self.folder / f"{name}-{time.monotonic_ns()}.json"
+        if replace:
+            self.coordinator.registry.replace(name, out=bundle, actor="test")
+        else:
+            self.coordinator.registry.enrol(name, group="default", out=bundle, actor="test")
+        self.reload()
+        return Device(self, name, bundle)
+
+    def events(self, device):
+        return [event.name for event in self.coordinator.events(device=device)][::-1]
+
+
+class Device:
+    """What `edge enroll` makes of a bundle, and the transport that `edge run` makes of that."""
+
+    def __init__(self, fleet, name, bundle):
+        self.fleet, self.name = fleet, name
+        self.home = fleet.folder / f"device-{bundle.stem}"
+        done = CliRunner().invoke(cli.main, ["enroll", str(bundle), "--home", str(self.home)])
+        assert done.exit_code == 0, done.output
+        self.config = load_config(self.home / "device.toml")
+        self.transport = cli._transport(self.config, self.home)
+        self.transport.subscribe(TOPICS.down(name, "#"))
+        self.inbox, self.seq = [], 0
+
+    def connect(self):
+        before = self.transport.connections
+        self.transport.connect()
+        self.fleet.until(lambda: self.transport.connections > before, what=self.transport.last_error)
+        state = State(
+            device=self.name, store_id="s", time=time.time(), online=True, reason="birth", boot=1, release=0, head=0,
+            digest="", group="default", mode="shadow", sdk="0",
+        )  # fmt: skip
+        self.transport.publish(TOPICS.up(self.name, "state"), encode(state), retain=True)
+        return self
+
+    def tell(self, name, *, device=None, **detail):
+        self.seq += 1
+        event = Event(name=name, release=0, head=0, detail=detail)
+        row = Envelope(store_id="s", seq=self.seq, oldest=self.seq, time=time.time(), kind="event", body=raw(event))
+        self.transport.publish(TOPICS.up(device or self.name, "event"), encode(row))
+
+    def receive(self, kind):
+        """Payloads on its own topic of that kind so far."""
+        self.inbox += self.transport.receive()
+        return [message.payload for message in self.inbox if message.topic == TOPICS.down(self.name, kind)]
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory):
+    from contextlib import closing
+    from socket import create_server
+
+    with closing(create_server(("127.0.0.1", 0))) as probe:
+        port = probe.getsockname()[1]
+    fleet = Fleet(tmp_path_factory.mktemp("fleet"), port)
+    yield fleet
+    fleet.close()
+
+
+@pytest.fixture
+def add(fleet):
+    """Adds devices; their transports are closed in the end."""
+    devices = []
+
+    def add_one(name, **options):
+        devices.append(fleet.add(name, **options))
+        return devices[-1]
+
+    yield add_one
+    for device in devices:
+        device.transport.close()
+
+
+def test_an_enrolled_device_speaks_for_itself_and_for_nobody_else(fleet, add):
+    thief, victim = add("thief").connect(), add("victim").connect()
+    thief.tell("mine")
+    thief.tell("stolen", device="victim")
+    victim.tell("also mine")
+    fleet.until(lambda: victim.receive("ack") and thief.receive("ack"))
+    assert fleet.events("thief") == ["mine"]
+    assert fleet.events("victim") == ["also mine"]
+    thief.transport.subscribe(TOPICS.down("victim", "#"))
+    thief.transport.subscribe("#")
+    victim.tell("once more")
+    fleet.until(lambda: len(victim.receive("ack")) > 1)
+    thief.tell("the end")
+    fleet.until(lambda: len(thief.receive("ack")) > 1)
+    assert {message.topic for message in thief.inbox} == {TOPICS.down("thief", "ack")}
+    thief.transport.publish(TOPICS.desired("default"), b"forged", retain=True)  # taken and dropped by the broker
+    ear = MqttTransport("127.0.0.1", fleet.port, client_id="ear", tls=fleet.tls)
+    ear.subscribe(TOPICS.desired("default"))
+    ear.connect()
+    fleet.until(lambda: ear.connected)
+    assert ear.receive() == []
+    ear.close()
+
+
+def test_what_enrolment_writes_is_for_its_owner_only(fleet, add):
+    device = add("private")
+    for file in (device.home / "device.toml", *(device.home / "tls").iterdir()):
+        assert file.stat().st_mode & 0o077 == 0, file
+    assert {file.name for file in (device.home / "tls").iterdir()} == {"ca.pem", "device.pem", "device.key"}
+    for file in ("ca.key", "coordinator.key"):
+        assert (fleet.folder / "home" / "ca" / file).stat().st_mode & 0o077 == 0
+    assert (fleet.folder / "home" / "commands.key").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("what", ["no certificate", "another authority", "another broker", "no encryption"])
+def test_strangers_stay_outside(fleet, add, tmp_path, what):
+    ca, other = fleet.files / "ca.pem", Registry(tmp_path / "other", settings=fleet.settings)
+    other.identities.broker_files(tmp_path / "files")
+    foreign = other.identities.tls()
+    other.close()
+    tls = {
+        "no certificate": Tls(ca),
+        "another authority": Tls(ca, foreign.cert_file, foreign.key_file),
+        "another broker": foreign,
+        "no encryption": None,
+    }[what]
+    stranger = MqttTransport("127.0.0.1", fleet.port, client_id="stranger", tls=tls)
+    stranger.connect()
+    fleet.until(lambda: stranger.last_error is not None)
+    assert not stranger.connections
+    if what == "another broker":
+        assert "certificate verify failed" in stranger.last_error
+    stranger.close()
+
+
+def test_a_name_that_is_not_the_brokers_is_noticed(fleet):
+    context = fleet.tls.context()
+    assert context.check_hostname
+    assert context.verify_mode == ssl.CERT_REQUIRED
+    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+
+
+def test_the_coordinators_own_name_is_no_devices(fleet, tmp_path):
+    with pytest.raises(ConfigError, match="coordinator itself"):
+        fleet.coordinator.registry.enrol("coordinator", group="g", out=tmp_path / "b.json", actor="test")
+
+
+def test_a_revoked_device_is_cut_off_and_a_replaced_one_comes_back(fleet, add):
+    device = add("stolen").connect()
+    device.tell("before")
+    fleet.until(lambda: fleet.events("stolen") == ["before"])
+    fleet.identities.revoke("stolen", actor="test")
+    device.tell("at once")  # the broker knows nothing yet
+    fleet.until(lambda: fleet.coordinator.registry.fleet().counters.get("revoked_device"))
+    fleet.reload(restart=True)
+    before = device.transport.connections
+    fleet.until(lambda: not device.transport.connected and device.transport.last_error is not None)
+    fleet.until(lambda: "lost" not in device.transport.last_error)  # it tries again, and is refused
+    assert device.transport.connections == before
+    old = device.config.command_key
+    device.transport.close()
+    again = add("stolen", replace=True).connect()
+    again.seq = 5
+    again.tell("after")
+    fleet.until(lambda: fleet.events("stolen") == ["before", "after"])
+    assert again.config.command_key != old
+    device.transport.connect()
+    fleet.until(lambda: device.transport.last_error is not None)
+    assert device.transport.connections == before
+    assert again.transport.connected
+
+
+def test_after_a_reload_alone_a_revoked_device_can_say_and_read_nothing(fleet, add):
+    device = add("lost").connect()
+    fleet.identities.revoke("lost", actor="test")
+    fleet.reload()
+    ear = MqttTransport("127.0.0.1", fleet.port, client_id="ear", tls=fleet.tls)
+    ear.subscribe(TOPICS.up("lost", "event"))
+    ear.connect()
+    fleet.until(lambda: ear.connected)
+    if device.transport.connected:
+        device.tell("anything")
+    ear.publish(TOPICS.down("lost", "ack"), encode(Ack("s", 1)))
+    ear.publish(TOPICS.up("lost", "event"), b"the end")
+    heard = []
+    fleet.until(lambda: heard.extend(ear.receive()) or heard)
+    assert [message.payload for message in heard] == [b"the end"]
+    assert device.receive("ack") == []
+    ear.close()
+
+
+def test_commands_wait_for_a_device_that_is_away_and_certificates_are_renewed_by_them(fleet, add, tmp_path):
+    device = add("sleeper")
+    first = (device.home / "tls" / "device.pem").read_text()
+    fleet.identities.order("sleeper", "mode", {"mode": "monitor"}, expires_s=600, actor="test")
+    fleet.coordinator.step()
+    late = Registry(
+        fleet.folder / "home",
+        settings=msgspec.structs.replace(
+            fleet.settings, broker=msgspec.structs.replace(fleet.settings.broker, renew_days=364.9)
+        ),
+        clock=ManualClock(time.time() + 43_200),
+    )
+    assert late.identities.renew() >= 1  # the other tests' devices too
+    assert late.identities.renew() == 0  # it is on its way
+    late.close()
+    device.connect()
+    fleet.until(lambda: len(device.receive("cmd")) == 2)
+    store = Store(tmp_path / "edge.db", durability="normal")
+    desk = Desk(
+        store, device="sleeper", key=device.config.command_key, emit=lambda name, detail: device.tell(name, **detail)
+    )
+    orders = {
+        "mode": lambda args: {"mode": args.mode},
+        "renew-certificate": lambda args: renew(device.home, device.config.broker, args.certificate),
+    }
+    assert desk.turn(device.receive("cmd"), time.time(), orders) == 0
+    fleet.until(lambda: "sleeper" not in [command.device for command in fleet.identities.waiting()])
+    answers = {record.name: record for record in fleet.coordinator.registry.store.commands(device="sleeper")}
+    assert {name: answer.outcome for name, answer in answers.items()} == {"mode": "done", "renew-certificate": "done"}
+    assert answers["mode"].result == '{"mode":"monitor"}'
+    assert (device.home / "tls" / "device.pem").read_text() != first
+    device.transport._client.socket().shutdown(2)
+    fleet.until(lambda: device.transport.connections == 2)  # with the new one
+    device.tell("renewed")
+    fleet.until(lambda: "renewed" in fleet.events("sleeper"))
+    store.close()
+
+
+def test_a_certificate_for_another_key_changes_nothing(fleet, add):
+    device, other = add("keeper"), add("other")
+    before = (device.home / "tls" / "device.pem").read_text()
+    with pytest.raises(ConfigError, match="another key"):
+        renew(device.home, device.config.broker, (other.home / "tls" / "device.pem").read_text())
+    assert (device.home / "tls" / "device.pem").read_text() == before
+    assert decode(encode(Ack("s", 1)), Ack).seq == 1
