@@ -12,6 +12,7 @@ import queue
 import re
 import ssl
 import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 _MAX_METADATA = 120_000
 _MAX_ROOTS = 256
 _TIMEOUT_S = 20.0
+_STALL_S = 60.0
 _RANGE_BLOCKS = 16
 
 Block = tuple[str, int, bytes]
@@ -63,6 +65,7 @@ class HttpSource:
         self._thread: threading.Thread | None = None
         self._blocks: queue.SimpleQueue[Block] = queue.SimpleQueue()
         self._metadata: queue.SimpleQueue[dict[str, bytes]] = queue.SimpleQueue()
+        self._progress_at = 0.0
         self._failed = ""
         self._failed_at: float | None = None
 
@@ -73,6 +76,8 @@ class HttpSource:
 
     def usable(self, now: float) -> bool:
         """Whether it makes sense to ask: it did not just fail."""
+        if self.busy and time.monotonic() - self._progress_at > _STALL_S:
+            self._thread, self._failed = None, f"nothing came for {_STALL_S:g} s"  # the thread ends with its line
         if self._failed and not self.busy:
             logger.warning("%s: %s; MQTT goes on meanwhile", self._url, self._failed)
             self._failed, self._failed_at = "", now
@@ -107,6 +112,7 @@ class HttpSource:
             except (OSError, HTTPException, ValueError, msgspec.MsgspecError) as error:
                 self._failed = str(error) or type(error).__name__
 
+        self._progress_at = time.monotonic()
         self._thread = threading.Thread(target=run, name="edge-http", daemon=True)
         self._thread.start()
 
@@ -127,6 +133,7 @@ class HttpSource:
                 if len(data) != min(block_bytes, last - position):
                     raise ValueError(f"{digest[:12]}… ended early")
                 self._blocks.put((digest, index, data))
+                self._progress_at = time.monotonic()
                 index += 1
 
     def _get_metadata(self, root: int) -> dict[str, bytes]:

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from edge_sdk.clock import Clock, is_due
-from edge_sdk.errors import NotConnectedError, ProtocolError
+from edge_sdk.errors import NotConnectedError, ProtocolError, StoreError
 from edge_sdk.messages import Topics, encode
 from edge_sdk.transport import Message, Transport
 from edge_server.errors import SigningError
@@ -261,7 +261,7 @@ class Coordinator:
                     self._metadata[name] = data
         except NotConnectedError:
             return False
-        except (SigningError, ProtocolError) as error:
+        except (SigningError, StoreError, ProtocolError) as error:
             logger.error("signed metadata cannot be published: %s", error)  # noqa: TRY400
         self._metadata_stamp = stamp
         return True

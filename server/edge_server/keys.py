@@ -34,7 +34,7 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Tar
 
 from edge_sdk.clock import Clock
 from edge_sdk.errors import StoreError
-from edge_sdk.files import replace_file, storage_error
+from edge_sdk.files import fsync_folder, remove_tree, replace_file, storage_error
 from edge_sdk.messages import MAX_MESSAGE_BYTES, MetadataSet
 from edge_sdk.trust import BUILT
 from edge_server.errors import SigningError
@@ -190,9 +190,17 @@ class Repository:
         metadata = Metadata(root)
         for signer in signers:
             metadata.sign(signer, append=True)
-        with self._locked():
-            self._write("1.root.json", metadata)
-            self._sign({}, everything=True)
+        final = self._folder
+        try:  # in one step: half a repository would be taken for a whole one
+            self._folder = final.with_name(f"{TUF_FOLDER}.new")
+            remove_tree(self._folder)
+            with self._locked():
+                self._write("1.root.json", metadata)
+                self._sign({}, everything=True)
+                self._folder.rename(final)
+                fsync_folder(self._home)
+        finally:
+            self._folder = final
 
     def renew_root(self, away: Sequence[Path], *, passphrase: bytes | None) -> int:
         """Sign the root anew, so that it is good for longer; returns its version."""

@@ -1,6 +1,7 @@
 """Fetching a signed release: over MQTT and HTTP, by patches, with damaged blocks and servers that misbehave."""
 
 import hashlib
+import os
 import re
 import threading
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edge_sdk import update
+from edge_sdk import ranges, update
 from edge_sdk.config import UpdateConfig
 from edge_sdk.errors import ConfigError, UntrustedError
 from edge_sdk.index import make_patch
@@ -26,6 +27,12 @@ from edge_server.settings import Settings
 from edge_server.verify import export
 
 TOPICS = Topics()
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    """Hundreds of small files are written here, and no power is cut."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def content_of(size, salt):
@@ -248,7 +255,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.ranges, self.fails, self.breaks = Path(folder), True, 0, 0
-        self.sent = {}
+        self.sent, self.silent = {}, None
         self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
         self.thread.start()
 
@@ -261,6 +268,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         path = server.folder / self.path.lstrip("/")
+        if server.silent is not None:
+            server.silent.wait(10)
         if server.fails:
             server.fails -= 1
             self.send_error(500)
@@ -328,6 +337,15 @@ def test_when_the_server_fails_the_broker_goes_on(fleet, server, tmp_path, caplo
     server.fails = 10**6
     assert files_of(fleet.start(url=server.url).fetch()) == expected(tmp_path / "checkpoint-1")
     assert "MQTT goes on meanwhile" in caplog.text
+    assert hashlib.sha256(TRUNK).hexdigest() in fleet.asked()
+
+
+def test_a_server_that_falls_silent_does_not_hold_the_release_up(fleet, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(ranges, "_STALL_S", 0.05)
+    server.silent = threading.Event()
+    fetched = fleet.start(url=server.url).fetch()
+    server.silent.set()
+    assert files_of(fetched) == expected(tmp_path / "checkpoint-1")
     assert hashlib.sha256(TRUNK).hexdigest() in fleet.asked()
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import shutil
 
 import msgspec
@@ -23,6 +24,12 @@ from edge_server.settings import Settings, SigningSettings
 DAY = 86_400.0
 MANIFEST = b'{"a": "manifest"}'
 OFFER = Offer(1, hashlib.sha256(MANIFEST).hexdigest(), len(MANIFEST))
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    """Hundreds of small files are written here, and no power is cut."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def target_of(release, data=MANIFEST, **custom):

@@ -1,14 +1,19 @@
 """Keys and signatures of the coordinator: made, changed, revoked, renewed, published; and the commands for it."""
 
+import contextlib
 import json
+import os
+import shutil
 import stat
 
 import pytest
 from click.testing import CliRunner
-from tuf.api.metadata import Metadata, Root
+from tuf.api.metadata import Metadata, Root, TargetFile
 
+from edge_sdk.files import set_crash_hook
 from edge_sdk.messages import MetadataSet, Topics, decode
 from edge_sdk.transport import MemoryTransport
+from edge_sdk.trust import Trust, target_path
 from edge_server.cli import main
 from edge_server.errors import SigningError
 from edge_server.keys import Repository
@@ -39,6 +44,12 @@ def repository(home, clock):
 def ready(repository, away):
     repository.init(away, count=3, threshold=2, passphrase=None)
     return repository
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch):
+    """Hundreds of small files are written here, and no power is cut."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def root_of(repository):
@@ -126,6 +137,70 @@ class TestChange:
         with pytest.raises(SigningError, match="0 of the 2 root keys"):
             ready.rotate("targets", [away], passphrase=None)
         assert ready.rotate("targets", [tmp_path / "new"], passphrase=None) == 3
+
+
+class PowerCut(BaseException):
+    pass
+
+
+@pytest.fixture
+def cut_at():
+    """Cuts the power at the n-th file that is written."""
+
+    def cut(number):
+        seen = []
+
+        def hook(name):
+            seen.append(name)
+            if len(seen) == number:
+                raise PowerCut
+
+        set_crash_hook(hook)
+
+    yield cut
+    set_crash_hook(None)
+
+
+class TestPowerCuts:
+    @pytest.mark.parametrize("number", range(1, 9))
+    def test_what_was_signed_before_stays_whole_and_signing_goes_on(self, ready, cut_at, home, number):
+        ready.sign({target_path(1): TargetFile(1, {"sha256": "ab" * 32}, target_path(1))})
+        before = ready.published().versions
+        cut_at(number)
+        with contextlib.suppress(PowerCut):
+            ready.sign({})
+        set_crash_hook(None)
+        versions = ready.published().versions
+        assert versions.timestamp in (before.timestamp, before.timestamp + 1)
+        assert versions.targets == before.targets + versions.timestamp - before.timestamp
+        ready.sign({})
+        assert ready.targets() == {}
+
+    @pytest.mark.parametrize("number", range(1, 13))
+    def test_new_keys_are_in_force_or_the_old_ones_still_are(self, ready, cut_at, away, number, tmp_path, clock):
+        cut_at(number)
+        with contextlib.suppress(PowerCut):
+            ready.rotate("targets", [away], passphrase=None)
+        set_crash_hook(None)
+        ready.renew()  # as the running service does
+        trust = Trust(tmp_path / "device", (tmp_path / "home" / "tuf" / "1.root.json").read_bytes())
+        published = ready.published()
+        for name, data in published.files.items():
+            trust.take(name, data)
+        trust.announce(published.versions)
+        trust.refresh(clock.now())
+        assert trust.state(clock.now()) == "trusted"
+
+    @pytest.mark.parametrize("number", [1, 7, 9, 13, 15])
+    def test_half_a_beginning_is_none(self, repository, cut_at, away, number):
+        cut_at(number)
+        with contextlib.suppress(PowerCut):
+            repository.init(away, count=2, threshold=2, passphrase=None)
+        set_crash_hook(None)
+        if not repository.exists:
+            shutil.rmtree(away)
+            repository.init(away, count=2, threshold=2, passphrase=None)
+        assert repository.published().versions == MetadataSet(root=1, timestamp=1, snapshot=1, targets=1)
 
 
 class TestRenewal:
