@@ -37,10 +37,11 @@ def share(reference: Any, window: Any) -> float:
     return float(np.mean([ks_2samp(reference[:, k], window[:, k]).pvalue < LEVEL for k in range(reference.shape[1])]))
 
 
-def alarms(streams: str, references: str, size: int, least: float, start: int | None = None) -> list[list[int]]:
+def alarms(streams: str, references: str, size: int, least: float, starts: list[int] | None = None) -> list[list[int]]:
     """Last rows of the windows of which more than `least`, or half, of the columns drifted."""
     found = []
-    for rows, reference in zip(np.load(streams, mmap_mode="r"), np.load(references, mmap_mode="r"), strict=True):
+    given, held = np.load(streams, mmap_mode="r"), np.load(references, mmap_mode="r")
+    for rows, reference, start in zip(given, held, starts or [None] * len(given), strict=True):
         raised = []
         for end in range(size, len(rows) + 1, size):
             drifted = share(reference, np.asarray(rows[end - size : end]))

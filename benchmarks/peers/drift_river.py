@@ -33,16 +33,17 @@ def state(channels: int) -> int:
     return len(pickle.dumps(kept[channels]))
 
 
-def alarms(streams: str, kind: str, settings: dict[str, Any], start: int | None = None) -> list[list[int]]:
+def alarms(streams: str, kind: str, settings: dict[str, Any], starts: list[int] | None = None) -> list[list[int]]:
     """Rows after which an alarm was up, for each stream of a float32 [S, N, K] file.
 
     Args:
         streams: File.
         kind: Of KINDS.
         settings: Arguments of the detector.
-        start: The first alarm from this row on ends a stream.
+        starts: For each stream: the first alarm from this row on ends it.
     """
-    return [one(stream, kind, settings, start) for stream in np.load(streams, mmap_mode="r")]
+    rows = np.load(streams, mmap_mode="r")
+    return [one(x, kind, settings, start) for x, start in zip(rows, starts or [None] * len(rows), strict=True)]
 
 
 def one(stream: Any, kind: str, settings: dict[str, Any], start: int | None) -> list[int]:
