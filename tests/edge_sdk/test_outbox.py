@@ -407,3 +407,38 @@ def test_rows_and_gaps_cover_every_number_exactly_once_whatever_happens(tmp_path
         assert total <= size or [row.kind for row in store.outbox()[:-1]] in ([], ["gap"])
     assert dropped <= last
     store.close()
+
+
+# ---- rate and budget
+
+
+def test_after_an_outage_messages_go_out_at_a_limited_rate(make):
+    world = make(max_per_s=10.0)
+    world.put(*["event"] * 200)
+    assert len(world.send()) == WINDOW  # a first burst
+    world.acknowledge(WINDOW)
+    assert world.send() == []
+    assert len(world.send(START + 1)) == 10
+    assert len(world.send(START + 1.5)) == 5
+    assert world.send(START - 1000) == []  # a clock set back gives no allowance
+    world.acknowledge(65)
+    assert len(world.send(START + 3600)) == WINDOW
+
+
+def test_dropping_reports_leaves_the_events_and_no_hole(make):
+    world = make()
+    world.put("event", "report", "summary", "event", "report")
+    assert world.outbox.drop_reports(START) == 3
+    assert world.held == [("event", 1, 1), ("gap", 2, 3), ("event", 4, 4), ("gap", 5, 5)]
+    assert world.send() == [1, 3, 4, 5]
+    assert unpack(world.envelopes[1].body, Gap) == Gap(2, 3)
+
+
+def test_bytes_moved_count_topics_and_repetitions(make):
+    world = make(resend_s=30)
+    world.put("event")
+    world.send()
+    once = world.outbox.take_bytes_moved()
+    assert once > world.outbox.take_bytes_sent() > 0
+    world.send(START + 31)
+    assert world.outbox.take_bytes_moved() == once

@@ -344,3 +344,77 @@ def test_no_message_holds_anything_of_a_sample(make_reporter, store, watcher, cl
                 assert not value
             assert not isinstance(value, bytes)
     assert np.isfinite(reporter.counters.bytes_sent)
+
+
+# ---- confusion, scores, intervals
+
+
+def test_confusion_is_told_without_small_cells_and_waits_with_its_labels():
+    window = window_of(labelled=40, correct=30, a=40)
+    window.confuse([("a", "a")] * 25 + [("b", "b")] * 11 + [("a", "b")] * 3 + [("b", "a")])
+    report, carried = report_of(window)
+    assert report.confusion == {"a\ta": 25, "other": 15}  # 4 alone could be told apart
+    assert carried.confusion == {}
+    few = window_of(labelled=3, correct=3, a=3)
+    few.confuse([("a", "a")] * 3)
+    report, carried = report_of(few)
+    assert (report.confusion, carried.confusion) == ({}, {"a\ta": 3})
+
+
+def test_confusion_of_many_labels_stays_small():
+    window = window_of(labelled=40_000, correct=0, a=10)
+    window.confuse([(f"l{i}", f"l{j}") for i in range(40) for j in range(40) for _ in range(12)])
+    assert len(window.confusion) <= 1001
+    report, _ = report_of(window)
+    assert len(report.confusion) <= 101
+    assert sum(report.confusion.values()) == 40 * 40 * 12
+
+
+def test_scores_are_told_over_all_rows_once_there_are_enough():
+    scores = {"rows": 50.0, "accuracy": 0.91234, "f1": None, "classes": {"a": {}}, "slices": {"yard": {}}}
+    assert report_of(window_of(), scores=scores)[0].scores == {"accuracy": 0.9123}
+    assert report_of(window_of(), scores={**scores, "rows": 9.0})[0].scores == {}
+    assert report_of(window_of(), scores={})[0].scores == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "on_mains", "ordered_s", "interval_s"),
+    [
+        ({}, None, 0.0, 300.0),
+        ({"metered": True}, True, 0.0, 3600.0),
+        ({"battery_interval_s": 900.0}, False, 0.0, 900.0),
+        ({"battery_interval_s": 900.0}, True, 0.0, 300.0),
+        ({"battery_interval_s": 900.0}, None, 0.0, 300.0),
+        ({"battery_interval_s": 900.0, "metered": True}, False, 0.0, 3600.0),
+        ({}, None, 20.0, 20.0),
+        ({"metered": True}, None, 20.0, 3600.0),
+    ],
+)
+def test_the_interval_follows_link_battery_and_orders(tmp_path, clock, settings, on_mains, ordered_s, interval_s):
+    store = Store(tmp_path / "edge.db", durability="normal")
+    config = DeviceConfig(device="dev-1", report=ReportConfig(**settings))
+    reporter = Reporter(
+        store, store_id="s", boot=1, transport=MemoryTransport(MemoryBroker()), clock=clock, config=config
+    )
+    reporter.stand(interval_s=ordered_s)
+    start = reporter.window.start
+    assert not reporter.report_due(start + interval_s - 1, lambda: on_mains)
+    assert reporter.report_due(start + interval_s, lambda: on_mains)
+    store.close()
+
+
+def test_a_pause_ends_in_time_or_when_it_is_resumed(tmp_path, clock):
+    store = Store(tmp_path / "edge.db", durability="normal")
+    config = DeviceConfig(device="dev-1")
+    reporter = Reporter(
+        store, store_id="s", boot=1, transport=MemoryTransport(MemoryBroker()), clock=clock, config=config
+    )
+    now = clock.now()
+    assert not reporter.learning_paused(now)
+    reporter.stand(paused=True, paused_at=now, paused_s=60.0)
+    assert [reporter.learning_paused(now + at) for at in (0, 59, 60, -1)] == [True, True, False, False]
+    reporter.stand(paused=True, paused_at=now, paused_s=0.0)
+    assert reporter.learning_paused(now + 1e9)
+    reporter.stand(paused=False)
+    assert not reporter.learning_paused(now)
+    store.close()

@@ -1,0 +1,144 @@
+"""Orders, revocations and the broker's files, as a person gives them on the command line."""
+
+import json
+import subprocess
+
+import pytest
+from click.testing import CliRunner
+
+from edge_sdk.commands import verify
+from edge_sdk.messages import Envelope as Row
+from edge_sdk.messages import Event, Topics, encode, raw
+from edge_sdk.transport import MemoryBroker, MemoryTransport
+from edge_server.cli import main
+from edge_server.coordinator import Coordinator
+from edge_server.registry import Registry
+from edge_server.settings import BrokerSettings, Settings
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def go(*arguments, code=0):
+        result = CliRunner().invoke(main, [*arguments, "--home", "home"])
+        assert result.exit_code == code, result.output
+        return result.output
+
+    go("init")
+    settings = tmp_path / "home" / "coordinator.toml"
+    settings.write_text(settings.read_text().replace("embedded = true", "embedded = false\ntls = true"))
+    return go
+
+
+def test_orders_are_given_listed_and_refused_by_name(run):
+    run("devices", "add", "pump-1")
+    assert "waits for pump-1" in run("command", "pump-1", "pause-learning", "seconds=60")
+    (record,) = json.loads(run("commands", "pump-1", "--json"))
+    assert (record["name"], record["args"], record["outcome"]) == ("pause-learning", {"seconds": 60.0}, "waiting")
+    assert "pause-learning" in run("commands")
+    assert "no command 'fly'" in run("command", "pump-1", "fly", code=2)
+    assert "KEY=VALUE" in run("command", "pump-1", "mode", "shadow", code=2)
+    assert "no device 'pump-2'" in run("command", "pump-2", "status", code=1)
+
+
+def test_a_revoked_device_gets_no_orders_and_stands_in_no_file(run, tmp_path):
+    for name in ("pump-1", "pump-2"):
+        run("devices", "add", name)
+    run("command", "pump-1", "status")
+    run("devices", "revoke", "pump-1")
+    assert "acl, passwords, ca.pem, crl.pem, broker.pem, broker.key" in run(
+        "broker-files", "--out", "files", "--host", "localhost"
+    )
+    rules = (tmp_path / "files" / "acl").read_text()
+    assert "user pump-2\ntopic write edge/d/pump-2/up/#\n" in rules
+    assert "pump-1" not in rules + (tmp_path / "files" / "passwords").read_text()
+    assert rules.startswith("user coordinator\ntopic readwrite edge/#\n")
+    listed = subprocess.run(
+        ["openssl", "crl", "-in", tmp_path / "files" / "crl.pem", "-noout", "-text"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert listed.count("Serial Number") == 1
+    run("command", "pump-1", "status", code=1)
+    assert [record["is_revoked"] for record in json.loads(run("devices", "list", "--json"))] == [True, False]
+    run("devices", "revoke", "pump-9", code=1)
+    run("devices", "replace", "pump-9", code=1)
+
+
+def test_a_replaced_device_has_another_password_key_and_certificate(run, tmp_path):
+    run("devices", "add", "pump-1")
+    run("devices", "replace", "pump-1", "--out", "new.json")
+    before, after = (json.loads((tmp_path / name).read_text()) for name in ("pump-1.bundle.json", "new.json"))
+    assert before["command_key"] != after["command_key"]
+    for key in ("password", "certificate", "key"):
+        assert before["broker"][key] != after["broker"][key]
+    assert before["broker"]["ca"] == after["broker"]["ca"]
+    assert (tmp_path / "new.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_database_alone_gives_no_power_to_command(run, tmp_path):
+    run("devices", "add", "pump-1")
+    bundle = json.loads((tmp_path / "pump-1.bundle.json").read_text())
+    for file in (tmp_path / "home").glob("coordinator.db*"):
+        assert bundle["command_key"].encode() not in file.read_bytes()
+        assert bytes.fromhex(bundle["command_key"]) not in file.read_bytes()
+        assert bundle["broker"]["key"].encode() not in file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"embedded": True, "tls": True}, {"tls": True, "renew_days": 400}, {"tls": True, "certificate_days": 0}]
+)
+def test_settings_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"TLS|certificate_days"):
+        BrokerSettings(**wrong)
+
+
+def test_a_command_is_sent_at_once_at_every_birth_and_until_it_is_answered(tmp_path, clock):
+    broker = MemoryBroker()
+    coordinator = Coordinator(
+        tmp_path / "home", transport=MemoryTransport(broker), clock=clock, settings=Settings(durable=False)
+    )
+    bundle = coordinator.registry.enrol("dev-1", group="g", out=tmp_path / "b.json", actor="test")
+    coordinator.start()
+    device = MemoryTransport(broker)
+    device.subscribe(Topics().down("dev-1", "cmd"))
+    device.connect()
+    given = coordinator.registry.identities.order("dev-1", "status", expires_s=600, actor="test")
+
+    def commands():
+        coordinator.pump()
+        key = bytes.fromhex(bundle.command_key)
+        return [verify(message.payload, key, device="dev-1").id for message in device.receive()]
+
+    assert commands() == [given.id]
+    assert commands() == []
+    clock.advance(60)
+    assert commands() == [given.id]
+    late = Registry(tmp_path / "home", settings=Settings(), clock=clock)  # the command line, meanwhile
+    second = late.identities.order("dev-1", "diagnostics", expires_s=60, actor="cli")
+    late.close()
+    assert commands() == [second.id]
+    birth(device, clock)
+    assert sorted(commands()) == sorted([given.id, second.id])
+    clock.advance(61)
+    assert commands() == [given.id]  # the other has expired
+    event = Event(name="command_done", release=0, head=0, detail={"id": given.id, "outcome": "done", "result": "{}"})
+    row = Row(store_id="s", seq=1, oldest=1, time=clock.now(), kind="event", body=raw(event))
+    device.publish(Topics().up("dev-1", "event"), encode(row))
+    clock.advance(61)
+    commands()
+    clock.advance(61)
+    assert commands() == []
+    outcomes = {record.id: record.outcome for record in coordinator.registry.store.commands()}
+    assert outcomes == {given.id: "done", second.id: "unanswered"}
+    coordinator.close()
+
+
+def birth(device, clock):
+    from edge_sdk.messages import State
+
+    state = State(
+        device="dev-1", store_id="s", time=clock.now(), online=True, reason="birth", boot=1, release=0, head=0,
+        digest="", group="g", mode="shadow", sdk="0",
+    )  # fmt: skip
+    device.publish(Topics().up("dev-1", "state"), encode(state), retain=True)
