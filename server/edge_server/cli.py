@@ -169,7 +169,9 @@ def push(checkpoint: Path, home: Path, group: str, stages: str | None, **options
         except ValueError as error:
             raise click.UsageError(str(error)) from error
         number = registry.push(checkpoint, group=group, plan=rules, actor="cli")
-        record = registry.rollout(number)
+        record, signed = registry.rollout(number), registry.repository.exists
+    if not signed:
+        click.echo("NOT signed: there are no keys; make them with: edge-coordinator keys init", err=True)
     click.echo(f"rollout {number}: release {record.plan.release} to group {group}, {record.state.reason}")
 
 

@@ -145,6 +145,17 @@ def test_every_role_can_get_new_keys(owner, trust, clock):
     assert trust.state(clock.now()) == "trusted"
 
 
+def test_signatures_are_checked_also_without_the_package_cryptography(owner, trust, clock, monkeypatch):
+    published = owner.sign(1)
+    spoilt = altered(published, "timestamp", lambda signed: None, CryptoSigner.generate_ed25519())
+    monkeypatch.setattr("securesystemslib.signer._key.CRYPTO_IMPORT_ERROR", "as in the base install")
+    give(trust, spoilt)
+    with pytest.raises(UntrustedError, match="cannot be believed"):
+        trust.require(OFFER, clock.now())
+    give(trust, published)
+    assert trust.require(OFFER, clock.now()) is not None
+
+
 # ---- what is refused
 
 

@@ -29,15 +29,16 @@ APP = """
     names = [entry.name for entry in device.history()]
     assert "learn_started" in names, names
     device.stop()
-    foreign = {"torch", "onnx", "onnxscript", "sklearn", "scipy", "pandas", "edge_server", "edge_quantize"}
+    foreign = {"torch", "onnx", "onnxscript", "sklearn", "scipy", "pandas", "edge_server", "edge_quantize", "tuf"}
     loaded = foreign & set(sys.modules)
     assert not loaded, loaded
-    for absent in ("torch", "onnx", "sklearn", "scipy", "starlette", "iotcore"):
+    for absent in ("torch", "onnx", "sklearn", "scipy", "starlette", "iotcore", "cryptography", "bsdiff4"):
         try:
             __import__(absent)
         except ImportError:
             continue
         raise SystemExit(f"{absent} is installed: the environment is not the base one")
+    import tuf.ngclient  # what signed updates need is there
     print("the base wheel is enough")
 """
 
