@@ -118,8 +118,9 @@ class FakeDevice:
         return Status(
             device="pump-1", mode="adapt", ready=True, release=3, head=2, labels=["cat"], variant="int8",
             variant_reason="", phase="idle", waits="", release_on_probation=False, alarms=[], warnings=[],
-            diagnosis="", estimated_accuracy=None, metrics={}, accuracy=None, fresh_rows=0, replay_rows=0, judge_rows=0, asked=0, new_labels={}, connected=False,
-            outbox_rows=0, fetching=None, problem="", counters=Counters(),
+            diagnosis="", estimated_accuracy=None, metrics={}, accuracy=None, fresh_rows=0, replay_rows=0,
+            judge_rows=0, asked=0, new_labels={}, connected=False, outbox_rows=0, fetching=None, problem="",
+            counters=Counters(),
         )  # fmt: skip
 
     def _wait(self):
