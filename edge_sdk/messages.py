@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
@@ -95,8 +95,10 @@ class Report(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     rss_mb: float
     written_bytes: int
     """Bytes given to flash since the last report."""
-    confusion: dict[str, int] = {}
-    """Labelled predictions by truth and answer, a tab between the two; cells below `min_count` merged."""
+    labels: list[str] = []
+    """Those that `confusion` counts."""
+    confusion: bytes = b""
+    """Labelled predictions by truth and answer, see `to_cells`; cells below `min_count` merged."""
     scores: dict[str, float] = {}
     """Prequential scores: of the labelled predictions so far, older ones faded."""
 
@@ -435,6 +437,42 @@ def from_counts(data: bytes) -> list[int]:
     if shift:
         raise ProtocolError("counts that end within a number")
     return numbers
+
+
+def to_cells(cells: Mapping[str, int]) -> tuple[list[str], bytes]:
+    """Counts by truth and answer, a tab between the two, or "other", as labels and a run of numbers.
+
+    The numbers are three for each cell: that of the truth among the labels, that of the answer, and the count. What is
+    not told apart has the number of labels in place of both.
+    """
+    pairs = {cell: cell.partition("\t")[::2] for cell in cells if cell != "other"}
+    labels = sorted({label for pair in pairs.values() for label in pair})
+    number = {label: i for i, label in enumerate(labels)}
+    numbers: list[int] = []
+    for cell, count in cells.items():
+        truth, said = (number[label] for label in pairs[cell]) if cell in pairs else (len(labels), len(labels))
+        numbers += [truth, said, count]
+    return labels, to_counts(numbers)
+
+
+def from_cells(labels: Sequence[str], data: bytes) -> dict[str, int]:
+    """The counts that `to_cells` wrote.
+
+    Raises:
+        ProtocolError: It did not write this.
+    """
+    numbers = from_counts(data)
+    if len(numbers) % 3:
+        raise ProtocolError("a confusion that ends within a cell")
+    cells: dict[str, int] = {}
+    for truth, said, count in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True):
+        if truth == said == len(labels):
+            cells["other"] = count
+        elif max(truth, said) < len(labels):
+            cells[f"{labels[truth]}\t{labels[said]}"] = count
+        else:
+            raise ProtocolError(f"a confusion of label {max(truth, said)} among {len(labels)}")
+    return cells
 
 
 def to_buckets(indexes: Sequence[int], counts: Sequence[int], zeros: int) -> bytes:

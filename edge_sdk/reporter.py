@@ -16,7 +16,7 @@ from edge_sdk import __version__
 from edge_sdk.clock import Clock, is_due
 from edge_sdk.config import DeviceConfig, ReportConfig
 from edge_sdk.errors import NotConnectedError, ProtocolError
-from edge_sdk.messages import Ack, Desired, Event, MonitorState, Report, State, Topics, decode, encode
+from edge_sdk.messages import Ack, Desired, Event, MonitorState, Report, State, Topics, decode, encode, to_cells
 from edge_sdk.outbox import Outbox
 from edge_sdk.sketch import QuantileSketch
 from edge_sdk.stats import suppress_small
@@ -379,6 +379,7 @@ def build_report(
     telling = window.predictions >= config.min_count
     mean_confidence = round(window.confidence / window.predictions, 4) if telling else 0.0
     latency = QuantileSketch.from_wire(*window.latency)
+    labels, confusion = to_cells(_told_cells(window.confusion, config.min_count) if enough else {})
     report = Report(
         start=window.start,
         end=now,
@@ -405,7 +406,8 @@ def build_report(
         outbox_dropped=totals.outbox_dropped,
         rss_mb=round(rss_mb, 1),
         written_bytes=window.written_bytes,
-        confusion=_told_cells(window.confusion, config.min_count) if enough else {},
+        labels=labels,
+        confusion=confusion,
         scores=_told_scores(scores or {}, config.min_count),
     )
     carried = Window(start=now, release=window.release, head=window.head)

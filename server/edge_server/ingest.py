@@ -31,6 +31,7 @@ from edge_sdk.messages import (
     check_name,
     decode,
     from_buckets,
+    from_cells,
     from_counts,
     unpack,
 )
@@ -309,9 +310,8 @@ def _content(envelope: Envelope) -> tuple[Report | Summary | Event | Gap | None,
 def _checked_report(report: Report) -> Report:
     _check_numbers(report)
     _check_monitors(report.monitors)
-    for cell, count in report.confusion.items():
-        _check_count(f"confusion {cell[:_MAX_TEXT]!r}", count)
-    if len(report.confusion) + len(report.scores) > _MAX_CELLS or not all(map(math.isfinite, report.scores.values())):
+    cells = from_cells(report.labels, report.confusion)
+    if len(cells) + len(report.scores) > _MAX_CELLS or not all(map(math.isfinite, report.scores.values())):
         raise ProtocolError("too many cells or scores, or one is not finite")
     if report.correct > report.labelled:
         raise ProtocolError(f"{report.correct} correct of {report.labelled} labelled")

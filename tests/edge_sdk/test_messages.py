@@ -41,10 +41,12 @@ from edge_sdk.messages import (
     encode,
     from_bitmap,
     from_buckets,
+    from_cells,
     from_counts,
     raw,
     to_bitmap,
     to_buckets,
+    to_cells,
     to_counts,
     unpack,
 )
@@ -97,7 +99,8 @@ MESSAGES = {
         outbox_dropped=0,
         rss_mb=71.5,
         written_bytes=40_960,
-        confusion={"0\t0": 60, "1\t1": 50, "other": 10},
+        labels=["0", "1"],
+        confusion=to_cells({"0\t0": 60, "1\t1": 50, "other": 10})[1],
         scores={"accuracy": 0.9167, "f1": 0.875},
     ),
     "summary": Summary(
@@ -177,9 +180,9 @@ def test_the_block_size_has_a_default_for_older_writers():
 
 
 def test_a_report_of_an_older_writer_has_no_scores():
-    fields = msgspec.msgpack.decode(encode(MESSAGES["report"])[1:])[:-2]
+    fields = msgspec.msgpack.decode(encode(MESSAGES["report"])[1:])[:-3]
     report = decode(bytes([WIRE_VERSION]) + msgspec.msgpack.encode(fields), Report)
-    assert (report.written_bytes, report.confusion, report.scores) == (40_960, {}, {})
+    assert (report.written_bytes, report.labels, report.confusion, report.scores) == (40_960, [], b"", {})
 
 
 def test_an_envelope_carries_its_body_unread():
@@ -301,6 +304,35 @@ def test_sketches_survive_the_wire_but_for_their_empty_buckets(buckets, zeros):
 def test_a_sketch_that_is_cut_off_is_refused():
     with pytest.raises(ProtocolError, match="within a bucket"):
         from_buckets(to_counts([1, 4]))
+
+
+@given(
+    st.dictionaries(st.tuples(st.sampled_from("abc"), st.sampled_from("abc")), st.integers(0, 2**40)), st.integers(0, 9)
+)
+def test_confusions_survive_the_wire(counts, other):
+    cells = {f"{truth}\t{said}": count for (truth, said), count in counts.items()} | ({"other": other} if other else {})
+    assert from_cells(*to_cells(cells)) == cells
+
+
+@pytest.mark.parametrize("numbers", [[0, 0], [0, 2, 5], [1, 2, 5], [3, 3, 1]])
+def test_confusions_of_labels_that_are_not_there_are_refused(numbers):
+    with pytest.raises(ProtocolError, match="a confusion"):
+        from_cells(["a", "b"], to_counts(numbers))
+
+
+def test_a_report_of_ten_labels_is_small():
+    labels = [f"class-{i}" for i in range(10)]
+    cells = {f"{label}\t{label}": 110 for label in labels} | {f"{labels[i]}\t{labels[i - 1]}": 10 for i in range(10)}
+    names, confusion = to_cells(cells)
+    monitors = [
+        MonitorState(name, 12.5, 1000.0, warning=False, alarm=False) for name in ("input", "output", "accuracy")
+    ]
+    report = msgspec.structs.replace(
+        MESSAGES["report"], predicted=dict.fromkeys(labels, 600), monitors=monitors, labels=names, confusion=confusion
+    )
+    as_text = json.dumps(as_json(report) | {"confusion": cells}, separators=(",", ":"))
+    assert len(encode(report)) < 0.4 * len(as_text)
+    assert len(encode(report)) < 500
 
 
 def test_small_counts_take_one_byte_each():
