@@ -7,6 +7,7 @@ arrives, and a device that has an earlier release may fetch a patch instead of a
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,7 @@ MAX_PATCHED = 64_000_000
 """Patches are made and applied in memory: larger files always travel whole."""
 _MAGIC = b"BSDIFF40"
 _HEADER = 32
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class Patch(msgspec.Struct, frozen=True):
@@ -70,6 +72,9 @@ def parse_index(data: bytes) -> ReleaseIndex:
         raise IntegrityError(f"not the index of a release: {error}") from error
     if index.schema != SCHEMA:
         raise IncompatibleError(f"index schema {index.schema}, this SDK reads {SCHEMA}; update the SDK")
+    for patch in index.patches:  # they become names of files
+        if not all(_DIGEST.fullmatch(name) for name in (patch.target, patch.source, patch.digest)) or patch.size <= 0:
+            raise IntegrityError("the index of a release names a patch by what is no SHA-256, or of no size")
     return index
 
 

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 _COMMAND_AGAIN_S = 60.0
 _CERTIFICATES_S = 3600.0
 _RENEW_S = 60.0
+_ROOT_WARNING_S = 60 * 86_400.0
 
 
 class Coordinator:
@@ -128,15 +129,18 @@ class Coordinator:
         """Sign anew what is near its end, so that devices go on believing it."""
         if not self.registry.repository.exists:
             return
+        problem = ""
         try:
             if self.registry.repository.renew():
                 logger.info("signed metadata renewed")
                 self._publish_desired()
-            self._problem = ""
+            if (left := self.registry.repository.root_left_s()) < _ROOT_WARNING_S:
+                problem = f"the root is good for {left / 86_400:.0f} more days: edge-coordinator keys renew"
         except SigningError as error:
-            if str(error) != self._problem:  # a person has to act, and everything else goes on
-                self._problem = str(error)
-                logger.error("devices will soon install nothing any more: %s", error)  # noqa: TRY400
+            problem = str(error)
+        if problem and problem != self._problem:  # a person has to act, and everything else goes on
+            logger.error("devices will soon install nothing any more: %s", problem)
+        self._problem = problem
 
     def push(self, folder: Path, *, group: str = "default", plan: RolloutRules | None = None) -> int:
         """Take in a checkpoint, start its rollout and publish it; returns the rollout's number.

@@ -117,6 +117,11 @@ class Repository:
         """
         return self._read(f"{self._newest_root()}.root.json")
 
+    def root_left_s(self) -> float:
+        """Time until the root expires, and its owners must have signed again."""
+        root = self._load(Root, f"{self._newest_root()}.root.json").signed
+        return root.expires.timestamp() - self._clock.now()
+
     def targets(self) -> dict[str, TargetFile]:
         """What is signed now, by path."""
         return dict(self._chain()[2].signed.targets) if (self._folder / "timestamp.json").exists() else {}

@@ -53,6 +53,14 @@ def test_no_bytes_make_an_index_raise_anything_else(data):
         parse_index(data)
 
 
+@pytest.mark.parametrize("changes", [{"digest": "../../etc/x"}, {"source": ""}, {"target": "AB" * 32}, {"size": 0}])
+def test_a_patch_with_an_impossible_name_or_size_is_refused(changes):
+    patch = {"target": "ab" * 32, "source": "cd" * 32, "digest": "ef" * 32, "size": 7} | changes
+    index = ReleaseIndex(release=2, block_bytes=64, patches=[Patch(**patch)])
+    with pytest.raises(IntegrityError, match="names a patch"):
+        parse_index(index_bytes(index))
+
+
 def test_an_index_of_a_newer_form_says_so():
     with pytest.raises(IncompatibleError, match="schema 2"):
         parse_index(b'{"schema": 2, "release": 1, "block_bytes": 64}')

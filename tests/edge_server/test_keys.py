@@ -292,6 +292,16 @@ class TestPublishing:
         signing.pump()
         assert listener.receive()
 
+    def test_a_root_that_is_near_its_end_is_told_once_a_day(self, signing, clock, caplog):
+        clock.advance(660 * DAY)
+        signing.step()
+        assert "more days" not in caplog.text
+        clock.advance(15 * DAY)
+        for _ in range(3):
+            signing.step()
+            clock.advance(61)
+        assert caplog.text.count("good for 55 more days: edge-coordinator keys renew") == 1
+
     def test_a_root_that_expired_stops_nothing_else(self, signing, clock, checkpoint, caplog):
         clock.advance(800 * DAY)
         for _ in range(3):
