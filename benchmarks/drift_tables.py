@@ -61,6 +61,8 @@ def markdown(results: Line) -> str:
     for name, make in (("cost", cost), ("state", state), ("nulls", nulls), ("shifts", shifts), ("concepts", concepts)):
         if name in results:
             parts.append(make(results[name]))
+    if missing := [name for name in ("cost", "state", "nulls", "shifts", "concepts") if name not in results]:
+        parts.append(f"**Not measured yet:** {', '.join(missing)}. What stands here is from a run that did without.\n")
     return "\n".join([*parts, HOW])
 
 

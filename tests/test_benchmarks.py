@@ -1,10 +1,12 @@
-"""The forgetting benchmark runs, reuses what it has measured, and its committed tables say what its results say."""
+"""The benchmarks run, and the committed tables say what the committed results say."""
 
 import json
 from pathlib import Path
 
+import drift
 import forgetting
 import pytest
+from drift_tables import markdown as drift_markdown
 from forgetting_tables import markdown
 
 pytestmark = pytest.mark.torch
@@ -46,3 +48,33 @@ def test_what_has_been_measured_is_not_measured_again(quick, monkeypatch):
 def test_the_committed_tables_are_those_of_the_committed_results():
     results = json.loads((BENCHMARKS / "forgetting.json").read_text())
     assert (BENCHMARKS / "forgetting.md").read_text() == markdown(results)
+
+
+@pytest.fixture(scope="module")
+def drift_quick(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drift")
+    drift.main(["--quick", "--only", "state", "concepts", "--cache", str(folder), "--out", str(folder / "drift.json")])
+    return json.loads((folder / "drift.json").read_text()), (folder / "drift.md").read_text()
+
+
+def test_the_state_of_the_drift_monitors_does_not_grow_with_the_rows(drift_quick):
+    lines = drift_quick[0]["state"]
+    assert lines[-1]["rows"] >= 50_000
+    assert len({line["bytes"] for line in lines[1:]}) == 1
+
+
+def test_dummies_stand_beside_the_scores_of_the_drift_monitors(drift_quick):
+    found, text = drift_quick
+    delays = {(line["who"], line["stream"]): line["delay"][0] for line in found["concepts"]["lines"]}
+    for stream in ("SEA", "STAGGER", "Sine"):
+        assert delays["dummy: always", stream] < delays["ours", stream] < delays["dummy: never", stream]
+    assert found["concepts"]["rate"]["dummy: never"][0] == 0
+    assert "A smoke test" in text
+    assert "no peers in this run" in text
+
+
+def test_the_committed_drift_tables_are_those_of_the_committed_results():
+    results = json.loads((BENCHMARKS / "drift.json").read_text())
+    assert (BENCHMARKS / "drift.md").read_text() == drift_markdown(results)
+    assert not results["facts"]["quick"]
+    assert results["facts"]["seeds from"] >= 1000

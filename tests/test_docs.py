@@ -22,6 +22,7 @@ PROGRAMS = {
     "edge-quantize": edge_quantize.cli.main,
 }
 GUIDE = ROOT / "docs" / "learning.md"
+DRIFT_GUIDE = ROOT / "docs" / "drift.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")])
 
 
@@ -107,8 +108,21 @@ def test_python_blocks_of_the_guide_to_learning_run_one_after_another(tmp_path, 
     assert names["erased"] == 1
 
 
-def test_settings_that_the_guide_to_learning_shows_or_names_exist():
-    text = re.sub(r"```.*?```", "", GUIDE.read_text(), flags=re.DOTALL)
+@pytest.mark.torch
+def test_python_blocks_of_the_guide_to_drift_run_one_after_another(tmp_path, checkpoint, digits):
+    names = {"folder": tmp_path, "checkpoint": checkpoint, "x": digits.life.only(set(range(8))).x}
+    for block in re.findall(r"```python\n(.*?)```", DRIFT_GUIDE.read_text(), flags=re.DOTALL):
+        exec(compile(block, str(DRIFT_GUIDE), "exec"), names)
+    assert names["status"].alarms
+    assert names["status"].diagnosis
+    assert 2880 < names["found"].alarms[0].row < 3000  # as the guide says
+    assert names["detector"].drift_detected
+    assert (tmp_path / "week.html").exists()
+
+
+@pytest.mark.parametrize("guide", [GUIDE, DRIFT_GUIDE], ids=lambda path: path.stem)
+def test_settings_that_a_guide_shows_or_names_exist(guide):
+    text = re.sub(r"```.*?```", "", guide.read_text(), flags=re.DOTALL)
     for block in re.findall(r"(?:^    .*\n)+", text, flags=re.MULTILINE):
         if block.lstrip().startswith("["):
             msgspec.toml.decode(textwrap.dedent(block), type=edge_sdk.config.DeviceConfig)
