@@ -23,6 +23,8 @@ _COARSER = (32, 16, 8)
 _MAX_NAME = 64
 _MAX_LABELS = 32
 _OTHER = "other"
+_SHORT = 1 << 16
+"""Counts below this are stored in half the bytes; an hour's hardly ever are not."""
 _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
@@ -284,7 +286,7 @@ class Summary:
         """All that `restore` needs, exactly, as plain arrays: for this device's own disk."""
         facts = (self.start, self.end, self.rows, self.classes, self.latency.to_wire())
         return {
-            "counts": self.counts.copy(),
+            "counts": self.counts.astype(np.uint16 if self.counts.max(initial=0) < _SHORT else np.uint32),
             "missing": self.missing.copy(),
             "moments": np.stack([self.known, self.mean, self.m2, self.low, self.high]),
             "confidence": self.confidence.copy(),
