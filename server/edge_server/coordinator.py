@@ -218,19 +218,20 @@ class Coordinator:
             return
         now = self._clock.now()
         sent: dict[str, dict[str, float]] = {}
-        for command in self.registry.identities.waiting():
-            known = self._commanded.get(command.device, {})
-            sent.setdefault(command.device, {})[command.id] = known.get(command.id, now)
-            if command.id in known and not is_due(now, known[command.id], _COMMAND_AGAIN_S):
+        for number, device in self.registry.identities.waiting():
+            known = self._commanded.get(device, {})
+            sent.setdefault(device, {})[number] = known.get(number, now)
+            if number in known and not is_due(now, known[number], _COMMAND_AGAIN_S):
                 continue
+            command = self.registry.store.commands(number=number)[0]
             payload = encode(self.registry.identities.sign(command))
             try:
-                topic = self._topics.down(command.device, "cmd")
+                topic = self._topics.down(device, "cmd")
                 self._transport.publish(topic, payload, expires_s=command.expires - now)
             except NotConnectedError:
-                del sent[command.device][command.id]
+                del sent[device][number]
                 break
-            sent[command.device][command.id] = now
+            sent[device][number] = now
         self._commanded = sent
 
     def _publish_desired(self) -> None:

@@ -256,15 +256,13 @@ class Identities:
             self._store.audit(command.issued, actor, "command given", {"device": device, "command": name})
         return command
 
-    def waiting(self) -> list[CommandRecord]:
-        """Commands that no device has answered and that are still to be carried out, oldest first."""
+    def waiting(self) -> list[tuple[str, str]]:
+        """(id, device) of commands that nobody has answered and that are still to be carried out, oldest first."""
         now = self._clock.now()
-        commands = self._store.commands(waiting=True)
-        if any(command.expires <= now or self._store.enrolment(command.device) is None for command in commands):
+        if self._store.commands_to_give_up(now=now):
             with self._store.transaction():
                 self._store.give_up_commands(now=now)
-            commands = self._store.commands(waiting=True)
-        return commands[::-1]
+        return self._store.waiting_commands()
 
     def sign(self, record: CommandRecord) -> Command:
         """A command as it goes over the wire.

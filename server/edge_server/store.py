@@ -350,16 +350,32 @@ class Store(Database):
             ),
         )
 
-    def commands(self, *, device: str | None = None, waiting: bool = False, limit: int = 1000) -> list[CommandRecord]:
-        """Commands, newest first."""
+    def commands(
+        self, *, device: str | None = None, number: str | None = None, limit: int = 1000
+    ) -> list[CommandRecord]:
+        """Commands of a device, or the one of that id; newest first."""
         rows = self.read(
             f"SELECT {_COMMAND} FROM commands WHERE (?1 IS NULL OR device = ?1)"  # noqa: S608 - a constant
-            " AND (NOT ?2 OR outcome = 'waiting') ORDER BY issued DESC, id LIMIT ?3",
+            " AND (?2 IS NULL OR id = ?2) ORDER BY issued DESC, id LIMIT ?3",
             device,
-            waiting,
+            number,
             limit,
         )
         return [_record(CommandRecord, row) for row in rows]
+
+    def waiting_commands(self, *, limit: int = 10_000) -> list[tuple[str, str]]:
+        """(id, device) of the commands without an answer, oldest first. Asked in every turn, so without the rest."""
+        rows = self.read("SELECT id, device FROM commands WHERE outcome = 'waiting' ORDER BY issued, id LIMIT ?", limit)
+        return [(row[0], row[1]) for row in rows]
+
+    def commands_to_give_up(self, *, now: float) -> bool:
+        """Whether `give_up_commands` would do anything."""
+        rows = self.read(
+            "SELECT 1 FROM commands WHERE outcome = 'waiting' AND (expires <= ? OR device IN"
+            " (SELECT name FROM devices WHERE revoked IS NOT NULL)) LIMIT 1",
+            now,
+        )
+        return bool(rows)
 
     def give_up_commands(self, *, now: float) -> None:
         """What has expired without an answer is no longer waited for, nor what a revoked device was told."""

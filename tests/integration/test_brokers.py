@@ -322,7 +322,7 @@ def test_commands_wait_for_a_device_that_is_away_and_certificates_are_renewed_by
         "renew-certificate": lambda args: renew(device.home, device.config.broker, args.certificate),
     }
     assert desk.turn(device.receive("cmd"), time.time(), orders) == 0
-    fleet.until(lambda: "sleeper" not in [command.device for command in fleet.identities.waiting()])
+    fleet.until(lambda: "sleeper" not in [device for _, device in fleet.identities.waiting()])
     answers = {record.name: record for record in fleet.coordinator.registry.store.commands(device="sleeper")}
     assert {name: answer.outcome for name, answer in answers.items()} == {"mode": "done", "renew-certificate": "done"}
     assert answers["mode"].result == '{"mode":"monitor"}'
