@@ -89,6 +89,8 @@ def test_an_enrolled_device_gets_its_release_and_survives_a_killed_coordinator(t
         serve.kill()
         serve = children[0] = Child(coordinator, "serve", "--home", home, log=tmp_path / "serve-2.log")
         until(lambda: device(url)["online"] is True, children)
+        # the state says so before the rows have come again, and what is stopped sends none
+        until(lambda: activated(url), children)
 
         assert run.stop() == 0, run.output()
         until(lambda: device(url)["online"] is False, children)
@@ -107,6 +109,13 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def activated(url):
+    try:
+        return [event for event in api(url, "events")["events"] if event["name"] == "release_activated"]
+    except OSError:
+        return []
 
 
 def device(url):
