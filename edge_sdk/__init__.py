@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from edge_sdk.learn.moments import Moments
     from edge_sdk.manifest import Manifest, verify_checkpoint
     from edge_sdk.mqtt import MqttTransport
-    from edge_sdk.simulate import Fleet, FleetReport, SimulatedDevice
+    from edge_sdk.simulate import Fleet
     from edge_sdk.skew import Skew
     from edge_sdk.status import Status, StepReport
     from edge_sdk.store import Lineage
@@ -43,7 +43,7 @@ _HOME = {
     "EdgeDevice": "device",
     "EdgeError": "errors",
     "Fleet": "simulate",
-    "FleetReport": "simulate",
+    "FleetReport": "fleet_report",
     "Head": "head",
     "LabelRequest": "ask",
     "LabellingFunction": "labelling",
@@ -61,7 +61,7 @@ _HOME = {
     "MqttTransport": "mqtt",
     "Prediction": "types",
     "Rows": "learn.base",
-    "SimulatedDevice": "simulate",
+    "SimulatedDevice": "shard",
     "Skew": "skew",
     "Status": "status",
     "StepReport": "status",

@@ -266,12 +266,16 @@ def prepare(path: Path, *, devices: int | None = None, seed: int | None = None) 
     scenario = load_scenario(path)
     given = {"devices": devices, "seed": seed}
     changes = {key: value for key, value in given.items() if value is not None}
-    scenario = msgspec.structs.replace(scenario, fleet=msgspec.structs.replace(scenario.fleet, **changes))
+    return prepare_scenario(msgspec.structs.replace(scenario, fleet=msgspec.structs.replace(scenario.fleet, **changes)))
+
+
+def prepare_scenario(scenario: Scenario) -> Prepared:
+    """The same for a scenario that was read, or made in code with absolute paths. Errors as there."""
     manifest = checkpoint_manifest(scenario, "fleet.checkpoint", scenario.fleet.checkpoint)
     try:
         world = open_world(scenario.data, spec=manifest.input)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{scenario.file}: {error}" if scenario.file else str(error)) from error
     _check_model(scenario, manifest, world)
     return Prepared(scenario, manifest, world, tuple(plan_devices(scenario, world)))
 

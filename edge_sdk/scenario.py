@@ -199,6 +199,8 @@ class Release(_Section, frozen=True):
     """Whether it is known to be bad, so that it must be stopped."""
     group: str = "default"
     """Which devices get it: those whose `config.group` is the same."""
+    rollout: dict[str, Any] = {}
+    """Rules of its rollout that differ from the coordinator's defaults, as in `[rollout]` of `coordinator.toml`."""
 
 
 class ReleaseOutcome(NamedTuple):
@@ -216,13 +218,13 @@ class ReleaseOutcome(NamedTuple):
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """What a simulation found of what may be expected of it. NaN: nothing was measured."""
+    """What a simulation found of what may be expected of it. None: nothing was measured."""
 
-    accuracy: float = math.nan
+    accuracy: float | None = None
     """Share of right predictions from `min_accuracy_from_h` on, over all devices that are not poisoned."""
-    false_alarms_per_device_day: float = math.nan
+    false_alarms_per_device_day: float | None = None
     """Drift alarms raised while a device's data had never changed, by the device-days in which they had not."""
-    bytes_per_device_day: float = math.nan
+    bytes_per_device_day: float | None = None
     """Bytes that a device sent, payload, by the days it was there."""
     releases: tuple[ReleaseOutcome, ...] = ()
 
@@ -252,7 +254,11 @@ class Expect(_Section, frozen=True):
             ("max_bytes_per_device_day", found.bytes_per_device_day, False),
         ):
             limit = getattr(self, key)
-            if limit is not None and not (value >= limit if least else value <= limit):
+            if limit is None:
+                continue
+            if value is None:
+                lines.append(f"expect.{key}: {limit:g} was stated, nothing was measured")
+            elif not (value >= limit if least else value <= limit):
                 lines.append(f"expect.{key}: {limit:g} was stated, {value:.6g} came out")
         for release in found.releases:
             if release.bad and self.bad_releases_stop and release.status not in ("rolling_back", "rolled_back"):

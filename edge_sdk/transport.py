@@ -121,6 +121,10 @@ def topic_matches(topic_filter: str, topic: str) -> bool:
     return len(wanted) == len(parts)
 
 
+def _is_pattern(topic_filter: str) -> bool:
+    return "+" in topic_filter or "#" in topic_filter
+
+
 def check_size(topic: str, payload: bytes) -> None:
     """Refuse what would make a broker drop the line.
 
@@ -163,6 +167,10 @@ class MemoryBroker:
     def __init__(self) -> None:
         self.running = True
         self._clients: list[MemoryTransport] = []
+        self._exact: dict[
+            str, dict[MemoryTransport, None]
+        ] = {}  # by topic, so that a large fleet does not ask everyone
+        self._patterns: dict[MemoryTransport, None] = {}
         self._retained: dict[str, Message] = {}
 
     def stop(self) -> None:
@@ -196,8 +204,25 @@ class MemoryBroker:
                 self._retained[message.topic] = message
             else:
                 self._retained.pop(message.topic, None)
-        for client in self._clients:
+        hearers = {**self._exact.get(message.topic, {}), **self._patterns}
+        for client in hearers:
             client.deliver(Message(message.topic, message.payload))
+
+    def listen(self, client: MemoryTransport, topic_filter: str) -> None:
+        """From now on a client may hear what matches."""
+        if _is_pattern(topic_filter):
+            self._patterns[client] = None
+        else:
+            self._exact.setdefault(topic_filter, {})[client] = None
+
+    def unlisten(self, client: MemoryTransport, topic_filter: str, *, patterns: bool) -> None:
+        """It need no longer be asked about this topic; `patterns`: it has others with `+` or `#`."""
+        if not patterns:
+            self._patterns.pop(client, None)
+        hearers = self._exact.get(topic_filter, {})
+        hearers.pop(client, None)
+        if not hearers:
+            self._exact.pop(topic_filter, None)
 
     def retained(self, topic_filter: str) -> list[Message]:
         """The retained messages that match."""
@@ -276,6 +301,7 @@ class MemoryTransport:
         """Receive what matches, retained messages at once."""
         if topic_filter not in self._filters:
             self._filters.append(topic_filter)
+            self._broker.listen(self, topic_filter)
         if self._connected:
             self._inbox.extend(self._broker.retained(topic_filter))
 
@@ -283,6 +309,12 @@ class MemoryTransport:
         """Receive it no longer."""
         if topic_filter in self._filters:
             self._filters.remove(topic_filter)
+            self._broker.unlisten(self, topic_filter, patterns=any(_is_pattern(wanted) for wanted in self._filters))
+
+    @property
+    def unread(self) -> tuple[Message, ...]:
+        """What `receive` would return, which stays."""
+        return tuple(self._inbox)
 
     def receive(self) -> list[Message]:
         """All messages since the last call."""

@@ -1,52 +1,51 @@
-"""Simulate a fleet before you ship a setting: the real device code, in the time of a clock that you advance.
+"""Simulate a fleet before you ship a setting: the real device code, in the time of a clock that is advanced.
 
-Four devices meet four drifts; no network is needed, and the same seed gives the same result.
+Four cohorts meet four drifts; no network is needed, and the same seed gives the same result. `edge simulate` does the
+same from the command line, and draws what came out.
 """
 
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
 from demo import factory
-from edge_sdk import DeviceConfig, EdgeDevice, Fleet, ManualClock, SimulatedDevice, streams
-from edge_sdk.config import DriftConfig, LearnConfig, PolicyConfig
-from edge_sdk.resources import FixedReader
+from edge_sdk import Fleet
+from edge_sdk.fleet_report import summary_lines
+from edge_sdk.plan import prepare
 
-DRIFTS = {
-    "steady": streams.unchanged,
-    "tilted": streams.rotation(25),
-    "dirty-lens": streams.darkening(0.4),
-    "bad-sensor": streams.noise(0.3),
-}
+SCENARIO = """
+fleet = { checkpoint = "checkpoint", devices = 4, duration_h = 8, tick_s = 600, predictions_per_h = 240 }
+data = { source = "digits", labels = ["0", "1", "2", "3", "4", "5", "6", "7"] }
+
+[config]
+mode = "adapt"
+policy.cooldown_s = 1800
+
+[[cohort]]
+name = "steady"
+
+[[cohort]]
+name = "tilted"
+count = 1
+drift = [{ effect = "rotation", size = 25, at_h = 2 }]
+
+[[cohort]]
+name = "dirty-lens"
+count = 1
+drift = [{ effect = "darkening", size = 0.4, at_h = 2, course = "incremental", over_h = 2 }]
+
+[[cohort]]
+name = "bad-sensor"
+count = 1
+drift = [{ effect = "noise", size = 0.3, at_h = 2 }]
+"""
 
 with tempfile.TemporaryDirectory() as folder:
-    digits = factory.load(seed=0)
-    factory.release_1(digits, Path(folder) / "checkpoint", seed=0)
-    clock, trunks, fleet = ManualClock(), {}, []
-    for number, (name, drift) in enumerate(DRIFTS.items()):
-        config = DeviceConfig(
-            device=name,
-            mode="adapt",
-            variant="int8",
-            learn=LearnConfig(executor="inline"),
-            policy=PolicyConfig(cooldown_s=600),
-            drift=DriftConfig(alarms_per_day=1, rows_per_day=11_520),
-        )
-        home, rng = Path(folder) / name, np.random.default_rng([0, number])
-        device = EdgeDevice(home, checkpoint=Path(folder) / "checkpoint", config=config, clock=clock, trunks=trunks,
-                            resources=FixedReader(), rng=rng)  # fmt: skip
-        stream = streams.DriftingStream(digits.life, rng=rng, base_labels=factory.BASE, drift_at=6, transform=drift)
-        fleet.append(SimulatedDevice(device, stream, label_names=factory.LABELS, rng=rng))
-
-    simulation = Fleet(fleet, clock=clock)
-    simulation.run(30)
-    score = digits.score.only(factory.BASE)
-    for simulated in fleet:
-        status = simulated.device.status()
-        print(
-            f"{status.device:11} drifted {simulated.accuracy(score, drifted=True):.3f}  "
-            f"original {simulated.accuracy(score, drifted=False):.3f}  alarms {status.counters.alarms}  "
-            f"promoted {status.counters.promotions}"
-        )
-    simulation.close()
+    factory.release_1(factory.load(seed=0), Path(folder) / "checkpoint", seed=0)
+    path = Path(folder) / "scenario.toml"
+    path.write_text(SCENARIO)
+    with Fleet(prepare(path)) as fleet:
+        report = fleet.run()
+print(*summary_lines(report), sep="\n")
+for device in report.devices:
+    print(f"{device.device:14} drifted {device.after or 0:.3f}, original {device.original:.3f}, "
+          f"alarms {device.alarms}, promoted {device.promotions}")  # fmt: skip

@@ -10,6 +10,7 @@ from html import escape
 import numpy as np
 
 from edge_sdk.drift.replay import BUDGETS, Raised, Replay, Strip, Trace
+from edge_sdk.page import document, runs, soft
 from edge_sdk.types import AnyArray, DoubleArray
 
 _WIDTH, _HEIGHT, _STRIP = 760, 150, 64
@@ -29,30 +30,6 @@ _FEATURES = """Grey: where the middle 80 % of the reference lie. Blue: the same 
 the share that is missing. Of a category: the shares of its values, with lines where they usually end. Those that
 carried an alarm come first, then those that moved most."""
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c2330; --soft: #667085; --line: #d8dde6; --paper: #ffffff; --card: #f6f7f9;
-  --trace: #2f6fde; --band: #2f6fde33; --usual: #8a94a633; --alarm: #c9302c; --warn: #b7791f; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3; --line: #333b49; --paper: #12161d;
-  --card: #1a202a; --trace: #7aa7f7; --band: #7aa7f733; --usual: #98a2b32b; --alarm: #f1716b; --warn: #e2b04a; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 52rem; padding: 2rem 1rem 4rem; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: 0 0 .25rem; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .5rem; }
-h3 { font-size: .95rem; margin: 1.2rem 0 .2rem; font-weight: 600; }
-p { margin: .4rem 0; } .soft { color: var(--soft); } .small { font-size: .85rem; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .35rem .7rem .35rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { color: var(--soft); font-weight: 500; font-size: .85rem; } td.number, th.number { text-align: right; }
-.alarm { color: var(--alarm); font-weight: 600; } .ok { color: var(--soft); }
-pre { background: var(--card); padding: .7rem .9rem; border-radius: 6px; overflow-x: auto; }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
-.grid { stroke: var(--line); } .trace { fill: none; stroke: var(--trace); stroke-width: 1.5; }
-.limit { stroke: var(--alarm); stroke-dasharray: 5 3; } .level { stroke: var(--warn); stroke-dasharray: 2 3; }
-.raised { stroke: var(--alarm); } .band { fill: var(--band); } .usual { fill: var(--usual); }
-.share0 { fill: var(--band); } .share1 { fill: var(--usual); } .others { fill: var(--alarm); opacity: .6; }
-.missing { fill: var(--warn); } svg .tag { fill: var(--alarm); }
-"""
-
 
 def page(found: Replay) -> str:
     """A whole HTML document."""
@@ -68,34 +45,24 @@ def page(found: Replay) -> str:
     )
     parts = [
         f"<h1>{escape(title)}</h1>",
-        _soft(shown),
+        soft(shown),
         _verdict(found),
         "<h2>Alarms</h2>",
         _alarms(found.alarms),
         "<h2>Evidence</h2>",
-        _soft(_EVIDENCE, small=True),
+        soft(_EVIDENCE, small=True),
         *(_evidence(name, trace, found) for name, trace in found.traces.items()),
         "<h2>Other budgets</h2>",
-        _soft(_BUDGETS, small=True),
+        soft(_BUDGETS, small=True),
         _budgets(found),
         "<h2>Settings</h2>",
         f"<p>For <code>device.toml</code>:</p>\n<pre>{toml}</pre>",
         "<h2>Features</h2>",
-        _soft(_FEATURES, small=True),
+        soft(_FEATURES, small=True),
         *(_strip(strip, found) for strip in found.strips[:_STRIPS]),
         _rest(found),
     ]
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(title)}</title>\n'
-        f"<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</body>\n</html>\n"
-    )
-
-
-def _soft(text: str, *, small: bool = False) -> str:
-    return f'<p class="soft{" small" if small else ""}">{escape(text)}</p>'
+    return document(title, parts)
 
 
 def _verdict(found: Replay) -> str:
@@ -108,7 +75,7 @@ def _verdict(found: Replay) -> str:
     seen = f"{len(found.alarms)} alarms were raised." if len(found.alarms) != 1 else "One alarm was raised."
     said = [f"<p><strong>{seen if found.alarms else 'No alarm was raised.'}</strong> {escape(budget)}</p>"]
     if found.caveat:
-        said.append(_soft(f"{found.caveat[:1].upper()}{found.caveat[1:]}."))
+        said.append(soft(f"{found.caveat[:1].upper()}{found.caveat[1:]}."))
     return "\n".join(said)
 
 
@@ -229,7 +196,7 @@ def _values(strip: Strip, x: Sequence[float]) -> list[str]:
             f'<rect class="usual" x="40" width="{_WIDTH - 40}" y="{y(strip.usual[2]):.1f}" '
             f'height="{max(1.0, y(strip.usual[0]) - y(strip.usual[2])):.1f}"/>'
         )
-    for run in _runs(~np.isnan(strip.quantiles[0])):
+    for run in runs(~np.isnan(strip.quantiles[0])):
         upper = [f"{x[i]:.1f},{y(strip.quantiles[2, i]):.1f}" for i in run]
         lower = [f"{x[i]:.1f},{y(strip.quantiles[0, i]):.1f}" for i in reversed(run)]
         middle = " ".join(f"{x[i]:.1f},{y(strip.quantiles[1, i]):.1f}" for i in run)
@@ -269,7 +236,7 @@ def _rest(found: Replay) -> str:
         said.append(f"{len(found.strips) - _STRIPS} features that moved less are not drawn.")
     if found.left_out:
         said.append(f"Columns that are not watched: {', '.join(found.left_out)}.")
-    return _soft(" ".join(said), small=True) if said else ""
+    return soft(" ".join(said), small=True) if said else ""
 
 
 def _budgets(found: Replay) -> str:
@@ -296,12 +263,6 @@ def _thinned(ends: Sequence[int], values: Sequence[float]) -> tuple[AnyArray, Do
     starts = np.arange(0, len(values), step)
     last = np.minimum(starts + step, len(values)) - 1
     return np.asarray(ends)[last], np.maximum.reduceat(np.asarray(values, np.float64), starts)
-
-
-def _runs(flags: AnyArray) -> list[list[int]]:
-    """Places of each run of true values."""
-    places = np.flatnonzero(flags)
-    return [list(map(int, run)) for run in np.split(places, np.flatnonzero(np.diff(places) > 1) + 1) if len(run)]
 
 
 def _short(value: float) -> str:

@@ -1,0 +1,711 @@
+"""A part of a simulated fleet: real devices that live by their plans, in this process or in one of their own.
+
+Whatever crosses between a shard and the fleet is a struct, so that a shard behind a pipe is driven as one in place. All
+shards take each round of messages together, so that it makes no difference how many there are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import msgspec
+
+from edge_sdk.clock import Clock, ManualClock
+from edge_sdk.device import EdgeDevice
+from edge_sdk.errors import EdgeError, InputError, LabelError, NotConnectedError, TransportError
+from edge_sdk.fleet_report import Cost, DeviceSummary, FleetEvent, alarm_facts, changed_at, extreme_at
+from edge_sdk.manifest import MANIFEST_NAME, parse_manifest
+from edge_sdk.messages import Ack, Desired, Envelope, Topics, decode
+from edge_sdk.model import Trunks
+from edge_sdk.plan import DAY_S, DevicePlan, Prepared, SkewedClock, prepare_scenario
+from edge_sdk.policy import ResourceState
+from edge_sdk.runtime import ModelRuntime, WholeModel
+from edge_sdk.scenario import Scenario
+from edge_sdk.streams import HOUR_S, Pool, ScriptedStream, World
+from edge_sdk.transport import MemoryBroker, MemoryTransport, Message, Transport
+from edge_sdk.types import IndexArray, Prediction
+
+logger = logging.getLogger(__name__)
+STARTED = 1_767_225_600.0
+"""When simulations begin, in seconds since the epoch: a midnight."""
+_HEADER_BYTES = 11
+"""Of MQTT v5 for a publication at QoS 1 beside topic and payload: two headers, lengths, number, acknowledgement."""
+_SQLITE_BYTES = 32_000_000
+"""What the databases of all devices of a process may hold in memory, beyond which they read again."""
+
+
+class Lived(msgspec.Struct, frozen=True, array_like=True):
+    """One device in one tick."""
+
+    made: int
+    right: int
+    release: int
+    head: int
+    kept: float | None = None
+    """Accuracy on the data without any drift, when another version has begun to serve."""
+
+
+class Turned(msgspec.Struct, frozen=True, array_like=True):
+    """What a shard did in a round."""
+
+    up: list[tuple[str, bytes]]
+    """What its devices sent: topics and payloads."""
+    waiting: int
+    """Devices with mail that will not wait for the next tick."""
+    lived: list[Lived] = []
+    """By device, after a tick."""
+
+
+class Order(msgspec.Struct, frozen=True, array_like=True):
+    """What a shard is to do: "open", "tick", "round", "events" or "finish"."""
+
+    what: str
+    time_s: float = 0.0
+    """Of the fleet's clock, from the start."""
+    down: list[tuple[str, bytes]] = []
+    """What the coordinator sent."""
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True):
+    """What became of a shard's devices."""
+
+    devices: list[DeviceSummary]
+    costs: list[Cost]
+    peak_mb: float
+
+
+class Start(msgspec.Struct, frozen=True):
+    """What a shard in a process of its own begins with."""
+
+    scenario: Scenario
+    first: int
+    last: int
+    home: str
+
+
+# ---- one device
+
+
+class Line:
+    """A device's connection: counts what goes over it, can be cut, and knows what is still to come.
+
+    Args:
+        inner: The connection itself.
+        topics: As the device uses them.
+        device: Its name.
+    """
+
+    def __init__(self, inner: Transport, topics: Topics, device: str) -> None:
+        self.inner = inner
+        self._ack, self._desired = topics.down(device, "ack"), f"{topics.prefix}/g/"
+        self._mail: list[Message] = []
+        self._numbered = self._acknowledged = 0
+        self.revision = 0
+        """Of the newest desired state that came."""
+        self.payload_sent = self._sent = self._received = 0
+        self._will: Message | None = None
+        self._online, self._open = True, False
+
+    @property
+    def connected(self) -> bool:
+        """As of the connection."""
+        return self.inner.connected
+
+    @property
+    def connections(self) -> int:
+        """As of the connection."""
+        return self.inner.connections
+
+    @property
+    def wire(self) -> tuple[int, int]:
+        """Bytes sent and received: those given to TCP, or an estimate where there is none."""
+        real = getattr(self.inner, "bytes_sent", None)
+        return (self._sent, self._received) if real is None else (real, self.inner.bytes_received)  # type: ignore[attr-defined]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a device uses it."""
+        return self._open
+
+    @property
+    def online(self) -> bool:
+        """Whether there is a network."""
+        return self._online
+
+    @online.setter
+    def online(self, value: bool) -> None:
+        if value == self._online:
+            return
+        self._online = value
+        if self._open and value:
+            self.inner.connect(self._will)
+        elif self._open:
+            # in memory the broker notices as of a broken line; a real client says goodbye, so that nobody need wait
+            getattr(self.inner, "vanish", self.inner.close)()
+
+    def connect(self, will: Message | None = None) -> None:
+        """Connect as soon as there is a network."""
+        self._will, self._open = will, True
+        if self._online:
+            self.inner.connect(will)
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool = False, expires_s: float | None = None) -> None:
+        """As of the connection."""
+        if not self._online:
+            raise NotConnectedError(f"no network: {topic} was not sent")
+        self.inner.publish(topic, payload, retain=retain, expires_s=expires_s)
+        if topic.endswith(("/up/event", "/up/report")):
+            self._numbered = max(self._numbered, decode(payload, Envelope).seq)
+        self.payload_sent += len(payload)
+        self._sent += len(topic) + len(payload) + _HEADER_BYTES
+
+    def subscribe(self, topic_filter: str) -> None:
+        """As of the connection."""
+        self.inner.subscribe(topic_filter)
+
+    def unsubscribe(self, topic_filter: str) -> None:
+        """As of the connection."""
+        self.inner.unsubscribe(topic_filter)
+
+    def receive(self) -> list[Message]:
+        """As of the connection."""
+        self.fetch()
+        messages, self._mail = self._mail, []
+        return messages
+
+    def fetch(self) -> None:
+        """Take in what has come, for the device to read at its next turn."""
+        for message in self.inner.receive():
+            self._received += len(message.topic) + len(message.payload) + _HEADER_BYTES
+            self._mail.append(message)
+            if message.topic == self._ack:
+                self._acknowledged = max(self._acknowledged, decode(message.payload, Ack).seq)
+            elif message.topic.startswith(self._desired) and message.payload:
+                self.revision = max(self.revision, decode(message.payload, Desired).revision)
+
+    @property
+    def urgent(self) -> bool:
+        """Whether there is mail that will not wait: acknowledgements are read at the next turn anyway."""
+        self.fetch()
+        return any(message.topic != self._ack for message in self._mail)
+
+    @property
+    def unacknowledged(self) -> int:
+        """How many messages beyond the last acknowledgement that came were sent."""
+        return max(0, self._numbered - self._acknowledged)
+
+    def close(self) -> None:
+        """As of the connection."""
+        self._open = False
+        self.inner.close()
+
+
+class _PlannedResources:
+    """What the machine can spare, as the plan says."""
+
+    def __init__(self, plan: DevicePlan, clock: Clock) -> None:
+        self._plan, self._clock = plan, clock
+
+    def read(self) -> ResourceState:
+        return self._plan.resources(self._clock.now() - STARTED)
+
+    def rss_mb(self) -> float:
+        return 0.0
+
+
+class SimulatedDevice:
+    """A real device that lives by its plan: samples come, labels come late, the network and the power come and go.
+
+    Args:
+        plan: What happens to it.
+        prepared: The scenario.
+        home: Its folder.
+        clock: The simulation's.
+        trunks: Loaded trunks, shared by content.
+        transport: Its connection to the broker.
+        original: The data without any drift, for judging.
+        files: Files of releases by their hash, shared by content.
+    """
+
+    def __init__(
+        self,
+        plan: DevicePlan,
+        prepared: Prepared,
+        *,
+        home: Path,
+        clock: ManualClock,
+        trunks: Trunks,
+        transport: Transport,
+        original: Pool,
+        files: dict[str, Path],
+    ) -> None:
+        self.plan, self.line = plan, Line(transport, Topics(plan.config.prefix), plan.name)
+        self._scenario, self._world = prepared.scenario, prepared.world
+        self._home, self._clock, self._trunks, self._files = home, clock, trunks, files
+        self._stream: ScriptedStream = plan.stream(self._world)
+        self._truths = plan.late_labels(self._world)
+        self._rng = plan.rng("device")
+        self._original = (original.x, _names(self._world, original.y))
+        self._due: list[tuple[float, int, str, str]] = []
+        self._told = self._key = 0
+        self._version = (0, 0)
+        self._duration_s = self._scenario.fleet.duration_h * HOUR_S
+        self._changed_s = changed_at(plan, self._duration_s)
+        self._met = False
+        self._events: list[FleetEvent] = []
+        self._alarms: list[float] = []
+        self._cpu_s = 0.0
+        self._summary: DeviceSummary | None = None
+        self._learner_s = 0.0
+        self._kept: float | None = None
+        self.made = self.right = self.refused = self.learned = 0
+        self.before: float | None = None
+        self.under: float | None = None
+        self.device: EdgeDevice | None = None
+        """None while it is off."""
+
+    def open(self) -> None:
+        """Switch it on, the first time or again."""
+        self.device = EdgeDevice(
+            self._home,
+            checkpoint=self._scenario.fleet.checkpoint,
+            config=self.plan.config,
+            transport=self.line,
+            clock=SkewedClock(self._clock, self.plan, started=STARTED),
+            resources=_PlannedResources(self.plan, self._clock),
+            trunks=self._trunks,
+            rng=self._rng,
+        )
+        self.line.online = self.plan.online(self._clock.now() - STARTED)
+        self.device.connect()
+        self._notice_version()
+
+    def live(self, start_s: float, end_s: float) -> Lived:
+        """A tick of life, and one turn of the device."""
+        began, made, right = time.process_time(), 0, 0
+        if not self.plan.is_on(end_s):
+            self._switch_off(end_s)
+        else:
+            if self.device is None:
+                self.open()
+            self.line.online = self.plan.online(end_s)
+            judging = self._meet_change(end_s)
+            made, right = self._predict(self.plan.predictions(start_s, end_s), end_s)
+            self._tell(end_s)
+            self.turn()
+            began += judging
+        self._cpu_s += time.process_time() - began
+        kept, self._kept = self._kept, None
+        return Lived(made, right, *self._version, kept)
+
+    def turn(self) -> None:
+        """One turn of the device."""
+        assert self.device is not None
+        if self.device.step().swapped:
+            self._notice_version()
+        for entry in self.device.history(limit=1_000, after=self._key):
+            time_s = self._clock.now() - STARTED
+            self._events.append(FleetEvent(round(time_s, 3), self.plan.name, entry.name, entry.detail))
+            self._key = entry.key
+            if entry.name == "drift_alarm":
+                self._alarms.append(time_s)
+            self.learned += entry.name == "learn_started"
+
+    def take_events(self) -> list[FleetEvent]:
+        """What happened since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def finish(self) -> tuple[DeviceSummary, Cost]:
+        """Switch it off for good, and sum up."""
+        now_s = self._clock.now() - STARTED
+        if self._summary is None:
+            if self.device is None:  # its battery is empty; its files are there
+                self.line.online = False
+                self.open()
+            self._sum_up(min(now_s, self._duration_s, self.plan.lost_at_s))
+        assert self._summary is not None
+        watts = self.plan.config.resources.watts
+        return self._summary, Cost(self.plan.name, self._cpu_s, self._learner_s, self._cpu_s * watts)
+
+    # ---- what happens to it
+
+    def _predict(self, count: int, now_s: float) -> tuple[int, int]:
+        """Samples come; returns predictions made and right ones, as only the simulation can know."""
+        assert self.device is not None
+        if not count or not self.device.ready:
+            return 0, 0
+        x, y = self._stream.draw(count, now_s)
+        said: Sequence[Prediction | None]
+        try:
+            said = self.device.predict_batch(x)
+        except InputError:
+            said = [self._one(row) for row in x]
+        right = sum(p is not None and p.label == self._world.labels[i] for p, i in zip(said, y, strict=True))
+        made = sum(p is not None for p in said)
+        for late in self._truths.draw(y, now_s):
+            prediction = said[late.row]
+            if prediction is not None:
+                self._told += 1
+                heapq.heappush(self._due, (late.due_s, self._told, prediction.id, late.label))
+        self.made, self.right, self.refused = self.made + made, self.right + right, self.refused + count - made
+        return made, right
+
+    def _one(self, row: object) -> Prediction | None:
+        assert self.device is not None
+        try:
+            return self.device.predict(row)
+        except InputError:
+            return None
+
+    def _tell(self, now_s: float) -> None:
+        """Labels that are due; one that the model may not learn is nobody's fault."""
+        assert self.device is not None
+        while self._due and self._due[0][0] <= now_s:
+            _, _, name, label = heapq.heappop(self._due)
+            with contextlib.suppress(LabelError):
+                self.device.observe(name, label, source=self.plan.label.source)
+
+    def _meet_change(self, now_s: float) -> float:
+        """Judge the version that meets the first change, just before it does; returns the seconds that this took."""
+        if self._met or self._changed_s is None or now_s < self._changed_s or not self.plan.drifts:
+            return 0.0
+        self._met, began = True, time.process_time()
+        self.under = self._score(*self._changed())
+        return time.process_time() - began
+
+    def _changed(self) -> tuple[object, list[str]]:
+        x, y = self._stream.view(self._world.score, extreme_at(self.plan, self._duration_s))
+        return x, _names(self._world, y)
+
+    def _score(self, x: object, labels: list[str]) -> float | None:
+        """Accuracy of the version in use; None if it cannot take the samples."""
+        if self.device is None or not self.device.ready or not labels:
+            return None
+        try:
+            return self.device.evaluate(x, labels)
+        except (InputError, LabelError):
+            return None
+
+    def _notice_version(self) -> None:
+        assert self.device is not None
+        status = self.device.status()
+        version = (status.release, status.head)
+        if version == self._version:
+            return
+        if version[0] != self._version[0]:
+            _share_files(self._home / "slots", self._files)
+        self._version = version
+        began = time.process_time()
+        self._kept = self._score(*self._original)
+        self._cpu_s -= time.process_time() - began
+        if self.before is None:
+            self.before = self._kept
+
+    def _switch_off(self, now_s: float) -> None:
+        """The battery is empty, or the device is lost."""
+        if self.device is None:
+            return
+        if now_s >= self.plan.lost_at_s:
+            self.line.online = False  # nobody says goodbye
+            self._sum_up(self.plan.lost_at_s)
+            return
+        self.turn()
+        self.device.stop()
+        self.device = None
+
+    def _sum_up(self, there_s: float) -> None:
+        """The end of its life, at the end of the simulation or before."""
+        assert self.device is not None
+        plan, device = self.plan, self.device
+        self.turn()
+        status, (sent, received) = device.status(), self.line.wire
+        counters = status.counters
+        changed_s = None if self._changed_s is None or self._changed_s >= there_s else self._changed_s
+        false, clear_days, delay_h = alarm_facts(self._alarms, changed_s, there_s)
+        self._learner_s = sum(float(entry.detail.get("cpu_s") or 0) for entry in device.lineage(limit=1_000_000))
+        self._summary = DeviceSummary(
+            device=plan.name,
+            cohort=plan.cohort,
+            poisoned=plan.poison is not None,
+            lost_h=there_s / HOUR_S if there_s == plan.lost_at_s else None,
+            changed_h=None if changed_s is None else changed_s / HOUR_S,
+            days=there_s / DAY_S,
+            predictions=self.made,
+            right=self.right,
+            refused=self.refused,
+            labels=counters.labelled,
+            before=self.before,
+            under=self.under,
+            after=self._score(*self._changed()) if self._met else None,
+            original=self._score(*self._original),
+            alarms=len(self._alarms),
+            false_alarms=false,
+            clear_days=clear_days,
+            delay_h=delay_h,
+            learned=self.learned,
+            promotions=counters.promotions,
+            rejections=counters.rejections,
+            rollbacks=counters.rollbacks,
+            release=status.release,
+            head=status.head,
+            bytes_sent=self.line.payload_sent,
+            wire_sent=sent,
+            wire_received=received,
+        )
+        device.stop()
+        self.device = None
+
+
+class _Trunks(dict[str, ModelRuntime | WholeModel]):
+    """Loaded trunks by content. The first one stays: each device tests a session of its own when it installs."""
+
+    def update(self, *others: Any, **more: Any) -> None:
+        for key, trunk in dict(*others, **more).items():
+            self.setdefault(key, trunk)
+
+
+def _names(world: World, y: IndexArray) -> list[str]:
+    return [world.labels[i] for i in y]
+
+
+def _share_files(slots: Path, known: dict[str, Path]) -> None:
+    """Give the files of installed releases one copy on the disk, however many devices have them: they never change."""
+    for manifest_path in slots.glob(f"?/{MANIFEST_NAME}"):
+        for name, entry in parse_manifest(manifest_path.read_bytes()).files.items():
+            path = manifest_path.parent / name
+            held = known.setdefault(entry.sha256, path)
+            if held == path or not path.exists():
+                continue
+            if not held.exists():  # its device has moved on
+                known[entry.sha256] = path
+            elif not path.samefile(held):
+                spare = path.with_name(f"{name}.shared")
+                with contextlib.suppress(OSError):  # a file system without links has copies
+                    os.link(held, spare)
+                    spare.replace(path)
+
+
+# ---- several devices
+
+
+class Shards(Protocol):
+    """What a fleet needs of a shard, wherever it runs."""
+
+    def begin(self, order: Order) -> None:
+        """Hand over an order."""
+        ...
+
+    def result(self) -> object:
+        """What came of it: `Turned`, `Ended`, or for "events" a list of `FleetEvent`."""
+        ...
+
+    def close(self) -> None:
+        """Stop, whatever is under way."""
+        ...
+
+
+class Shard:
+    """Devices of one process, on a broker of their own or with connections that are given.
+
+    Args:
+        prepared: The scenario.
+        numbers: Which of its devices.
+        home: Folder for theirs.
+        transports: Makes the connection of the device of a name; None: to a broker in memory.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        numbers: range,
+        home: Path,
+        *,
+        transports: Callable[[str], Transport] | None = None,
+    ) -> None:
+        limit_databases()
+        self.clock = ManualClock(STARTED)
+        self.devices: list[SimulatedDevice] = []
+        self._broker = MemoryBroker()
+        self._post = MemoryTransport(self._broker)
+        self._result: object = None
+        prefix = prepared.devices[0].config.prefix
+        self._retained = (f"{prefix}/g/", f"{prefix}/tuf/")
+        self._post.subscribe(f"{prefix}/d/+/up/#")
+        self._post.connect()
+        world, trunks, files = prepared.world, _Trunks(), dict[str, Path]()
+        labels = prepared.scenario.data.labels
+        original = world.score.only(world.numbers(labels)) if labels else world.score
+        for number in numbers:
+            plan = prepared.devices[number]
+            transport = transports(plan.name) if transports else MemoryTransport(self._broker)
+            self.devices.append(
+                SimulatedDevice(plan, prepared, home=home / plan.name, clock=self.clock, trunks=trunks,
+                                transport=transport, original=original, files=files)
+            )  # fmt: skip
+
+    def begin(self, order: Order) -> None:
+        """Do it."""
+        for topic, payload in order.down:
+            self._post.publish(topic, payload, retain=topic.startswith(self._retained))
+        before_s = self.clock.now() - STARTED
+        self.clock.advance(max(0.0, order.time_s - before_s))
+        lived: list[Lived] = []
+        match order.what:
+            case "open":
+                for simulated in self.devices:
+                    simulated.open()
+                    simulated.turn()
+            case "tick":
+                lived = [simulated.live(before_s, order.time_s) for simulated in self.devices]
+            case "round":
+                for simulated in self.urgent():
+                    simulated.turn()
+            case "events":
+                self._result = [event for simulated in self.devices for event in simulated.take_events()]
+                return
+            case "finish":
+                found = [simulated.finish() for simulated in self.devices]
+                self._result = Ended([summary for summary, _ in found], [cost for _, cost in found], peak_memory_mb())
+                return
+        up = [(message.topic, message.payload) for message in self._post.receive()]
+        self._result = Turned(up, len(self.urgent()), lived)
+
+    def result(self) -> object:
+        """What came of the last order."""
+        result, self._result = self._result, None
+        return result
+
+    def close(self) -> None:
+        """Stop every device; their folders stay."""
+        for simulated in self.devices:
+            if simulated.device is not None:
+                with contextlib.suppress(EdgeError):
+                    simulated.device.stop()
+                simulated.device = None
+
+    def urgent(self) -> list[SimulatedDevice]:
+        """Devices that are on and have mail that will not wait for the next tick."""
+        return [simulated for simulated in self.devices if simulated.device is not None and simulated.line.urgent]
+
+
+def peak_memory_mb() -> float:
+    """Most memory that this process has had."""
+    import resource  # noqa: PLC0415 - only Unix has it
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def limit_databases() -> None:
+    """Keep the pages that SQLite holds for a thousand databases of one process within bounds."""
+    import sqlite3  # noqa: PLC0415 - not needed to read this module
+
+    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        connection.execute(f"PRAGMA soft_heap_limit = {_SQLITE_BYTES}")
+
+
+# ---- a process of its own
+
+
+class ShardProcess:
+    """A shard behind a pipe. It ends with this process, whatever ends it.
+
+    Args:
+        start: What it begins with.
+    """
+
+    def __init__(self, start: Start) -> None:
+        one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        path = {"PYTHONPATH": os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)}
+        # a plain child: multiprocessing would run the app's main again, or copy sessions and threads
+        self._child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "edge_sdk.shard"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, **one_thread, **path},
+        )
+        self._kind: type = Turned
+        self._write(start)
+
+    @property
+    def pid(self) -> int:
+        """Of the child."""
+        return self._child.pid
+
+    def begin(self, order: Order) -> None:
+        """Hand over an order; returns at once."""
+        self._kind = {"finish": Ended, "events": list[FleetEvent]}.get(order.what, Turned)
+        self._write(order)
+
+    def result(self) -> object:
+        """Wait for what came of it.
+
+        Raises:
+            TransportError: The process has ended.
+        """
+        assert self._child.stdout is not None
+        data = read_frame(self._child.stdout)
+        if data is None:
+            raise TransportError(f"a process of the simulation ended with code {self._child.wait()}; see its messages")
+        return msgspec.msgpack.decode(data, type=self._kind)
+
+    def close(self) -> None:
+        """Stop it, whatever is under way."""
+        for pipe in (self._child.stdin, self._child.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+        self._child.kill()
+        self._child.wait()
+
+    def _write(self, message: msgspec.Struct) -> None:
+        assert self._child.stdin is not None
+        try:
+            write_frame(self._child.stdin, msgspec.msgpack.encode(message))
+        except OSError as error:
+            raise TransportError("a process of the simulation has ended; see its messages") from error
+
+
+def write_frame(pipe: IO[bytes], data: bytes) -> None:
+    """A message with its length before it."""
+    pipe.write(len(data).to_bytes(8, "big") + data)
+    pipe.flush()
+
+
+def read_frame(pipe: IO[bytes]) -> bytes | None:
+    """What `write_frame` wrote; None: the other end is gone."""
+    head = pipe.read(8)
+    if len(head) < 8:
+        return None
+    size = int.from_bytes(head, "big")
+    data = pipe.read(size)
+    return data if len(data) == size else None
+
+
+def main() -> int:
+    """Serve orders from standard input until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the fleet decides
+    orders, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever else is printed must not come between
+    if (data := read_frame(orders)) is None:
+        return 0
+    start = msgspec.msgpack.decode(data, type=Start)
+    shard = Shard(prepare_scenario(start.scenario), range(start.first, start.last), Path(start.home))
+    while (data := read_frame(orders)) is not None:
+        shard.begin(msgspec.msgpack.decode(data, type=Order))
+        write_frame(results, msgspec.msgpack.encode(shard.result()))
+    return 0  # nobody will read the folders: the fleet is gone, or has all that it wants
+
+
+if __name__ == "__main__":
+    sys.exit(main())
