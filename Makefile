@@ -4,6 +4,7 @@
 PYTHON ?= python3.11
 VENV := .venv
 PEERS := .venv-avalanche
+FLOWER := .venv-flower
 DRIFT_PEERS := river alibi evidently whylogs
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -12,7 +13,7 @@ INPUTS := pyproject.toml constraints.txt
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test check format tools bench-predict bench-forgetting bench-peers bench-drift bench-transport clean
+.PHONY: demo test check format tools bench-predict bench-forgetting bench-peers bench-drift bench-transport bench-fleet clean
 
 demo: $(VENV)/.demo
 	PYTHONPATH=examples $(BIN)/python -m demo.run
@@ -61,6 +62,17 @@ bench-predict: $(VENV)/.dev
 bench-transport: $(VENV)/.dev
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/transport.py
 
+# Simulated fleets, beside Flower's simulation in an environment of its own (600 MB), written to benchmarks/fleet.*; about
+# a quarter of an hour on two cores. Flower 1.42 does not resolve here: it gets the dependencies of 1.41.
+bench-fleet: $(VENV)/.dev $(FLOWER)/.done
+	PYTHONPATH=examples:benchmarks $(BIN)/python benchmarks/fleet.py --peer $(FLOWER)/bin/python
+
+$(FLOWER)/.done: benchmarks/peers/flower-requirements.txt
+	$(PYTHON) -m venv $(FLOWER)
+	$(FLOWER)/bin/pip install --quiet -r $<
+	$(FLOWER)/bin/pip install --quiet --no-deps flwr==1.42.0
+	@touch $@
+
 # What learning forgets, and what it costs, written to benchmarks/forgetting.*; about half an hour on one core.
 bench-forgetting: $(VENV)/.dev
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/forgetting.py
@@ -86,4 +98,4 @@ bench-drift: $(VENV)/.dev $(DRIFT_PEERS:%=.venv-drift-%/.done)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(DRIFT_PEERS:%=.venv-drift-%) build demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	rm -rf $(VENV) $(PEERS) $(FLOWER) $(DRIFT_PEERS:%=.venv-drift-%) build demo-out .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
