@@ -22,6 +22,7 @@ from platformdirs import user_data_path
 from edge_sdk import __version__
 from edge_sdk.drift.cli import drift
 from edge_sdk.errors import ArtifactError, ConfigError, EdgeError, MissingExtraError, ProtocolError, TransportError
+from edge_sdk.simulate_cli import simulate
 
 if TYPE_CHECKING:
     from edge_sdk.config import DeviceConfig
@@ -586,6 +587,7 @@ def privacy(home: Path | None) -> None:
 
 
 main.add_command(drift)
+main.add_command(simulate)
 
 
 def _address(_context: click.Context, _option: click.Parameter, value: str) -> tuple[str, int]:
