@@ -145,10 +145,10 @@ def enroll(bundle: Path, home: Path | None, force: bool) -> None:
             f"{root} says whom this device trusts, and the bundle has no root: nothing was changed. To give up signed "
             "updates, delete the file yourself"
         )
-    if content.root:  # first: a device with settings and no root would refuse every release, which is the safe side
-        replace_file(root, content.root.encode())
     given = content.broker
     identity.install(folder, ca=given.ca, certificate=given.certificate, key=given.key)
+    if content.root:  # first: a device with settings and no root would refuse every release, which is the safe side
+        replace_file(root, content.root.encode())
     replace_file(target, text, mode=0o600)
     target.chmod(0o600)
     if not content.root:

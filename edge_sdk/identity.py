@@ -38,11 +38,12 @@ def install(home: Path, *, ca: str, certificate: str, key: str) -> None:
             ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=ca)
         except (ssl.SSLError, ValueError) as error:
             raise ConfigError(f"the bundle's authority is no certificate: {error}") from error
-        replace_file(home / CA_FILE, ca.encode(), mode=0o600)
     if certificate:
         _check_pair(folder, certificate, key)
         replace_file(home / KEY_FILE, key.encode(), mode=0o600)
         replace_file(home / CERT_FILE, certificate.encode(), mode=0o600)
+    if ca:
+        replace_file(home / CA_FILE, ca.encode(), mode=0o600)
 
 
 def renew(home: Path, broker: BrokerConfig, certificate: str) -> None:

@@ -6,7 +6,11 @@ import subprocess
 import pytest
 from click.testing import CliRunner
 
+from edge_sdk.cli import main as edge
 from edge_sdk.commands import verify
+from edge_sdk.config import load_config
+from edge_sdk.errors import ConfigError
+from edge_sdk.identity import renew
 from edge_sdk.messages import Envelope as Row
 from edge_sdk.messages import Event, Topics, encode, raw
 from edge_sdk.transport import MemoryBroker, MemoryTransport
@@ -74,6 +78,29 @@ def test_a_replaced_device_has_another_password_key_and_certificate(run, tmp_pat
         assert before["broker"][key] != after["broker"][key]
     assert before["broker"]["ca"] == after["broker"]["ca"]
     assert (tmp_path / "new.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_bundle_is_installed_whole_or_not_at_all(run, tmp_path):
+    for name in ("pump-1", "pump-2"):
+        run("devices", "add", name)
+    bundle, other = (json.loads((tmp_path / f"{name}.bundle.json").read_text()) for name in ("pump-1", "pump-2"))
+
+    def enroll(**changes):
+        file = tmp_path / "changed.json"
+        file.write_text(json.dumps({**bundle, "broker": {**bundle["broker"], **changes}}))
+        return CliRunner().invoke(edge, ["enroll", str(file), "--home", str(tmp_path / "device")])
+
+    for wrong in ({"key": other["broker"]["key"]}, {"certificate": "none"}, {"ca": "none"}):
+        result = enroll(**wrong)
+        assert isinstance(result.exception, ConfigError | SystemExit), result.output
+        assert [file for file in (tmp_path / "device").rglob("*") if file.is_file()] == []
+    assert enroll().exit_code == 0
+    config = load_config(tmp_path / "device" / "device.toml")
+    assert config.command_key == bundle["command_key"]
+    assert (config.broker.tls, config.broker.cert_file, config.broker.port) == (True, "tls/device.pem", 1883)
+    renew(tmp_path / "device", config.broker, bundle["broker"]["certificate"])
+    with pytest.raises(ConfigError, match="another key"):
+        renew(tmp_path / "device", config.broker, other["broker"]["certificate"])
 
 
 def test_the_database_alone_gives_no_power_to_command(run, tmp_path):
