@@ -104,7 +104,7 @@ def test_python_blocks_of_the_guide_to_learning_run_one_after_another(tmp_path, 
     for block in re.findall(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL):
         exec(compile(block, str(GUIDE), "exec"), names)
     status = names["status"]
-    assert (status.head, status.phase, status.labels) == (1, "probation", list("0123456789"))  # as the guide says
+    assert (status.head, status.phase, status.labels) == (1, "idle", list("0123456789"))  # as the guide says
     assert names["erased"] == 1
 
 
