@@ -23,6 +23,7 @@ import msgspec
 from edge_sdk.clock import Clock, ManualClock
 from edge_sdk.device import EdgeDevice
 from edge_sdk.errors import EdgeError, InputError, LabelError, NotConnectedError, TransportError
+from edge_sdk.files import without_flushing
 from edge_sdk.fleet_report import Cost, DeviceSummary, FleetEvent, alarm_facts, changed_at, extreme_at
 from edge_sdk.manifest import MANIFEST_NAME, parse_manifest
 from edge_sdk.messages import Ack, Desired, Envelope, Topics, decode
@@ -700,10 +701,11 @@ def main() -> int:
     if (data := read_frame(orders)) is None:
         return 0
     start = msgspec.msgpack.decode(data, type=Start)
-    shard = Shard(prepare_scenario(start.scenario), range(start.first, start.last), Path(start.home))
-    while (data := read_frame(orders)) is not None:
-        shard.begin(msgspec.msgpack.decode(data, type=Order))
-        write_frame(results, msgspec.msgpack.encode(shard.result()))
+    with without_flushing():
+        shard = Shard(prepare_scenario(start.scenario), range(start.first, start.last), Path(start.home))
+        while (data := read_frame(orders)) is not None:
+            shard.begin(msgspec.msgpack.decode(data, type=Order))
+            write_frame(results, msgspec.msgpack.encode(shard.result()))
     return 0  # nobody will read the folders: the fleet is gone, or has all that it wants
 
 

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from itertools import pairwise
@@ -27,6 +28,7 @@ import msgspec
 
 from edge_sdk.clock import Clock, ManualClock
 from edge_sdk.errors import ConfigError, EdgeError, MissingExtraError, TransportError
+from edge_sdk.files import without_flushing
 from edge_sdk.fleet_report import FleetEvent, FleetReport, ReleaseSummary, Tally, build_report
 from edge_sdk.messages import Ack, Envelope, Topics, decode, encode
 from edge_sdk.plan import Prepared
@@ -238,6 +240,7 @@ class Fleet:
         self._counts = dict.fromkeys(("drift_alarm", "promoted", "rolled_back"), 0)
         self._predictions, self._wall_s, self._ended = 0, 0.0, False
         self._order = {plan.name: number for number, plan in enumerate(prepared.devices)}
+        self._opened = ExitStack()
         self.coordinator: Coordinator | None = None
         """Once it is open."""
         self.events: list[FleetEvent] = []
@@ -282,6 +285,7 @@ class Fleet:
             return
         began = time.monotonic()
         count = len(self.prepared.devices)
+        self._opened.enter_context(without_flushing())
         if self._home is None:
             self._home = Path(tempfile.mkdtemp(prefix="edge-simulation-"))
         allow_connections(_FILES_A_DEVICE * count)
@@ -361,6 +365,7 @@ class Fleet:
             self._sweep()
             self._swarm.close()
             self._swarm = None
+        self._opened.close()
         if self._given_home is None and self._home is not None:
             shutil.rmtree(self._home, ignore_errors=True)
             self._home = None

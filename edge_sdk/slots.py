@@ -17,7 +17,7 @@ from typing import Literal
 import msgspec
 
 from edge_sdk.errors import ArtifactError, IntegrityError, RollbackRefusedError
-from edge_sdk.files import crashpoint, fsync_folder, remove_tree, replace_file, storage_error
+from edge_sdk.files import crashpoint, flush, fsync_folder, remove_tree, replace_file, storage_error
 from edge_sdk.head import Head
 from edge_sdk.learn.ewc import Importance
 from edge_sdk.manifest import HEAD_NPZ, MANIFEST_NAME, Manifest, digest_of, parse_manifest, verify_checkpoint
@@ -322,6 +322,6 @@ def _take(source: Path, target: Path, *, link: bool) -> None:
     shutil.copyfile(source, target)
     descriptor = os.open(target, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        flush(descriptor)
     finally:
         os.close(descriptor)

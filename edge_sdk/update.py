@@ -18,7 +18,7 @@ from pathlib import Path
 from edge_sdk.clock import is_due
 from edge_sdk.config import UpdateConfig
 from edge_sdk.errors import ArtifactError, DiskFullError, IntegrityError, NotConnectedError, RollbackRefusedError
-from edge_sdk.files import crashpoint, fsync_folder, remove_tree, replace_file, sha256_file, storage_error
+from edge_sdk.files import crashpoint, flush, fsync_folder, remove_tree, replace_file, sha256_file, storage_error
 from edge_sdk.index import MAX_INDEX, Patch, ReleaseIndex, apply_patch, can_patch, parse_index
 from edge_sdk.manifest import Manifest, digest_of, parse_manifest
 from edge_sdk.messages import (
@@ -116,7 +116,7 @@ class Download:
         try:
             descriptor = os.open(self._part, os.O_RDONLY)
             try:
-                os.fsync(descriptor)
+                flush(descriptor)
             finally:
                 os.close(descriptor)
         except OSError as error:

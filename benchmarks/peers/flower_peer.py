@@ -51,7 +51,7 @@ class Client(NumPyClient):
         held = np.load(FOLDER / f"client-{number}.npz")
         self.x, self.y, self.number = held["x"], held["y"], number
 
-    def fit(self, parameters, config):
+    def fit(self, parameters: list[np.ndarray], config: dict) -> tuple[list[np.ndarray], int, dict]:  # noqa: ARG002
         w, b = (part.copy() for part in parameters)
         latents, rng = encode(self.x), np.random.default_rng(self.number)
         truth = np.eye(len(b), dtype=np.float32)[self.y]
@@ -65,7 +65,7 @@ class Client(NumPyClient):
         return [w, b], len(self.x), {}
 
 
-def client_fn(context: Context):
+def client_fn(context: Context) -> object:
     return Client(int(context.node_config["partition-id"])).to_client()
 
 
