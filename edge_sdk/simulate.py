@@ -563,7 +563,7 @@ def _fitting_workers(prepared: Prepared) -> int:
     fleet = prepared.scenario.fleet
     turns = len(prepared.devices) * fleet.duration_h * HOUR_S / fleet.tick_s
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, len(prepared.devices), math.ceil(turns / 2_000)))
+    return max(1, min(cores, len(prepared.devices), math.ceil(turns / 200)))
 
 
 def _with_prefix(prepared: Prepared, prefix: str) -> Prepared:
