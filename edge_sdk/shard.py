@@ -109,6 +109,9 @@ class Line:
     def __init__(self, inner: Transport, topics: Topics, device: str) -> None:
         self.inner = inner
         self._ack, self._desired = topics.down(device, "ack"), f"{topics.prefix}/g/"
+        self._blocks = f"{topics.prefix}/b/"
+        self.fetching: set[str] = set()
+        """Files whose blocks it listens for."""
         self._mail: list[Message] = []
         self._numbered = self._acknowledged = 0
         self.revision = 0
@@ -172,10 +175,13 @@ class Line:
 
     def subscribe(self, topic_filter: str) -> None:
         """As of the connection."""
+        if topic_filter.startswith(self._blocks):
+            self.fetching.add(topic_filter)
         self.inner.subscribe(topic_filter)
 
     def unsubscribe(self, topic_filter: str) -> None:
         """As of the connection."""
+        self.fetching.discard(topic_filter)
         self.inner.unsubscribe(topic_filter)
 
     def receive(self) -> list[Message]:

@@ -531,13 +531,11 @@ class Fleet:
     def _waits(self, simulated: SimulatedDevice) -> str:
         """What a device waits for, or "": everything that was sent by it, to it, or is on its way to it."""
         assert self.coordinator is not None
-        assert simulated.device is not None
         if simulated.line.unacknowledged:
             return f"{simulated.line.unacknowledged} acknowledgements"
         if simulated.line.revision < (wanted := self.coordinator.desired_revision(simulated.plan.config.group)):
             return f"desired state {wanted}, has {simulated.line.revision}"
-        fetching = simulated.device.status().fetching if self._releases else None
-        return "" if fetching is None else f"release {fetching}"
+        return f"{len(simulated.line.fetching)} files" if simulated.line.fetching else ""
 
     def _await(self, missing: Callable[[], list[Any]], what: str) -> None:
         if not self._swarm.until(lambda: not missing(), self._timeout_s):
