@@ -44,12 +44,13 @@ EXPECTED = {
 }
 FOUND = [
     (
-        "What came out otherwise, on a machine whose two cores had four times as much to do as they can: a device that"
-        " adapts three times takes 0.45 s of a core, of which learning is a sixth; opening it, its monitors, its diagnosis of each"
-        " alarm, its gate and its database take the rest. So Flower's wall time is not reached, and its memory is undercut."
-        " A turn took 16 ms, not 10: ten devices stood in for a hundred, and a hundred would need 540 s of CPU, 270 s on two"
-        " free cores at best. A thousand devices were measured for two hours; they grow with what they learn."
-        " Flower's CPU time leaves out Ray's own processes, which are not its children."
+        "What came out otherwise, on a machine whose two cores had four times as much to do as they can: a device "
+        "that adapts three times takes 0.45 s of a core, of which learning is a sixth; opening it, its monitors, "
+        "its diagnosis of each alarm, its gate and its database take the rest. So Flower's wall time is not "
+        "reached, and its memory is undercut. A turn took 16 ms, not 10: ten devices stood in for a hundred, and a "
+        "hundred would need 540 s of CPU, 270 s on two free cores at best. A thousand devices were measured for "
+        "two hours; they grow with what they learn. Flower's CPU time leaves out Ray's own processes, which are "
+        "not its children."
     )
 ]
 TARGETS = {
