@@ -278,6 +278,7 @@ def open_stream(name: str, seed: int, source: Source, cache: Path) -> Stream:
 def open_wide(name: str, seed: int, source: Source, cache: Path, features: int) -> Stream:
     """The same stream with a head that was packed with random features."""
     stream = open_stream(name, seed, source, cache)
+    features = min(features, len(stream.experiences[0].y) // 4)  # the stand-in has few rows
     known, labels = stream.experiences[0], stream.head.labels
     head = widened(stream.head, known.latents, known.y, latent=stream.latent, task="classification", features=features,
                    seed=seed)  # fmt: skip

@@ -351,7 +351,8 @@ class Maintenance:
         if current is None:
             return
         if self.served is None or self.served.version != current:
-            self._trunks.update(self.upgrade.tested)
+            for key, trunk in self.upgrade.tested.items():
+                self._trunks.setdefault(key, trunk)  # one that other devices share stays theirs
             self.served = self._load(current)
             self.upgrade.tested.clear()
         if self._taken_up != current:
