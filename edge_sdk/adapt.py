@@ -203,9 +203,10 @@ class Adaptation:
             self.experience.trim_judges(on_trial=self.state.on_trial)
             self._store.trim_samples("fresh", self.experience.trunk, self._config.join.max_pending)
 
-    def charge(self, now: float, *, flash_bytes: int) -> None:
-        """Take note of what was written to the disk."""
-        self.state.spent = spend(self.state.spent, now, watts=self._config.resources.watts, flash_bytes=flash_bytes)
+    def charge(self, now: float, *, flash_bytes: int = 0, seconds: float = 0.0) -> None:
+        """Take note of what was written to the disk, and of CPU time that another learning job took."""
+        watts = self._config.resources.watts
+        self.state.spent = spend(self.state.spent, now, watts=watts, flash_bytes=flash_bytes, seconds=seconds)
 
     @contextmanager
     def _transition(self) -> Iterator[None]:
@@ -288,7 +289,7 @@ class Adaptation:
                 self.experience.forget_label(label)
             self._store.record(now, "label_accepted" if accept else "label_refused", {"label": label})
 
-    def _may_grow(self, label: str) -> bool:
+    def may_grow(self, label: str) -> bool:
         """Whether a new label may become one of the model's."""
         state, policy = self.state, self._config.learn.new_labels
         return label not in state.refused and (policy != "ask" or label in state.accepted)
@@ -297,7 +298,7 @@ class Adaptation:
         """What a job made now would learn from."""
         assert self.experience is not None
         assert self._head is not None
-        return self.experience.learnable(self._head.labels, may_grow=self._may_grow, since=self._since)
+        return self.experience.learnable(self._head.labels, may_grow=self.may_grow, since=self._since)
 
     # ---- one turn
 
@@ -384,7 +385,7 @@ class Adaptation:
 
     def _train(self, now: float, reason: str) -> None:
         assert self._trial is not None
-        job, chosen = self._trial.job(may_grow=self._may_grow, since=self._since, attempt=self.state.attempts)
+        job, chosen = self._trial.job(may_grow=self.may_grow, since=self._since, attempt=self.state.attempts)
         with self._transition():
             self._begin("training", now=now)
             self.state.reason, self.state.parent, self.state.demand = reason, self._version, ""

@@ -329,6 +329,14 @@ class UpdateConfig(_Section, frozen=True):
     """A release that loses more than this against the one before, with evidence, is rolled back; 1: never."""
     max_boots: Count = 3
     """Starts without a healthy step in between, after which a release on probation is rolled back."""
+    shadow_rows: Annotated[int, Meta(ge=0, le=20_000)] = 200
+    """Inputs that pass both trunks before a release with another trunk takes over from a learned head, which is carried
+    over by what they say; 0: none, and the learned head is dropped."""
+    shadow_s: Positive = 86_400.0
+    """A release waits at most so long for them, and goes on with those that came."""
+    keep_inputs: Annotated[int, Meta(ge=0)] = 0
+    """Most inputs of labelled predictions kept on disk, to be read again by another trunk instead of translated; as
+    many of predictions that wait for their label are kept in memory. 0: no input is ever written."""
 
 
 class DeviceConfig(_Section, frozen=True):

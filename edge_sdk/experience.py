@@ -36,6 +36,8 @@ MIN_LABEL_ROWS = 10
 _JUDGE_EVERY = 3
 """Every third row of the factory memory judges; the others are replayed."""
 _MIN_JUDGES = 200
+_MIN_EXACT = 20
+"""With fewer judge rows that the trunk itself encoded, those that were translated to it judge."""
 _MAX_STRATA = 64
 _FORM_BYTES = 16
 
@@ -116,6 +118,14 @@ class JudgeRows:
     truths: list[str]
     slices: list[str]
     weights: DoubleArray
+
+
+def fair_judges(samples: list[Sample]) -> list[Sample]:
+    """The rows that judge: those whose latent was translated only until there are enough others, and never both."""
+    exact = [sample for sample in samples if not sample.translated]
+    if len(exact) >= min(_MIN_EXACT, len(samples) - len(exact)):
+        return exact
+    return [sample for sample in samples if sample.translated]
 
 
 class Chosen(msgspec.Struct):
@@ -235,7 +245,7 @@ class Experience:
     @property
     def judge_rows(self) -> JudgeRows:
         """All of them."""
-        samples, feedback = self._store.samples("judge", self.trunk), self._config.feedback
+        samples, feedback = fair_judges(self._store.samples("judge", self.trunk)), self._config.feedback
         # the most that a row may count is known before any has come, as the gate's evidence asks for
         most = max(feedback.default_weight, *feedback.sources.values(), 1e-3) / self._config.join.log_fraction
         return JudgeRows(

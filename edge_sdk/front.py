@@ -171,6 +171,8 @@ class Front:
                     holdout,
                 )
             )
+        if self._pending.most_inputs:  # before the row they belong to: the next flush looks for them
+            self._pending.hold(names, checked)
         self._pending.log(logged)
         return predictions
 

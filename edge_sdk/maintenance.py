@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,11 +41,13 @@ from edge_sdk.reporter import Identity, Reporter
 from edge_sdk.resources import ResourceReader
 from edge_sdk.selftest import read_choice
 from edge_sdk.serving import Served, load_served
+from edge_sdk.shadow import A_FLUSH, as_stored
 from edge_sdk.slots import Slots, Version
 from edge_sdk.status import STATUS_KEY, Status, StepReport
 from edge_sdk.store import Store
 from edge_sdk.transport import NoTransport, Transport
 from edge_sdk.trust import Listening, load_trust
+from edge_sdk.types import AnyArray
 from edge_sdk.update import UpdateClient
 from edge_sdk.upgrade import Upgrade
 
@@ -146,7 +148,15 @@ class Maintenance:
             config=self._config.update,
             trust=self._trust,
         )
-        self.upgrade = Upgrade(store=self._store, slots=self._slots, client=client, config=self._config, emit=emit)
+        self.upgrade = Upgrade(
+            store=self._store,
+            slots=self._slots,
+            client=client,
+            config=self._config,
+            emit=emit,
+            executor=self._executor,
+        )
+        self._set_inputs()
 
     # ---- loading
 
@@ -167,6 +177,7 @@ class Maintenance:
         left = {} if current != installed else self.upgrade.state.refused
         try:
             self.upgrade.install_folder(checkpoint, self.adaptation, current, left)
+            self._set_inputs()
             self._swap(now)
         except (ArtifactError, ModelError) as error:
             if self.served is None:
@@ -206,7 +217,7 @@ class Maintenance:
                 raise StoreError(f"the version in use cannot be read for now: {error}") from error
             logger.error("%s: the version in use cannot be loaded: %s", self._name, error)  # noqa: TRY400 - no traceback
             # the version before may be another head on the same damaged release; the release before is not
-            for go_back in (self._slots.rollback, self._slots.rollback_release):
+            for go_back in (self._slots.rollback, self._slots.rollback_release, self.upgrade.take_shadow):
                 with suppress(EdgeError, OSError):
                     version = go_back()
                     self._verify(version)
@@ -278,8 +289,10 @@ class Maintenance:
         self.joiner.judges_full = adaptation is not None and adaptation.judges_full
         self.joiner.on_trial = adaptation.known_to_challenger if adaptation is not None else frozenset()
         if self.joiner.drain() or is_due(now, self._saved_at, _SAVE_S):
+            inputs = self.pending.held() if self.pending.most_inputs else {}
             with self._store.transaction():
                 joined = self.joiner.write(now, self.served, self.reporter.counters, self.reporter.window)
+                self._keep_inputs(joined, inputs)
                 self._save(now, joined)
             self._saved_at = now
             self.joiner.written(joined)
@@ -288,11 +301,30 @@ class Maintenance:
                 self.adaptation.see(joined.live, now, predictions=len(joined.rows), errors=joined.errors)
             self.upgrade.see([row.correct for row in joined.live], predictions=len(joined.rows), errors=joined.errors)
             self.monitoring.see(joined)
+            if inputs:
+                self._show_inputs(joined, inputs)
+        self._set_inputs()
         self.metrics.fold()
         with self._flushed:
             self._flushes += 1
             self._flushed.notify_all()
         return joined
+
+    def _set_inputs(self) -> None:
+        """How many inputs `predict` leaves in memory: none, unless they are kept or a release is in shadow."""
+        self.pending.most_inputs = max(self._config.update.keep_inputs, A_FLUSH if self.upgrade.wants_inputs else 0)
+
+    def _keep_inputs(self, joined: Joined, inputs: Mapping[str, AnyArray]) -> None:
+        """Keep the inputs of what was just labelled, where that is wanted; inside a transaction."""
+        if keep := self._config.update.keep_inputs:
+            known = [sample.id for sample in joined.samples if sample.id in inputs]
+            self._store.add_inputs(((name, as_stored(inputs[name])) for name in known), keep=keep)
+
+    def _show_inputs(self, joined: Joined, inputs: Mapping[str, AnyArray]) -> None:
+        """Let the trunk in shadow see what was just predicted, and hold on to what may still be labelled."""
+        self.pending.let_go(joined.ids if self._config.update.keep_inputs else inputs)
+        if self.served is not None and self.upgrade.wants_inputs:
+            self.upgrade.see_inputs(joined.rows, inputs, self.served.manifest.trunk_id)
 
     def wait_for_flush(self, timeout_s: float) -> bool:
         """Wait until what came before is on disk, while another thread takes turns; False: not in time."""
@@ -322,6 +354,8 @@ class Maintenance:
         self.upgrade.watch(now, worse)
         if self.upgrade.state.watching:
             return  # one change at a time: a release proves itself before anything is learned on it
+        if self.upgrade.training:
+            return  # one job at a time
         adaptation.turn(
             now,
             mode="monitor" if self.reporter.learning_paused(now) else self.reporter.mode,
@@ -502,6 +536,7 @@ class Maintenance:
             self.adaptation.erase(found, now, unlearn=True)
         with self._store.transaction():
             waiting = self._store.take_rows(sorted(ids))
+            self._store.delete_pairs(sorted(ids))
             self.asking.forget(ids)
             self._store.record(now, "forgotten", {"rows": len(found) + len(waiting)})
         self._store.compact()
@@ -513,6 +548,7 @@ class Maintenance:
             gone = self._store.trim_rows(older_than=math.inf, max_bytes=1)
             self.asking.forget({*gone})
         self.pending.release(gone)
+        self.pending.let_go(self.pending.held())
         if self.adaptation is not None:
             self.adaptation.erase_all(now)
         self._store.compact()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Iterable
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import NamedTuple
+
+import numpy as np
 
 from edge_sdk.errors import DuplicateIdError
 from edge_sdk.manifest import Manifest
 from edge_sdk.slots import Version
 from edge_sdk.tasks import stored_answer
-from edge_sdk.types import FloatArray, LatentArray
+from edge_sdk.types import AnyArray, FloatArray, LatentArray
 
 
 class LoggedPrediction(NamedTuple):
@@ -102,6 +104,9 @@ class Pending:
         self._labels: deque[Label] = deque()
         self._taught: deque[Taught] = deque()
         self._rejected = self._errors = self._rows_lost = self._labels_lost = 0
+        self._inputs: OrderedDict[str, AnyArray] = OrderedDict()
+        self.most_inputs = 0
+        """So many inputs of the latest predictions are held; 0: none, and what is held goes with the next one."""
         self.refused: frozenset[str] = frozenset()
         """Labels that a person said are none; what came with one of them before that is not to be written, either."""
 
@@ -139,6 +144,25 @@ class Pending:
                     self._rows_lost += 1
                 self._predictions.append(prediction)
 
+    def hold(self, names: Sequence[str], x: AnyArray) -> None:
+        """Keep the latest of the inputs [N, ...] of these predictions, in memory."""
+        with self._lock:
+            for name, row in list(zip(names, x, strict=True))[-self.most_inputs :] if self.most_inputs else ():
+                self._inputs[name] = np.array(row)  # the app may write to its own
+            while len(self._inputs) > self.most_inputs:
+                self._inputs.popitem(last=False)
+
+    def held(self) -> dict[str, AnyArray]:
+        """The inputs that are held, by prediction."""
+        with self._lock:
+            return dict(self._inputs)
+
+    def let_go(self, names: Iterable[str]) -> None:
+        """Hold these inputs no longer."""
+        with self._lock:
+            for name in names:
+                self._inputs.pop(name, None)
+
     def label(self, label: Label) -> None:
         """Keep a label."""
         with self._lock:
@@ -163,6 +187,8 @@ class Pending:
             self._predictions = deque(row for row in self._predictions if row.id not in ids)
             self._labels = deque(row for row in self._labels if row.id not in ids)
             self._given -= ids
+            for name in ids:
+                self._inputs.pop(name, None)
             return before - len(self._predictions) - len(self._labels)
 
     def reject(self) -> None:

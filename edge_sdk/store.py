@@ -17,7 +17,7 @@ _ROW_BYTES = 120
 """What a logged row costs beside its latent."""
 _HISTORY_ROWS = 2_000
 _LINEAGE_ROWS = 500
-_SAMPLE = "key, time, latent, label, role, slot, slice, weight, mass"
+_SAMPLE = "key, time, latent, label, role, slot, slice, weight, mass, translated"
 _ROWS_A_STATEMENT = 500
 _OF_TRUNKS = ("moments", "undo", "buffer", "strata")
 """Kinds of facts that are kept for each trunk, as "kind:first 16 characters of the trunk's id"."""
@@ -55,6 +55,8 @@ class NewSample(NamedTuple):
     source: str = ""
     slice: str = ""
     weight: float = 1.0
+    translated: bool = False
+    """The latent was not made by its trunk, but mapped from that of another."""
 
 
 class Sample(NamedTuple):
@@ -73,6 +75,7 @@ class Sample(NamedTuple):
     slice: str
     weight: float
     mass: float
+    translated: bool = False
 
 
 class Lineage(NamedTuple):
@@ -155,7 +158,19 @@ def _third(db: Any) -> None:
     db["rows"].add_column("guess", float)
 
 
-STEPS = (_first, _second, _third)
+def _fourth(db: Any) -> None:
+    """Another trunk may take over from the one in use."""
+    db["samples"].add_column("translated", int, not_null_default=0)
+    db["pairs"].create({"id": str, "old": bytes, "new": bytes}, pk="id")
+    db["inputs"].create({"id": str, "x": bytes}, pk="id")
+    # an input goes with the last sample of its prediction, whatever makes that go
+    db.execute(
+        "CREATE TRIGGER forget_input AFTER DELETE ON samples WHEN old.id != '' BEGIN"
+        " DELETE FROM inputs WHERE id = old.id AND NOT EXISTS (SELECT 1 FROM samples WHERE id = old.id); END"
+    )
+
+
+STEPS = (_first, _second, _third, _fourth)
 
 
 class Store(Database):
@@ -250,8 +265,8 @@ class Store(Database):
     def add_samples(self, samples: Iterable[NewSample]) -> None:
         """Keep labelled latents."""
         self.execute_many(
-            "INSERT INTO samples (time, latent, label, role, trunk, id, source, slice, weight)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO samples (time, latent, label, role, trunk, id, source, slice, weight, translated)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             samples,
         )
 
@@ -362,9 +377,75 @@ class Store(Database):
     def delete_learned(self) -> None:
         """Forget all samples, rows that wait, and what was summed up of them."""
         self.execute("DELETE FROM samples")
+        self.execute("DELETE FROM inputs")
+        self.delete_pairs()
         self.execute("DELETE FROM rows")
         for kind in _OF_TRUNKS:
             self.execute("DELETE FROM meta WHERE key LIKE ?", (f"{kind}:%",))
+
+    # ---- from one trunk to another
+
+    def labelled(self, trunk: str, *, after: int = 0) -> list[NewSample]:
+        """All samples whose latents come from `trunk` and whose key is above `after`, oldest first."""
+        names = ", ".join(NewSample._fields)
+        rows = self.execute(
+            f"SELECT {names} FROM samples WHERE trunk = ? AND key > ? ORDER BY key",  # noqa: S608 - constants
+            (trunk, after),
+        )
+        return [NewSample(*row) for row in rows]
+
+    def ids_of(self, keys: Sequence[int]) -> dict[int, str]:
+        """The prediction of each of these samples; "" if there was none."""
+        found: dict[int, str] = {}
+        for start in range(0, len(keys), _ROWS_A_STATEMENT):
+            part = list(keys[start : start + _ROWS_A_STATEMENT])
+            marks = ",".join("?" * len(part))
+            found.update(self.execute(f"SELECT key, id FROM samples WHERE key IN ({marks})", part).fetchall())  # noqa: S608
+        return found
+
+    def newest_key(self, trunk: str) -> int:
+        """Key of the newest sample whose latent comes from `trunk`, or 0."""
+        return int(self.execute("SELECT coalesce(max(key), 0) FROM samples WHERE trunk = ?", (trunk,)).fetchone()[0])
+
+    def delete_trunk(self, trunk: str, *, translated: bool = False) -> None:
+        """Forget the samples of a trunk and what is known of them; `translated`: only what was translated to it."""
+        if translated:
+            self.execute("DELETE FROM samples WHERE trunk = ? AND translated = 1", (trunk,))
+            return
+        self.execute("DELETE FROM samples WHERE trunk = ?", (trunk,))
+        for kind in _OF_TRUNKS:
+            self.delete(f"{kind}:{trunk[:16]}")
+
+    def add_pairs(self, pairs: Iterable[tuple[str, bytes, bytes]]) -> None:
+        """Keep what the trunk in use and the one in shadow made of inputs: prediction id, old latent, new latent."""
+        self.execute_many("INSERT OR REPLACE INTO pairs (id, old, new) VALUES (?, ?, ?)", pairs)
+
+    def pairs(self) -> list[tuple[str, bytes, bytes]]:
+        """All of them, oldest first."""
+        return [tuple(row) for row in self.execute("SELECT id, old, new FROM pairs ORDER BY rowid")]
+
+    def count_pairs(self) -> int:
+        """How many there are."""
+        return int(self.execute("SELECT count(*) FROM pairs").fetchone()[0])
+
+    def delete_pairs(self, ids: Sequence[str] | None = None) -> None:
+        """Forget those of these predictions; None: all."""
+        if ids is None:
+            self.execute("DELETE FROM pairs")
+        else:
+            self.execute_many("DELETE FROM pairs WHERE id = ?", ((name,) for name in ids))
+
+    def add_inputs(self, inputs: Iterable[tuple[str, bytes]], *, keep: int) -> None:
+        """Keep the inputs of labelled predictions, the newest `keep` of all."""
+        self.execute_many("INSERT OR REPLACE INTO inputs (id, x) VALUES (?, ?)", inputs)
+        self.execute(
+            "DELETE FROM inputs WHERE rowid NOT IN (SELECT rowid FROM inputs ORDER BY rowid DESC LIMIT ?)", (keep,)
+        )
+
+    def input_of(self, name: str) -> bytes | None:
+        """The input of a prediction, if it was kept."""
+        row = self.execute("SELECT x FROM inputs WHERE id = ?", (name,)).fetchone()
+        return None if row is None else bytes(row[0])
 
     def compact(self) -> None:
         """Give up the pages of deleted rows, and empty the log; outside a transaction.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,11 @@ from edge_sdk.errors import (
     UntrustedError,
 )
 from edge_sdk.experience import FactoryMemory, meaning_of_outputs
-from edge_sdk.files import load_npz
+from edge_sdk.files import crashpoint, load_npz, remove_tree
 from edge_sdk.gate import is_healthy, watch_release
 from edge_sdk.head import Head, dequantize
+from edge_sdk.learn.ewc import Importance
+from edge_sdk.learn.executor import LearnExecutor
 from edge_sdk.learn.moments import Moments
 from edge_sdk.manifest import (
     FISHER_NPZ,
@@ -40,10 +44,13 @@ from edge_sdk.manifest import (
     digest_of,
     verify_checkpoint,
 )
+from edge_sdk.messages import Desired
 from edge_sdk.model import Trunks
 from edge_sdk.outcomes import group_names, outcomes
-from edge_sdk.rebase import Rebase, choose_head
+from edge_sdk.pending import LoggedPrediction
+from edge_sdk.rebase import Rebase, Settled, choose_head, with_importance_of
 from edge_sdk.selftest import Choice, choose_variant, read_choice, write_choice
+from edge_sdk.shadow import Candidate, Carried, Shadow
 from edge_sdk.slots import Slot, Slots, Version
 from edge_sdk.store import Store
 from edge_sdk.tasks import as_scores
@@ -52,6 +59,7 @@ from edge_sdk.update import FetchedRelease, UpdateClient
 
 Emit = Callable[[str, dict[str, Any]], None]
 _STATE = "upgrade"
+logger = logging.getLogger(__name__)
 
 
 class UpgradeState(msgspec.Struct):
@@ -69,6 +77,8 @@ class UpgradeState(msgspec.Struct):
     errors: int = 0
     carried: str = ""
     """What became of the personal head."""
+    shadow: Candidate | None = None
+    """A release that waits in the idle slot until what was learned can be carried over to it."""
 
 
 class Upgrade:
@@ -80,10 +90,24 @@ class Upgrade:
         client: Fetches releases.
         config: Of the device.
         emit: Records an event inside the current transaction of the store.
+        executor: Trains the head of a release with another trunk; None: such a release takes over without one.
     """
 
-    def __init__(self, *, store: Store, slots: Slots, client: UpdateClient, config: DeviceConfig, emit: Emit) -> None:
+    def __init__(
+        self,
+        *,
+        store: Store,
+        slots: Slots,
+        client: UpdateClient,
+        config: DeviceConfig,
+        emit: Emit,
+        executor: LearnExecutor | None = None,
+    ) -> None:
         self._store, self._slots, self.client, self._config, self._emit = store, slots, client, config, emit
+        self._executor = executor
+        self._shadow: Shadow | None = None
+        self._job = slots.root.parent / "rebase"
+        remove_tree(self._job)  # the child died with us, and labelled rows must not lie about
         data = store.get(_STATE)
         self.state = msgspec.json.decode(data, type=UpgradeState) if data else UpgradeState()
         self._complaints: set[str] = set()
@@ -127,8 +151,11 @@ class Upgrade:
         data = (folder / MANIFEST_NAME).read_bytes()
         if current is not None and (manifest.release <= current.release or digest_of(data) in refused):
             return
+        shadow = self.state.shadow
+        if current is not None and shadow is not None and manifest.release <= shadow.version.release:
+            return
         sources = {entry.sha256: folder / name for name, entry in manifest.files.items()}
-        self._install(data, sources, adaptation, link=False)
+        self._install(data, sources, adaptation, link=False, offered=False)
 
     def note_refusal(self, error: Exception) -> None:
         """Record that the checkpoint which came with the app cannot be used, while another release serves."""
@@ -140,6 +167,8 @@ class Upgrade:
         desired = self.client.desired
         revoked = current is not None and desired is not None and current.release in desired.revoked
         if revoked and self.leave("revoked by the coordinator"):
+            return
+        if self._shadow_turn(now, adaptation, hurry=revoked):
             return
         try:
             offer = self.client.offered(current.release if current else None, self.state.refused)
@@ -243,6 +272,7 @@ class Upgrade:
         state = msgspec.structs.replace(
             self.state,
             recorded=current,
+            shadow=None,
             watching=forward and recorded is not None,
             since=now,
             accuracy_before=before,
@@ -265,26 +295,40 @@ class Upgrade:
                 state.refused = {**state.refused, recorded.digest: reason}
                 detail = {"release": recorded.release, "to": current.release, "reason": reason}
                 self._emit("release_rolled_back", detail)
+            self._store.delete_pairs()
             adaptation.save()
             self._store.put(_STATE, msgspec.json.encode(state))
         self.state, self.why = state, ""
+        self._close_shadow()
         self._complaints.clear()
         return True
 
     def _install_fetched(self, fetched: FetchedRelease, adaptation: Adaptation | None) -> None:
-        self._install(fetched.manifest, fetched.files, adaptation, link=True)
+        self._install(fetched.manifest, fetched.files, adaptation, link=True, offered=True)
         self.client.clean()
 
-    def _install(self, data: bytes, sources: Mapping[str, Path], adaptation: Adaptation | None, *, link: bool) -> None:
+    def _install(
+        self, data: bytes, sources: Mapping[str, Path], adaptation: Adaptation | None, *, link: bool, offered: bool
+    ) -> None:
+        self._drop_shadow()
         slot, manifest = self._slots.stage(data, sources, link=link)
         digest = digest_of(data)
         choice = choose_variant(self._slots.root / slot, manifest, self._config.variant, self.tested)
         write_choice(self._slots.root / slot, choice)
         self._choices[digest] = choice
         rehearse(self._slots.root / slot, manifest)
+        if self._can_shadow(manifest, adaptation):
+            with self._store.transaction():
+                self._store.delete_pairs()
+                self._store.delete_trunk(manifest.trunk_id)
+                self.state.shadow = Candidate(Version(slot, manifest.release, digest), offered)
+                rows = self._config.update.shadow_rows
+                self._emit("release_shadowed", {"release": manifest.release, "rows": rows})
+                self.save()
+            return
         rebase = self._rebase(slot, manifest, adaptation)
         self.state.carried = rebase.reason
-        head = self._slots.write_head(slot, rebase.head) if rebase.head is not None else 0
+        head = self._slots.write_head(slot, rebase.head, rebase.importance) if rebase.head is not None else 0
         self._slots.activate(Version(slot, manifest.release, digest, head))
 
     def _rebase(self, slot: Slot, manifest: Manifest, adaptation: Adaptation | None) -> Rebase:
@@ -312,7 +356,201 @@ class Upgrade:
             groups = group_names(rows.truths, head.labels, manifest)
             return np.concatenate([outcomes(scores, head.labels, rows.truths, groups, manifest).right, factory])
 
-        return choose_head(shipped, personal, right)
+        rebase = choose_head(shipped, personal, right)
+        known = self._slots.importance(current) if rebase.head is not None else None
+        if rebase.head is None or known is None:
+            return rebase
+        fisher = {key: value.astype(np.float32) for key, value in load_npz(folder / FISHER_NPZ).items()}
+        merged = with_importance_of(known, personal, Importance(shipped.weights, fisher), rebase.head)
+        return replace(rebase, importance=merged)
+
+    # ---- a release with another trunk
+
+    def _can_shadow(self, manifest: Manifest, adaptation: Adaptation | None) -> bool:
+        """Whether there is a learned head that can only be carried over once inputs have passed both trunks."""
+        current = self._slots.pointer.current
+        if current is None or current.head == 0 or adaptation is None or adaptation.experience is None:
+            return False
+        if self._executor is None or not self._config.update.shadow_rows or not manifest.learns:
+            return False
+        before = self._slots.manifest(current)
+        same = meaning_of_outputs(before) == meaning_of_outputs(manifest)
+        return same and before.task == manifest.task and before.trunk_id != manifest.trunk_id
+
+    @property
+    def wants_inputs(self) -> bool:
+        """Whether inputs of predictions are to pass the trunk in shadow."""
+        return self.state.shadow is not None and not (self._shadow is not None and self._shadow.enough)
+
+    @property
+    def training(self) -> bool:
+        """Whether a head is being trained for the release in shadow: nothing else may be learned meanwhile."""
+        return self._shadow is not None and self._shadow.training
+
+    def see_inputs(self, rows: list[LoggedPrediction], inputs: Mapping[str, AnyArray], trunk: str) -> None:
+        """Let inputs that were just predicted pass the trunk in shadow; off the request path.
+
+        Args:
+            rows: Predictions of a flush.
+            inputs: Of the latest of them, by id.
+            trunk: In use.
+        """
+        if not inputs or (shadow := self._opened()) is None:
+            return
+        try:
+            shadow.see(rows, inputs, trunk)
+        except ModelError as error:
+            self._refuse_shadow(f"it fails in shadow: {error}")
+
+    def take_shadow(self) -> Version:
+        """Serve the release in shadow at once: the one in use is lost.
+
+        Raises:
+            RollbackRefusedError: There is none.
+        """
+        if self.state.shadow is None:
+            raise RollbackRefusedError("no release is in shadow")
+        version = self.state.shadow.version
+        self.state.carried = "dropped: the release that it was learned on is lost"
+        self._slots.activate(version)
+        return version
+
+    def _opened(self) -> Shadow | None:
+        """The release in shadow, loaded; one that is damaged is given up, and will be fetched again."""
+        candidate = self.state.shadow
+        if candidate is None or self._executor is None:
+            return None
+        if self._shadow is None:
+            version = candidate.version
+            try:
+                manifest, variant = self._slots.manifest(version), self.variant(version).variant
+                verify_checkpoint(self._slots.folder(version), serves=variant)
+                self._shadow = Shadow(
+                    version, manifest, variant, self.tested, self._job,
+                    executor=self._executor, store=self._store, slots=self._slots, config=self._config,
+                )  # fmt: skip
+            except (ArtifactError, ModelError) as error:
+                logger.warning("the release in shadow is given up: %s", error)
+                self._drop_shadow()
+        return self._shadow
+
+    def _shadow_turn(self, now: float, adaptation: Adaptation | None, *, hurry: bool) -> bool:
+        """Go on with the release in shadow; True if there is nothing else to do in this turn."""
+        candidate, desired = self.state.shadow, self.client.desired
+        if candidate is None:
+            return False
+        current = self._slots.pointer.current
+        if desired is None and candidate.offered:
+            return True  # until the coordinator is heard again, what it offered waits
+        if desired is not None and not self._still_wanted(candidate, desired, current.release if current else None):
+            self._drop_shadow()
+        shadow = None if candidate.offered and not self._is_vouched_for(now) else self._opened()
+        if shadow is None or current is None:
+            return False
+        candidate.wait(now)
+        if adaptation is None or adaptation.experience is None or current.head == 0:
+            self._take_over(shadow, Carried(Settled("shipped", "there was no personal head")))
+            return True
+        hurry = hurry or candidate.waited_s >= self._config.update.shadow_s
+        if shadow.training or hurry or (shadow.enough and not adaptation.state.obstacle):
+            self._carry_over(shadow, current, adaptation, now)
+        return True
+
+    def _carry_over(self, shadow: Shadow, current: Version, adaptation: Adaptation, now: float) -> None:
+        """Train a head for the release in shadow; once it is there, take over with it, or without, or stay."""
+        before = self._slots.manifest(current)
+        if not shadow.training:
+            if adaptation.state.on_trial:
+                adaptation.abandon(now)
+            logger.info("release %d: what was learned is carried over to its trunk", shadow.version.release)
+            if why := shadow.begin(before.trunk_id, before, may_grow=adaptation.may_grow):
+                self._take_over(shadow, Carried(Settled("shipped", f"dropped: {why}")))
+                return
+        if (result := shadow.poll()) is None:
+            return
+        if (carried := shadow.judge(current, before, result)) is None:
+            return
+        adaptation.charge(now, seconds=result.seconds)
+        if carried.settled.outcome == "stay":
+            self._refuse_shadow(carried.settled.reason)
+        else:
+            self._take_over(shadow, carried)
+
+    def _still_wanted(self, candidate: Candidate, desired: Desired, installed: int | None) -> bool:
+        """Whether the release in shadow is still the one to have."""
+        version = candidate.version
+        if version.release in desired.revoked:
+            return False
+        try:
+            offer = self.client.offered(installed, self.state.refused)
+        except RollbackRefusedError:
+            offer = None
+        if candidate.offered:
+            return offer is not None and offer.digest == version.digest
+        return offer is None or offer.release <= version.release
+
+    def _is_vouched_for(self, now: float) -> bool:
+        """Whether the offer may still be taken; if not, the ordinary turn says why, and the shadow waits."""
+        current = self._slots.pointer.current
+        try:
+            offer = self.client.offered(current.release if current else None, self.state.refused)
+            return offer is not None and self.client.authorise(offer, now)
+        except (RollbackRefusedError, UntrustedError):
+            return False
+
+    def _take_over(self, shadow: Shadow, carried: Carried) -> None:
+        """Let the release in shadow serve."""
+        version, personal = shadow.version, carried.settled.outcome == "personal"
+        current = self._slots.pointer.current
+        assert current is not None
+        head = carried.head if personal else None
+        number = self._slots.write_head(version.slot, head) if head is not None else 0
+        try:
+            with self._store.transaction():
+                shadow.settle(self._slots.manifest(current).trunk_id, personal=personal)
+                self.state.carried = carried.settled.reason
+                self.save()
+        except BaseException:
+            shadow.cancel()  # what it holds in memory may be ahead of the disk
+            raise
+        crashpoint("shadow:settled")
+        self._slots.activate(msgspec.structs.replace(version, head=number))
+        self.tested[shadow.key] = shadow.trunk
+        self.client.clean()
+
+    def _refuse_shadow(self, reason: str) -> None:
+        """Stay on the release in use, and tell why."""
+        candidate = self.state.shadow
+        assert candidate is not None
+        version = candidate.version
+        trunk = self._slots.manifest(version).trunk_id
+        with self._store.transaction():
+            self.state.refused[version.digest] = reason
+            self.state.shadow = None
+            self._emit("release_failed", {"release": version.release, "reason": reason})
+            self._store.delete_pairs()
+            self._store.delete_trunk(trunk)
+            self.save()
+        self._close_shadow()
+        self.client.clean()
+
+    def _drop_shadow(self) -> None:
+        """Give up the release in shadow: another takes its place, or it is not wanted any more."""
+        if self.state.shadow is None:
+            return
+        logger.info("release %d leaves the shadow", self.state.shadow.version.release)
+        with self._store.transaction():
+            self.state.shadow = None
+            self._store.delete_pairs()
+            self.save()
+        self._close_shadow()
+
+    def _close_shadow(self) -> None:
+        if self._shadow is not None:
+            self._shadow.cancel()
+            self._shadow = None
+
+    # ---- going back
 
     def leave(self, reason: str) -> bool:
         """Go back to the release before, if there is one; False if this one must go on serving."""

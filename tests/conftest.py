@@ -189,6 +189,12 @@ def checkpoint(build):
     return build()
 
 
+@pytest.fixture(scope="session")
+def other_trunk(build):
+    """Release 2, with another trunk. Read-only."""
+    return build(release=2, seed=1)
+
+
 @pytest.fixture
 def config():
     """A device that learns in place and soon, trusted to promote."""

@@ -22,6 +22,7 @@ from edge_sdk.learn.slda import closed_form
 from edge_sdk.manifest import (
     FISHER_NPZ,
     HEAD_NPZ,
+    MANIFEST_NAME,
     MEMORY_NPZ,
     MOMENTS_NPZ,
     FileEntry,
@@ -29,11 +30,15 @@ from edge_sdk.manifest import (
     LatentSpec,
     Manifest,
     TargetSpec,
+    digest_of,
+    parse_manifest,
 )
+from edge_sdk.messages import Desired, Need, Offer, Topics, block_count, decode, encode, from_bitmap
 from edge_sdk.policy import ResourceState
 from edge_sdk.schema import InputSpec
 from edge_sdk.slots import Pointer, Slots, Version
 from edge_sdk.store import NewSample, Store
+from edge_sdk.transport import MemoryBroker, MemoryTransport
 from edge_sdk.trial import head_outcomes
 
 
@@ -45,6 +50,51 @@ def as_before(monkeypatch):
     yield
     root.setLevel(level)
     root.handlers[:] = handlers
+
+
+BLOCK = 16 * 1024
+
+
+class Publisher:
+    """Says what the group should run, and answers requests for blocks."""
+
+    def __init__(self, broker):
+        self.topics = Topics()
+        self.transport = MemoryTransport(broker)
+        self.transport.subscribe(self.topics.up("+", "need"))
+        self.transport.connect()
+        self.blobs = {}
+        self.needs = []
+        self._revision = 0
+
+    def add(self, folder):
+        """Publish the blobs of a checkpoint folder; returns its offer."""
+        for file in folder.iterdir():
+            data = file.read_bytes()
+            self.blobs[digest_of(data)] = data
+        data = (folder / MANIFEST_NAME).read_bytes()
+        return Offer(parse_manifest(data).release, digest_of(data), len(data))
+
+    def desire(self, base, *, revoked=()):
+        self._revision += 1
+        desired = Desired(
+            revision=self._revision, base=base, candidate=None, salt="", threshold=0, revoked=list(revoked),
+            block_bytes=BLOCK,
+        )  # fmt: skip
+        self.transport.publish(self.topics.desired("default"), encode(desired), retain=True)
+
+    def pump(self):
+        for message in self.transport.receive():
+            need = decode(message.payload, Need)
+            self.needs.append(need.digest)
+            data = self.blobs[need.digest]
+            for i in sorted(from_bitmap(need.blocks, block_count(need.size, BLOCK))):
+                self.transport.publish(self.topics.block(need.digest, i), data[i * BLOCK : (i + 1) * BLOCK])
+
+
+@pytest.fixture
+def publisher():
+    return Publisher(MemoryBroker())
 
 
 SPEC = LatentSpec(dim=8, scale=0.02, zero_point=128)

@@ -1,4 +1,4 @@
-"""Carrying a personal head over to a new base with the same trunk."""
+"""Carrying a personal head over to a new base."""
 
 from itertools import pairwise
 
@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_sdk.config import DeviceConfig
 from edge_sdk.head import Head
-from edge_sdk.rebase import choose_head, with_labels_of
+from edge_sdk.learn.ewc import Importance
+from edge_sdk.rebase import Right, choose_head, choose_version, with_importance_of, with_labels_of
 
 
 def make_head(labels, *, seed=0, hidden=(), dim=6):
@@ -117,3 +119,55 @@ def test_the_carried_head_knows_every_label_once_those_of_the_base_first(shipped
     for label, values in scores(own, x).items():
         np.testing.assert_allclose(scores(carried, x)[label], values, rtol=1e-5, atol=1e-5)
     assert (base.to_bytes(), own.to_bytes()) == before
+
+
+# ---- another trunk
+
+
+def rights(old, shipped, personal, *, factory=(1.0, 1.0), rows=100):
+    def right(share, count=rows):
+        return np.arange(count) < round(share * count)
+
+    return Right(right(old), right(1.0), right(shipped), right(personal), right(factory[0]), right(factory[1]))
+
+
+@pytest.mark.parametrize(
+    ("right", "outcome", "reason"),
+    [
+        (rights(0.9, 0.6, 0.88), "personal", "kept: head trained here 0.880, shipped head 0.600 on 100 rows"),
+        (rights(0.9, 0.9, 0.88), "shipped", "dropped: head trained here 0.880"),
+        (rights(0.9, 0.6, 0.88, factory=(0.9, 0.8)), "personal", "kept"),
+        (rights(0.9, 0.8, 0.88, factory=(0.9, 0.8)), "shipped", "dropped: it forgets 0.100 of accuracy on factory"),
+        (rights(0.9, 0.3, 0.4), "stay", "both heads do worse than the release in use: at best 0.400, before 0.900"),
+        (rights(0.9, 0.3, 0.85), "personal", "kept"),
+        (rights(0.9, 0.85, 0.3), "shipped", "dropped"),
+        (rights(0.9, 0.5, 0.6, rows=4), "personal", "kept"),
+    ],
+)
+def test_of_three_versions_the_one_that_the_judge_rows_speak_for_is_chosen(right, outcome, reason):
+    settled = choose_version(right, DeviceConfig())
+    assert settled.outcome == outcome
+    assert settled.reason.startswith(reason)
+
+
+def test_only_rows_that_passed_both_trunks_keep_a_release_out():
+    right = rights(0.9, 0.3, 0.4)
+    none = np.zeros(100, bool)
+    assert choose_version(right._replace(old=np.zeros(0, bool), exact=none), DeviceConfig()).outcome == "personal"
+
+
+def test_without_judge_rows_the_base_serves_as_shipped():
+    settled = choose_version(rights(0.0, 0.0, 0.0, rows=0), DeviceConfig())
+    assert settled == ("shipped", "dropped: there are no judge rows to compare on")
+
+
+def test_what_ewc_held_on_to_is_merged_with_what_the_new_base_came_with():
+    personal, shipped = make_head("ba", seed=1), make_head("abc", seed=2)
+    carried = with_labels_of(personal, shipped)
+    ones = {key: np.ones_like(value) for key, value in shipped.weights.items()}
+    known = Importance(personal.weights, {key: 3 * np.ones_like(value) for key, value in personal.weights.items()})
+    merged = with_importance_of(known, personal, Importance(shipped.weights, ones), carried)
+    np.testing.assert_allclose(merged.fisher["b0"], [4, 4, 1])
+    expected = 0.25 * shipped.weights["W0"][:, :2] + 0.75 * personal.weights["W0"][:, ::-1]
+    np.testing.assert_allclose(merged.anchor["W0"][:, :2], expected, rtol=1e-5)
+    np.testing.assert_allclose(merged.anchor["W0"][:, 2], shipped.weights["W0"][:, 2], rtol=1e-5)

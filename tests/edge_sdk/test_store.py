@@ -182,7 +182,7 @@ def test_a_file_of_an_earlier_form_keeps_its_rows_with_defaults_for_what_is_new(
     assert store.waiting_rows(TRUNK, limit=9) == [LoggedRow("a", 1.0, b"\x01", "3", 1, 0, TRUNK, "", 1.0, False, None)]
     for role in ("fresh", "judge", "replay"):
         (kept,) = store.samples(role, TRUNK)
-        assert kept[1:] == (2.0, b"\x02", "4", role, 0 if role == "replay" else None, "", 1.0, 0.0)
+        assert kept[1:] == (2.0, b"\x02", "4", role, 0 if role == "replay" else None, "", 1.0, 0.0, False)
     assert store.samples_of(["a"]) == store.lineage() == []
     add(store, row("b"))
     sample(store, "5", id="b", source="expert", slice="left", weight=-0.5)
@@ -609,3 +609,45 @@ def test_a_library_error_never_leaves_the_store(store):
         with pytest.raises(StoreError) as caught:
             broken()
         assert isinstance(caught.value.__cause__, sqlite3.Error)
+
+
+# ---- from one trunk to another
+
+
+def test_an_input_stays_as_long_as_a_sample_of_its_prediction(store):
+    with store.transaction():
+        for trunk in ("one", "other"):
+            store.add_samples(
+                [NewSample(0.0, b"1", "3", "fresh", trunk, id="a"), NewSample(0.0, b"1", "3", "fresh", trunk)]
+            )
+        store.add_inputs([("a", b"x")], keep=5)
+        store.delete_trunk("one")
+    assert store.input_of("a") == b"x"
+    with store.transaction():
+        store.delete_trunk("other")
+    assert store.input_of("a") is None
+
+
+def test_the_newest_inputs_are_kept(store):
+    with store.transaction():
+        for name in "abcab":
+            store.add_inputs([(name, name.encode())], keep=2)
+    assert [store.input_of(name) for name in "abc"] == [b"a", b"b", None]
+
+
+def test_what_was_translated_can_be_dropped_by_itself(store):
+    with store.transaction():
+        store.add_samples([NewSample(0.0, b"1", "3", "judge", "t", translated=made) for made in (True, False, True)])
+        store.delete_trunk("t", translated=True)
+    assert [sample.translated for sample in store.samples("judge", "t")] == [False]
+
+
+def test_pairs_are_forgotten_one_by_one_or_all(store):
+    with store.transaction():
+        store.add_pairs([("a", b"1", b"2"), ("b", b"3", b"4"), ("c", b"5", b"6")])
+        store.delete_pairs(["b"])
+    assert store.pairs() == [("a", b"1", b"2"), ("c", b"5", b"6")]
+    assert store.count_pairs() == 2
+    with store.transaction():
+        store.delete_learned()
+    assert store.pairs() == []

@@ -17,68 +17,14 @@ from edge_sdk.manifest import (
     Manifest,
     TargetSpec,
     describe_folder,
-    digest_of,
     manifest_bytes,
     parse_manifest,
 )
-from edge_sdk.messages import (
-    Desired,
-    Need,
-    Offer,
-    Topics,
-    block_count,
-    decode,
-    encode,
-    from_bitmap,
-)
 from edge_sdk.schema import InputSpec
-from edge_sdk.transport import MemoryBroker, MemoryTransport
+from edge_sdk.transport import MemoryTransport
 from edge_sdk.upgrade import Upgrade
 
 pytestmark = pytest.mark.torch
-BLOCK = 16 * 1024
-
-
-class Publisher:
-    """Says what the group should run, and answers requests for blocks."""
-
-    def __init__(self, broker):
-        self.topics = Topics()
-        self.transport = MemoryTransport(broker)
-        self.transport.subscribe(self.topics.up("+", "need"))
-        self.transport.connect()
-        self.blobs = {}
-        self.needs = []
-        self._revision = 0
-
-    def add(self, folder):
-        """Publish the blobs of a checkpoint folder; returns its offer."""
-        for file in folder.iterdir():
-            data = file.read_bytes()
-            self.blobs[digest_of(data)] = data
-        data = (folder / MANIFEST_NAME).read_bytes()
-        return Offer(parse_manifest(data).release, digest_of(data), len(data))
-
-    def desire(self, base, *, revoked=()):
-        self._revision += 1
-        desired = Desired(
-            revision=self._revision, base=base, candidate=None, salt="", threshold=0, revoked=list(revoked),
-            block_bytes=BLOCK,
-        )  # fmt: skip
-        self.transport.publish(self.topics.desired("default"), encode(desired), retain=True)
-
-    def pump(self):
-        for message in self.transport.receive():
-            need = decode(message.payload, Need)
-            self.needs.append(need.digest)
-            data = self.blobs[need.digest]
-            for i in sorted(from_bitmap(need.blocks, block_count(need.size, BLOCK))):
-                self.transport.publish(self.topics.block(need.digest, i), data[i * BLOCK : (i + 1) * BLOCK])
-
-
-@pytest.fixture
-def publisher():
-    return Publisher(MemoryBroker())
 
 
 @pytest.fixture
@@ -103,11 +49,6 @@ def settle(device, publisher, *, turns=60):
         if device.status().fetching is None and not report.received and not report.swapped:
             return
     pytest.fail("the device never settles")
-
-
-@pytest.fixture(scope="module")
-def other_trunk(build):
-    return build(release=2, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +280,7 @@ def test_an_older_offer_is_refused_and_recorded_once(online, publisher, checkpoi
 
 
 def test_a_revoked_release_is_left_for_the_one_before_with_its_head(online, publisher, other_trunk, digits):
-    device = online()
+    device = online(update=UpdateConfig(trust="none", min_free_bytes=0, shadow_rows=0))
     tilt(device)
     before = device.predict(digits.life.x[0])
     offer = publisher.add(other_trunk)
@@ -389,7 +330,7 @@ def test_a_personal_head_stays_on_the_same_trunk(online, publisher, same_trunk, 
 
 
 def test_a_personal_head_is_dropped_on_another_trunk_and_the_reason_is_told(online, publisher, other_trunk):
-    device = online()
+    device = online(update=UpdateConfig(trust="none", min_free_bytes=0, shadow_rows=0))
     tilt(device)
     publisher.desire(publisher.add(other_trunk))
     settle(device, publisher)
