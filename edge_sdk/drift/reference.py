@@ -293,14 +293,16 @@ def _described(
         "repeats": (features[1:] == features[:-1]).mean(axis=0).astype(np.float32)
         if ordered
         else np.full(width, np.nan, np.float32),
-        "values": _categories(names, categories),
+        "values": _categories(list(names), categories, features),
         "rows": rows,
     }
 
 
-def _categories(names: Sequence[str], categories: Mapping[str, Sequence[float]]) -> FloatArray:
-    """float32 [F, V], V as large as needed."""
-    kept = {name: sorted(set(codes)) for name, codes in categories.items() if len(set(codes)) <= MAX_CATEGORIES}
+def _categories(names: Sequence[str], categories: Mapping[str, Sequence[float]], features: FloatArray) -> FloatArray:
+    """float32 [F, V], V as large as needed: codes there may be, and those there were, as that of an unknown value."""
+    every = {name: {*codes, *np.unique(features[:, names.index(name)]).tolist()} for name, codes in categories.items()}
+    kept = {name: sorted(code for code in codes if code == code) for name, codes in every.items()}  # noqa: PLR0124 - NaN
+    kept = {name: codes for name, codes in kept.items() if len(codes) <= MAX_CATEGORIES}
     values = np.full((len(names), max(map(len, kept.values()), default=1)), np.nan, np.float32)
     for i, name in enumerate(names):
         codes = kept.get(name, [])
