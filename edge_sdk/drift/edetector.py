@@ -94,6 +94,8 @@ class EDetector(DriftDetector):
             below = bets / (1 - down)
             self._slope = np.concatenate([self._slope, -below])
             self._constant = np.concatenate([self._constant, 1 + below * down])
+        self._calm = np.multiply.reduce(np.repeat(self._constant[None], self._stride, axis=0), axis=0)
+        """Factor of a whole step of rows of zeros, as indicators of rare faults nearly always are."""
 
     def update(self, block: DoubleArray) -> None:
         """Fold rows, float64 [N, K] in [0, 1]."""
@@ -106,14 +108,20 @@ class EDetector(DriftDetector):
             self._fold(block[start : start + _CHUNK])
 
     def _fold(self, rows: DoubleArray) -> None:
-        factors = rows[:, None, :] * self._slope
-        factors += self._constant
+        calm = not (self._phase or len(rows) % self._stride or rows.any())
+        factors = np.empty(0)
+        if not calm:
+            factors = rows[:, None, :] * self._slope
+            factors += self._constant
         m, begin = self._m.copy(), 0
         while begin < len(rows):
             if not self._phase:
                 m += self._stride
             take = min(self._stride - self._phase, len(rows) - begin)
-            m *= np.multiply.reduce(factors[begin : begin + take], axis=0) if take > 1 else factors[begin]
+            if calm:
+                m *= self._calm
+            else:
+                m *= np.multiply.reduce(factors[begin : begin + take], axis=0) if take > 1 else factors[begin]
             begin += take
             self._phase = (self._phase + take) % self._stride
             if not self._phase:

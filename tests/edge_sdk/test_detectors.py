@@ -295,3 +295,17 @@ def test_a_state_deeper_within_a_step_than_the_stride_is_refused():
     long.update(np.full((5, 3), 0.5))
     with pytest.raises(ValueError, match="stride of 4"):
         make(3, stride=4).restore(long.state())
+
+
+@pytest.mark.parametrize("stride", [1, 8])
+def test_rows_of_zeros_are_folded_the_short_way_with_the_same_result(rng, stride):
+    """In whole steps they are; split within a step they are not."""
+    mean, slack = rng.random(5) * 0.1, np.full(5, 0.01)
+    short, split = (EDetector(mean, slack, run_length=1000.0, sides="up", stride=stride) for _ in range(2))
+    rows = np.concatenate([np.zeros((32, 5)), (rng.random((32, 5)) < 0.2).astype(float), np.zeros((64, 5))])
+    for start in range(0, 128, 32):
+        short.update(rows[start : start + 32])
+    for start in range(0, 128, 4):
+        split.update(rows[start : start + 4])
+    np.testing.assert_allclose(short.state()["m"], split.state()["m"], rtol=1e-12)
+    assert short.evidence == pytest.approx(split.evidence, rel=1e-12)
