@@ -1,6 +1,6 @@
 """What a device keeps of what it learned when its base gets another trunk.
 
-    python benchmarks/rebase.py --cache /tmp/forgetting-cache
+    python benchmarks/rebase.py
 
 A device on Fashion-MNIST learns what the world looks like turned by 30 degrees, as any device would: through `predict`,
 `observe` and `step`. Then a release with a retrained trunk arrives. Writes rebase.json and rebase.md beside this file.
@@ -186,7 +186,7 @@ Rerun: `python benchmarks/rebase.py`; `rebase.json` has each seed with the reaso
 def main() -> None:
     """Run it all."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/forgetting-cache"))
+    parser.add_argument("--cache", type=Path, default=Path("build/forgetting"))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--digits", action="store_true", help="on the stand-in")
     parser.add_argument("--output", type=Path, default=HERE)
