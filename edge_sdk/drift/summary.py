@@ -23,8 +23,8 @@ _COARSER = (32, 16, 8)
 _MAX_NAME = 64
 _MAX_LABELS = 32
 _OTHER = "other"
-_SHORT = 1 << 16
-"""Counts below this are stored in half the bytes; an hour's hardly ever are not."""
+_SHORT = 1 << 24
+"""Counts below this are stored in three bytes: a window of so many rows hardly ever comes."""
 _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 
@@ -284,9 +284,10 @@ class Summary:
 
     def state(self) -> dict[str, AnyArray]:
         """All that `restore` needs, exactly, as plain arrays: for this device's own disk."""
-        facts = (self.start, self.end, self.rows, self.classes, self.latency.to_wire())
+        facts = (self.start, self.end, self.classes, self.latency.to_wire())
         return {
-            "counts": self.counts.astype(np.uint16 if self.counts.max(initial=0) < _SHORT else np.uint32),
+            "rows": np.array([self.rows]),
+            "counts": _packed(self.counts),
             "missing": self.missing.copy(),
             "moments": np.stack([self.known, self.mean, self.m2, self.low, self.high]),
             "confidence": self.confidence.copy(),
@@ -299,22 +300,37 @@ class Summary:
         Raises:
             ValueError: It is the state of other features, or damaged; nothing was changed.
         """
-        shapes = {key: value.shape for key, value in self.state().items() if key != "facts"}
-        if {key: state[key].shape for key in shapes} != shapes:
+        shapes = {key: value.shape for key, value in self.state().items() if key not in ("counts", "facts")}
+        if {key: state[key].shape for key in shapes} != shapes or state["counts"].shape[:-1] != self.counts.shape:
             raise ValueError(f"the state is not of a summary of {len(self.names)} features")
         try:
             facts = msgspec.msgpack.decode(state["facts"].tobytes(), type=_Facts)
         except _UNREADABLE as error:
             raise ValueError(f"the state of the summary is damaged: {error}") from error
-        self.latency = QuantileSketch.from_wire(*facts[4])
-        self.start, self.end, self.rows, self.classes = facts[0], facts[1], facts[2], Counter(facts[3])
-        self.counts, self.missing, self.confidence = (
-            state[key].astype(np.uint32) for key in ("counts", "missing", "confidence")
-        )
+        self.latency = QuantileSketch.from_wire(*facts[3])
+        self.start, self.end, self.rows, self.classes = facts[0], facts[1], int(state["rows"][0]), Counter(facts[2])
+        self.counts = _unpacked(state["counts"])
+        self.missing, self.confidence = (state[key].astype(np.uint32) for key in ("missing", "confidence"))
         self.known, self.mean, self.m2, self.low, self.high = state["moments"].copy()
 
 
-_Facts = tuple[float, float, int, dict[str, int], tuple[list[int], list[int], int]]
+_Facts = tuple[float, float, dict[str, int], tuple[list[int], list[int], int]]
+
+
+def _packed(counts: AnyArray) -> AnyArray:
+    """uint32 [F, B] as its bytes, lowest first: uint8 [F, B, 3], or 4 where a count needs them."""
+    parts: AnyArray = counts.astype("<u4").view(np.uint8).reshape(*counts.shape, 4)
+    return np.ascontiguousarray(parts[..., : 3 if counts.max(initial=0) < _SHORT else 4])
+
+
+def _unpacked(parts: AnyArray) -> AnyArray:
+    """What `_packed` was given."""
+    if parts.dtype != np.uint8 or parts.shape[-1] not in (3, 4):
+        raise ValueError(f"counts are stored in three or four bytes, got {parts.dtype} {parts.shape}")
+    whole = np.zeros((*parts.shape[:-1], 4), np.uint8)
+    whole[..., : parts.shape[-1]] = parts
+    counts: AnyArray = whole.view("<u4")[..., 0].astype(np.uint32)
+    return counts
 
 
 def _coarser(counts: AnyArray, bins: int) -> AnyArray:

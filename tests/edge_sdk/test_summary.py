@@ -302,3 +302,12 @@ def test_a_range_is_never_told_too_narrow_and_hardly_too_wide(low, width, std):
     assert apart[1] >= low + width
     assert low - apart[0] <= 2 * std
     assert apart[1] - (low + width) <= 2 * std
+
+
+def test_counts_of_any_size_survive_the_disk():
+    summary = Summary(["a", "b"])
+    for largest in (0, 65_535, 65_536, (1 << 24) - 1, 1 << 24, (1 << 32) - 1):
+        summary.counts[0, 5] = largest
+        again = Summary(["a", "b"])
+        again.restore(summary.state())
+        np.testing.assert_array_equal(again.counts, summary.counts)
