@@ -189,3 +189,42 @@ class EDetector(DriftDetector):
             raise ValueError(f"state within a step of more than {phase:g} rows for a stride of {self._stride}")
         self._m, self._recent = state["m"].copy(), state["recent"].copy()
         self._evidence, self._peak, self._phase, self._quiet = evidence, peak, int(phase), int(quiet)
+
+
+class OverEDetector(DriftDetector):
+    """A detector that makes channels of something else, and leaves the evidence to an `EDetector` over them."""
+
+    _detector: EDetector
+
+    @property
+    def evidence(self) -> float:
+        """Of the e-detector."""
+        return self._detector.evidence
+
+    @property
+    def threshold(self) -> float:
+        """The run length."""
+        return self._detector.threshold
+
+    @property
+    def warning(self) -> bool:
+        """Whether evidence has reached a twentieth of the threshold since the last reset."""
+        return self._detector.warning
+
+    @property
+    def drift_detected(self) -> bool:
+        """Whether evidence has reached the threshold since the last reset."""
+        return self._detector.drift_detected
+
+    @property
+    def quiet_rows(self) -> int:
+        """Rows since the evidence last was at or above the warning level."""
+        return self._detector.quiet_rows
+
+    def suspects(self, count: int = 3) -> list[tuple[int, float]]:
+        """Channels by their share of the evidence, with the shift of their recent mean."""
+        return self._detector.suspects(count)
+
+    def look_again(self) -> None:
+        """Begin anew, with the alarm still up."""
+        self._detector.look_again()

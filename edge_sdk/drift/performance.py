@@ -9,8 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from edge_sdk.drift.base import DriftDetector
-from edge_sdk.drift.edetector import EDetector
+from edge_sdk.drift.edetector import EDetector, OverEDetector
 from edge_sdk.stats import wilson_interval
 from edge_sdk.types import AnyArray, BoolArray, DoubleArray, Task
 
@@ -28,7 +27,7 @@ _FEW = 4
 """Numbers in a tally before those of the classes."""
 
 
-class PerformanceMonitor(DriftDetector):
+class PerformanceMonitor(OverEDetector):
     """Raises an alarm when the error rate leaves what it was on labelled reference rows, for worse or for better.
 
     Its one channel is the error: 1 for a wrong answer and 0 for a right one. For a regression whose reference knows its
@@ -108,39 +107,6 @@ class PerformanceMonitor(DriftDetector):
     def update(self, block: DoubleArray) -> None:
         """Fold errors, float64 [N, 1] in [0, 1]; the running scores hear of `update_rows` alone."""
         self._detector.update(block)
-
-    @property
-    def evidence(self) -> float:
-        """Of a higher or a lower error, as an `EDetector` has it."""
-        return self._detector.evidence
-
-    @property
-    def threshold(self) -> float:
-        """The run length, in labelled rows."""
-        return self._detector.threshold
-
-    @property
-    def warning(self) -> bool:
-        """Whether evidence has reached the warning level since the last reset."""
-        return self._detector.warning
-
-    @property
-    def drift_detected(self) -> bool:
-        """Whether the alarm is up."""
-        return self._detector.drift_detected
-
-    @property
-    def quiet_rows(self) -> int:
-        """Rows since the evidence was last at or above the warning level."""
-        return self._detector.quiet_rows
-
-    def suspects(self, count: int = 3) -> list[tuple[int, float]]:
-        """The one channel, with the recent error minus the reference's."""
-        return self._detector.suspects(count)
-
-    def look_again(self) -> None:
-        """Begin anew, with the alarm still up."""
-        self._detector.look_again()
 
     def reset(self) -> None:
         """Forget the evidence and take the alarm down; the running scores stay."""

@@ -7,8 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from edge_sdk.drift.base import DriftDetector
-from edge_sdk.drift.edetector import EDetector
+from edge_sdk.drift.edetector import EDetector, OverEDetector
 from edge_sdk.drift.reference import Reference
 from edge_sdk.types import AnyArray, DoubleArray, FloatArray
 
@@ -31,7 +30,7 @@ class Finding(NamedTuple):
     words: str
 
 
-class QualityMonitor(DriftDetector):
+class QualityMonitor(OverEDetector):
     """Raises an alarm when more values are bad than in the reference.
 
     Channels are indicators, by feature: the value is missing; lies outside the reference's range; is a category that
@@ -106,35 +105,6 @@ class QualityMonitor(DriftDetector):
         self._detector.update(np.concatenate(parts, axis=1).astype(np.float64))
         self._last = x[-1].copy()
 
-    @property
-    def evidence(self) -> float:
-        """Of the e-detector over all indicators."""
-        return self._detector.evidence
-
-    @property
-    def threshold(self) -> float:
-        """The run length."""
-        return self._detector.threshold
-
-    @property
-    def warning(self) -> bool:
-        """Whether evidence has reached a twentieth of the threshold since the last reset."""
-        return self._detector.warning
-
-    @property
-    def drift_detected(self) -> bool:
-        """Whether evidence has reached the threshold since the last reset."""
-        return self._detector.drift_detected
-
-    @property
-    def quiet_rows(self) -> int:
-        """Rows since the evidence last was at or above the warning level."""
-        return self._detector.quiet_rows
-
-    def suspects(self, count: int = 3) -> list[tuple[int, float]]:
-        """Indicators by their share of the evidence, with the rise of their recent rate; see `names`."""
-        return self._detector.suspects(count)
-
     def findings(self, count: int = 3) -> list[Finding]:
         """The suspects whose rate left its band lately, strongest first."""
         found = []
@@ -145,10 +115,6 @@ class QualityMonitor(DriftDetector):
                 words = f"{100 * (self._usual[i] + rise):.0f} % of the values {what}{usually}"
                 found.append(Finding(self._names[feature], fault, words))
         return found
-
-    def look_again(self) -> None:
-        """Begin anew, with the alarm still up."""
-        self._detector.look_again()
 
     def reset(self) -> None:
         """Forget the evidence and take the alarm down."""
