@@ -158,7 +158,7 @@ class Coordinator:
 
     def desired_revision(self, group: str = "default") -> int:
         """Number of what the group is told to run; 0 before its first release."""
-        return self.registry.store.group(group).revision
+        return self.registry.store.groups.get(group).revision
 
     def devices(self) -> list[DeviceRecord]:
         """Every device, by name."""
@@ -186,15 +186,15 @@ class Coordinator:
         with store.transaction():
             turn = Turn(
                 topics=self._topics,
-                positions=store.positions(devices),
-                known=store.known(devices),
+                positions=store.ingest.positions(devices),
+                known=store.ingest.known(devices),
                 accept_unknown=self._settings.accept_unknown,
                 now=self._clock.now(),
-                revoked=store.revoked(devices),
+                revoked=store.ingest.revoked(devices),
             )
             for message in messages:
                 turn.read(message)
-            store.write_turn(turn)
+            store.ingest.write(turn)
         if turn.last_problem or turn.unknown:
             logger.warning(
                 "%s messages not understood or of unknown devices; last: %s",
@@ -223,7 +223,7 @@ class Coordinator:
             sent.setdefault(device, {})[number] = known.get(number, now)
             if number in known and not is_due(now, known[number], _COMMAND_AGAIN_S):
                 continue
-            command = self.registry.store.commands(number=number)[0]
+            command = self.registry.store.commands.find(number=number)[0]
             payload = encode(self.registry.identities.sign(command))
             try:
                 topic = self._topics.down(device, "cmd")
@@ -243,7 +243,7 @@ class Coordinator:
             self._published_on = self._transport.connections
         if not self._transport.connected or not self._publish_metadata():
             return
-        for group in self.registry.store.groups():
+        for group in self.registry.store.groups.all():
             if self._published.get(group.name) == group.revision:
                 continue
             try:

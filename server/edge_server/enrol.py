@@ -117,10 +117,10 @@ def enrol(
     )
     try:
         with store.transaction():
-            if not store.add_device(name, group=group, credential=hash_password(password), now=now):
+            if not store.devices.add(name, group=group, credential=hash_password(password), now=now):
                 raise DeviceExistsError(f"there is a device {name!r} already: choose another name")
             _keep_certificate(store, name, credentials, now)
-            store.audit(now, actor, "device added", {"device": name, "group": group})
+            store.audit.add(now, actor, "device added", {"device": name, "group": group})
             replace_file(out, msgspec.json.format(msgspec.json.encode(bundle), indent=2) + b"\n", mode=0o600)
     except StoreError:
         out.unlink(missing_ok=True)  # a password that nobody knows of
@@ -160,11 +160,11 @@ def replace(
         bundle = msgspec.structs.replace(bundle, root=root)
     try:
         with store.transaction():
-            store.revoke_certificates(name, now=now)
-            if not store.replace_device(name, credential=hash_password(password)):
+            store.certificates.revoke(name, now=now)
+            if not store.devices.replace(name, credential=hash_password(password)):
                 raise UnknownDeviceError(f"no device {name!r} was added here")
             _keep_certificate(store, name, credentials, now)
-            store.audit(now, actor, "device replaced", {"device": name})
+            store.audit.add(now, actor, "device replaced", {"device": name})
             replace_file(out, msgspec.json.format(msgspec.json.encode(bundle), indent=2) + b"\n", mode=0o600)
     except StoreError:
         out.unlink(missing_ok=True)
@@ -196,9 +196,9 @@ def _keep_certificate(store: Store, name: str, credentials: Credentials | None, 
     """Inside a transaction."""
     if credentials is not None and credentials.certificate:
         pem, expires = credentials.certificate, credentials.expires
-        store.add_certificate(name, serial=credentials.serial, pem=pem, issued=now, expires=expires)
+        store.certificates.add(name, serial=credentials.serial, pem=pem, issued=now, expires=expires)
 
 
 def password_file(store: Store) -> str:
     """Every enrolled device's name and hashed password, as mosquitto's `password_file` reads them."""
-    return "".join(f"{name}:{credential}\n" for name, credential in store.credentials())
+    return "".join(f"{name}:{credential}\n" for name, credential in store.devices.credentials())

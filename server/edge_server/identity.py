@@ -95,10 +95,10 @@ class Identities:
             UnknownDeviceError: It was never added.
             StoreError: The bundle exists already or cannot be written.
         """
-        record = self._store.device(name)
+        record = self._store.devices.get(name)
         if record is None:
             raise UnknownDeviceError(f"there is no device {name!r}: add it")
-        number = self._store.enrolments(name) + 1
+        number = self._store.devices.enrolments(name) + 1
         bundle = replace(
             self._store,
             self._settings,
@@ -121,10 +121,10 @@ class Identities:
         """
         now = self._clock.now()
         with self._store.transaction():
-            if not self._store.revoke_device(name, now=now):
+            if not self._store.devices.revoke(name, now=now):
                 raise UnknownDeviceError(f"there is no device {name!r}")
-            self._store.revoke_certificates(name, now=now)
-            self._store.audit(now, actor, "device revoked", {"device": name})
+            self._store.certificates.revoke(name, now=now)
+            self._store.audit.add(now, actor, "device revoked", {"device": name})
         self._write_crl()
 
     def renew(self, actor: str = "coordinator") -> int:
@@ -132,17 +132,17 @@ class Identities:
         broker, now = self._settings.broker, self._clock.now()
         if not (broker.tls and broker.ca_file is None):
             return 0
-        due = self._store.certificates_to_renew(before=now + broker.renew_days * _DAY_S)
+        due = self._store.certificates.to_renew(before=now + broker.renew_days * _DAY_S)
         for old in due:
-            if self._store.enrolment(old.device) is None:
+            if self._store.devices.enrolment(old.device) is None:
                 continue
             issued = self.authority.reissue(old.pem, days=broker.certificate_days, now=now)
             command = self._new_command(
                 old.device, "renew-certificate", {"certificate": issued.certificate}, _RENEWAL_S, actor
             )
             with self._store.transaction():
-                self._store.add_command(command)
-                self._store.add_certificate(
+                self._store.commands.add(command)
+                self._store.certificates.add(
                     old.device,
                     serial=issued.serial,
                     pem=issued.certificate,
@@ -210,7 +210,7 @@ class Identities:
         """Access rules for mosquitto: every device publishes below its own topic only; who is revoked has none."""
         prefix = self._settings.prefix
         blocks = [f"user {coordinator_name(self._settings)}\ntopic readwrite {prefix}/#\n"]
-        for name, group in self._store.enrolled():
+        for name, group in self._store.devices.enrolled():
             blocks.append(
                 f"user {name}\ntopic write {prefix}/d/{name}/up/#\ntopic read {prefix}/d/{name}/dn/#\n"
                 f"topic read {prefix}/g/{group}/desired\ntopic read {prefix}/tuf/+\ntopic read {prefix}/b/+/+\n"
@@ -221,7 +221,7 @@ class Identities:
         path = self._home / _CA_FOLDER / "crl.pem"
         if self._settings.broker.tls and self._settings.broker.ca_file is None:
             now = self._clock.now()
-            return self.authority.write_crl(self._store.revoked_certificates(now=now), now)
+            return self.authority.write_crl(self._store.certificates.revoked(now=now), now)
         return path
 
     # ---- commands
@@ -248,21 +248,21 @@ class Identities:
             checked = msgspec.to_builtins(check_order(name, args or {}, strict=False))
         except ProtocolError as error:
             raise ConfigError(str(error)) from error
-        if self._store.enrolment(device) is None:
+        if self._store.devices.enrolment(device) is None:
             raise UnknownDeviceError(f"there is no device {device!r} with a command key: add it, or replace it")
         command = self._new_command(device, name, checked, expires_s, actor)
         with self._store.transaction():
-            self._store.add_command(command)
-            self._store.audit(command.issued, actor, "command given", {"device": device, "command": name})
+            self._store.commands.add(command)
+            self._store.audit.add(command.issued, actor, "command given", {"device": device, "command": name})
         return command
 
     def waiting(self) -> list[tuple[str, str]]:
         """(id, device) of commands that nobody has answered and that are still to be carried out, oldest first."""
         now = self._clock.now()
-        if self._store.commands_to_give_up(now=now):
+        if self._store.commands.to_give_up(now=now):
             with self._store.transaction():
-                self._store.give_up_commands(now=now)
-        return self._store.waiting_commands()
+                self._store.commands.give_up(now=now)
+        return self._store.commands.waiting()
 
     def sign(self, record: CommandRecord) -> Command:
         """A command as it goes over the wire.
@@ -270,7 +270,7 @@ class Identities:
         Raises:
             UnknownDeviceError: The device was revoked meanwhile.
         """
-        enrolment = self._store.enrolment(record.device)
+        enrolment = self._store.devices.enrolment(record.device)
         if enrolment is None:
             raise UnknownDeviceError(f"there is no device {record.device!r} with a command key")
         order = Order(

@@ -135,14 +135,16 @@ class Registry:
 
     def _kept(self) -> list[ReleaseRecord]:
         """The newest releases, and those that groups run; without withdrawn ones that nobody is told to run."""
-        groups = self.store.groups()
+        groups = self.store.groups.all()
         told = {group.base for group in groups}
         told |= {
-            rollout.plan.release for rollout in self.store.rollouts(active=True) if rollout.state.status == "running"
+            rollout.plan.release
+            for rollout in self.store.rollouts.find(active=True)
+            if rollout.state.status == "running"
         }
         withdrawn = {number for group in groups for number in group.revoked} - told
-        newest = self.store.releases(limit=self.settings.signing.keep_releases)
-        older = [record for number in told if number is not None for record in self.store.releases(number=number)]
+        newest = self.store.releases.find(limit=self.settings.signing.keep_releases)
+        older = [record for number in told if number is not None for record in self.store.releases.find(number=number)]
         found = {record.release: record for record in (*newest, *older) if record.release not in withdrawn}
         return list(found.values())
 
@@ -158,21 +160,21 @@ class Registry:
         return [parse_manifest(self.blobs.read(record.digest)) for record in records]
 
     def _record_release(self, release: ReleaseRecord) -> None:
-        if known := self.store.releases(number=release.release):
+        if known := self.store.releases.find(number=release.release):
             if known[0].digest != release.digest:
                 raise ReleaseError(
                     f"release {release.release} was pushed before with other content: give the checkpoint a new number"
                 )
             return
-        newest = self.store.releases()
+        newest = self.store.releases.find()
         if newest and release.release < newest[0].release:
             raise ReleaseError(
                 f"release {release.release} is older than {newest[0].release}: release numbers only ever rise"
             )
-        self.store.add_release(release)
+        self.store.releases.add(release)
 
     def _start(self, plan: RolloutPlan, actor: str) -> int:
-        for earlier in self.store.rollouts(group=plan.group):
+        for earlier in self.store.rollouts.find(group=plan.group):
             if earlier.state.is_active:
                 raise RolloutError(
                     f"group {plan.group!r} is busy with rollout {earlier.id} of release "
@@ -184,16 +186,16 @@ class Registry:
                     f"not {plan.release}"
                 )
         now = self.clock.now()
-        group = self.store.group(plan.group)
-        metrics = self.store.metrics(plan, None, now=now)
+        group = self.store.groups.get(plan.group)
+        metrics = self.store.rollouts.metrics(plan, None, now=now)
         rollout = RolloutRecord(
-            id=self.store.next_rollout(),
+            id=self.store.rollouts.next_id(),
             started=now,
             plan=plan,
             state=begin(plan, metrics, has_base=group.base is not None, now=now),
         )
         self._save(rollout)
-        self.store.audit(now, actor, "release pushed", {"release": plan.release, "group": plan.group})
+        self.store.audit.add(now, actor, "release pushed", {"release": plan.release, "group": plan.group})
         return rollout.id
 
     def advance(self) -> list[RolloutRecord]:
@@ -205,8 +207,8 @@ class Registry:
         changed = []
         with self.store.transaction():
             now = self.clock.now()
-            for rollout in self.store.rollouts(active=True):
-                metrics = self.store.metrics(rollout.plan, rollout.state, now=now)
+            for rollout in self.store.rollouts.find(active=True):
+                metrics = self.store.rollouts.metrics(rollout.plan, rollout.state, now=now)
                 state = advance(rollout.state, rollout.plan, metrics, now)
                 if state != rollout.state:
                     changed.append(msgspec.structs.replace(rollout, state=state))
@@ -227,12 +229,12 @@ class Registry:
             now = self.clock.now()
             text = f"aborted: {reason}" if reason else "aborted"
             self._save(msgspec.structs.replace(record, state=halt(record.state, text, now)))
-            self.store.audit(now, actor, "rollout aborted", {"rollout": rollout, "reason": reason})
+            self.store.audit.add(now, actor, "rollout aborted", {"rollout": rollout, "reason": reason})
 
     def _save(self, rollout: RolloutRecord) -> None:
         """Store a rollout and what follows from it for its group."""
-        self.store.save_rollout(rollout)
-        group = self.store.group(rollout.plan.group)
+        self.store.rollouts.save(rollout)
+        group = self.store.groups.get(rollout.plan.group)
         base, revoked = group.base, set(group.revoked)
         if rollout.state.status == "completed":
             base = rollout.plan.release
@@ -249,7 +251,7 @@ class Registry:
         if group.desired and decode(group.desired, Desired) == message:
             return
         message = msgspec.structs.replace(message, revision=group.revision + 1)
-        self.store.save_group(
+        self.store.groups.save(
             GroupRecord(
                 name=group.name,
                 revision=message.revision,
@@ -262,18 +264,18 @@ class Registry:
     def _offer(self, release: int | None) -> Offer | None:
         if release is None:
             return None
-        record = self.store.releases(number=release)[0]
+        record = self.store.releases.find(number=release)[0]
         return Offer(record.release, record.digest, record.size)
 
     # ---- looking
 
     def fleet(self) -> FleetRecord:
         """The fleet in numbers."""
-        return self.store.fleet()
+        return self.store.devices.fleet()
 
     def devices(self, *, group: str | None = None, after: str = "", limit: int = 100_000) -> list[DeviceRecord]:
         """Devices whose name comes after `after`, in order."""
-        return self.store.devices(group=group, after=after, limit=limit)
+        return self.store.devices.page(group=group, after=after, limit=limit)
 
     def device(self, name: str) -> DeviceRecord:
         """The device of that name.
@@ -281,23 +283,23 @@ class Registry:
         Raises:
             UnknownDeviceError: There is none.
         """
-        record = self.store.device(name)
+        record = self.store.devices.get(name)
         if record is None:
             raise UnknownDeviceError(f"there is no device {name!r}")
         return record
 
     def last_report(self, name: str) -> dict[str, Any] | None:
         """The newest report of a device with field names, or None."""
-        report = self.store.last_report(name)
+        report = self.store.reports.last(name)
         return None if report is None else as_json(report)
 
     def releases(self, *, before: int | None = None, limit: int = 1000) -> list[ReleaseRecord]:
         """Releases below `before`, newest first."""
-        return self.store.releases(before=before, limit=limit)
+        return self.store.releases.find(before=before, limit=limit)
 
     def rollouts(self, *, before: int | None = None, limit: int = 1000) -> list[RolloutRecord]:
         """Rollouts below `before`, newest first."""
-        return self.store.rollouts(before=before, limit=limit)
+        return self.store.rollouts.find(before=before, limit=limit)
 
     def rollout(self, number: int) -> RolloutRecord:
         """The rollout of that number.
@@ -305,7 +307,7 @@ class Registry:
         Raises:
             UnknownRolloutError: There is none.
         """
-        found = self.store.rollouts(number=number)
+        found = self.store.rollouts.find(number=number)
         if not found:
             raise UnknownRolloutError(f"there is no rollout {number}")
         return found[0]
@@ -319,7 +321,7 @@ class Registry:
         limit: int = 1000,
     ) -> list[EventRecord]:
         """Events with a number below `before`, newest first."""
-        return self.store.events(device=device, name=name, before=before, limit=limit)
+        return self.store.reports.events(device=device, name=name, before=before, limit=limit)
 
     # ---- devices
 
@@ -330,7 +332,7 @@ class Registry:
             StoreError: Nothing changed.
         """
         with self.store.transaction():
-            self.store.forget_presence()
+            self.store.devices.forget_presence()
 
     def enrol(self, name: str, *, group: str, out: Path, actor: str) -> Bundle:
         """Register a device and write its bundle; see `enrol.enrol`."""

@@ -174,5 +174,10 @@ def _identities_and_commands(db: Database) -> None:
     db.table("commands").create_index(["outcome", "device"])
 
 
-STEPS: tuple[Callable[[Database], None], ...] = (_first_tables, _summaries, _identities_and_commands)
-"""Step i leads from `user_version` i to i + 1. Steps are only ever appended."""
+STEPS: tuple[Callable[[Database], None], ...] = (
+    _first_tables,  # 1
+    _summaries,  # 2
+    _identities_and_commands,  # 3
+)
+"""Step n leads from `user_version` n - 1 to n. Steps are only ever appended, and never changed once they are on main:
+who changes a table, changes it in a step of its own."""

@@ -204,7 +204,7 @@ def patched(fleet, checkpoint):
     fleet.registry.advance()
     fleet.coordinator.push(checkpoint(2, trunk=changed(TRUNK)))
     fleet.clock.advance(1)
-    record = fleet.registry.store.group("default")
+    record = fleet.registry.store.groups.get("default")
     desired = decode(record.desired, update.Desired)
     fleet.client.follow(msgspec.structs.replace(desired, threshold=THRESHOLD_ALL, revision=99))
     fleet.asked()

@@ -114,7 +114,7 @@ class TestIngest:
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(store, "write_turn", full)
+            patch.setattr(store.ingest, "write", full)
             with pytest.raises(DiskFullError):
                 coordinator.pump()
         device.receive()
@@ -135,9 +135,9 @@ class TestIngest:
             device.put(message)
         settle([device])
         store = coordinator.registry.store
-        assert store.summaries("a") == [told[2], told[1]]
-        assert store.summaries("a", limit=1) == [told[2]]
-        assert store.summaries("b") == []
+        assert store.reports.summaries("a") == [told[2], told[1]]
+        assert store.reports.summaries("a", limit=1) == [told[2]]
+        assert store.reports.summaries("b") == []
         assert coordinator.registry.device("a").release == 0, "as its state says, not its summary"
 
     def test_summaries_are_kept_for_a_bounded_time(self, coordinator, make_device, summary, settle, clock, rows):

@@ -156,7 +156,7 @@ def test_a_command_is_sent_at_once_at_every_birth_and_until_it_is_answered(tmp_p
     commands()
     clock.advance(61)
     assert commands() == []
-    outcomes = {record.id: record.outcome for record in coordinator.registry.store.commands()}
+    outcomes = {record.id: record.outcome for record in coordinator.registry.store.commands.find()}
     assert outcomes == {given.id: "done", second.id: "unanswered"}
     coordinator.close()
 

@@ -323,7 +323,7 @@ def test_commands_wait_for_a_device_that_is_away_and_certificates_are_renewed_by
     }
     assert desk.turn(device.receive("cmd"), time.time(), orders) == 0
     fleet.until(lambda: "sleeper" not in [device for _, device in fleet.identities.waiting()])
-    answers = {record.name: record for record in fleet.coordinator.registry.store.commands(device="sleeper")}
+    answers = {record.name: record for record in fleet.coordinator.registry.store.commands.find(device="sleeper")}
     assert {name: answer.outcome for name, answer in answers.items()} == {"mode": "done", "renew-certificate": "done"}
     assert answers["mode"].result == '{"mode":"monitor"}'
     assert (device.home / "tls" / "device.pem").read_text() != first

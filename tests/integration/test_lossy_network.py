@@ -179,7 +179,7 @@ def test_what_is_lost_repeated_late_and_out_of_order_is_counted_once(make, seed)
     assert world.predictions == list(range(1, 61))
     assert world.done == ["roll-back"]
     assert world.events.count("command_done") == 1
-    assert [record.outcome for record in world.coordinator.registry.store.commands()] == ["done"]
+    assert [record.outcome for record in world.coordinator.registry.store.commands.find()] == ["done"]
 
 
 @pytest.mark.parametrize("jump", [YEAR_S, -YEAR_S])
@@ -209,7 +209,7 @@ def test_a_command_to_a_device_whose_clock_is_a_year_off_is_answered(make, ahead
     world.reporter.listen(NoUpdates())
     world.desk.turn(world.reporter.take_orders(), world.clock.now() + ahead, {"roll-back": lambda _: {"release": 1}})
     world.until_delivered()
-    assert [record.outcome for record in world.coordinator.registry.store.commands()] == [outcome]
+    assert [record.outcome for record in world.coordinator.registry.store.commands.find()] == [outcome]
 
 
 def test_a_coordinator_that_dies_between_receive_and_commit_loses_nothing(make, monkeypatch):
@@ -221,14 +221,14 @@ def test_a_coordinator_that_dies_between_receive_and_commit_loses_nothing(make, 
     class Killed(BaseException):
         pass
 
-    store = world.coordinator.registry.store
-    write = store.write_turn
+    store = world.coordinator.registry.store.ingest
+    write = store.write
 
     def die(turn):
         write(turn)
         raise Killed
 
-    monkeypatch.setattr(store, "write_turn", die)
+    monkeypatch.setattr(store, "write", die)
     with pytest.raises(Killed):
         world.coordinator.pump()
     world.restart_coordinator()

@@ -1,0 +1,45 @@
+"""`edge-coordinator command` and `commands`: orders to one device, and its answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edge_server.cli_common import home_option, json_option, open_registry, print_records, when
+
+
+@click.command("command")
+@click.argument("device")
+@click.argument("order")
+@click.argument("args", nargs=-1, metavar="[KEY=VALUE]...")
+@home_option
+@click.option("--expires", type=click.FloatRange(1), default=86_400.0, show_default=True, metavar="SECONDS",
+              help="After this time it is not carried out any more.")  # fmt: skip
+def command(device: str, order: str, args: tuple[str, ...], home: Path, expires: float) -> None:
+    """Tell DEVICE what to do.
+
+    ORDER: adapt-now, roll-back, reset-to-base, pause-learning [seconds=S], resume-learning, report-interval seconds=S
+    (0: as configured), mode mode=monitor|shadow|adapt, status, diagnostics. The answer comes with `commands`.
+    """
+    pairs = [text.partition("=") for text in args]
+    if wrong := [text for text, (_, equals, _) in zip(args, pairs, strict=True) if not equals]:
+        raise click.BadParameter(f"{wrong[0]!r} is no KEY=VALUE")
+    given = {key: value for key, _, value in pairs}
+    with open_registry(home) as registry:
+        record = registry.identities.order(device, order, given, expires_s=expires, actor="cli")
+    click.echo(f"command {record.id} waits for {device}; its answer: edge-coordinator commands {device}")
+
+
+@click.command("commands")
+@click.argument("device", required=False)
+@home_option
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="The newest so many.")
+@json_option
+def commands(device: str | None, home: Path, limit: int, as_json: bool) -> None:
+    """List commands and their answers, newest first."""
+    with open_registry(home) as registry:
+        records = registry.store.commands.find(device=device, limit=limit)
+    columns = ("command", "device", "order", "given (UTC)", "outcome", "answer")
+    rows = [(r.id, r.device, r.name, when(r.issued), r.outcome, r.reason or r.result) for r in records]
+    print_records(records, columns, rows, as_json=as_json)

@@ -1,0 +1,90 @@
+"""`edge-coordinator devices` and `broker-files`: who belongs to the fleet, and how the broker knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edge_server.cli_common import dash, home_option, json_option, open_registry, print_records, when
+
+
+@click.group()
+def devices() -> None:
+    """Add devices, list them, replace or revoke them."""
+
+
+@devices.command("add")
+@click.argument("name")
+@home_option
+@click.option("--group", default="default", show_default=True, help="Which releases the device gets.")
+@click.option("--out", type=click.Path(path_type=Path), help="The bundle; by default NAME.bundle.json.")
+def devices_add(name: str, home: Path, group: str, out: Path | None) -> None:
+    """Register a device and write the bundle that `edge enroll` reads. It holds the device's password."""
+    path = out or Path(f"{name}.bundle.json")
+    with open_registry(home) as registry:
+        registry.enrol(name, group=group, out=path, actor="cli")
+    click.echo(f"{path} is ready: bring it to the device and run: edge enroll {path.name}")
+
+
+@devices.command("list")
+@home_option
+@json_option
+def devices_list(home: Path, as_json: bool) -> None:
+    """List all devices."""
+    with open_registry(home) as registry:
+        records = registry.devices()
+    columns = ("device", "group", "health", "release", "head", "accuracy", "alarms", "last seen (UTC)")
+    rows = [
+        (
+            *(r.name, r.group, r.health, dash(r.release), dash(r.head)),
+            *("-" if r.accuracy is None else f"{r.accuracy:.1%}", r.alarms, when(r.last_seen)),
+        )
+        for r in records
+    ]
+    print_records(records, columns, rows, as_json=as_json)
+
+
+@devices.command("replace")
+@click.argument("name")
+@home_option
+@click.option("--out", type=click.Path(path_type=Path), help="The bundle; by default NAME.bundle.json.")
+def devices_replace(name: str, home: Path, out: Path | None) -> None:
+    """Write a new bundle for a device; what the one before it holds is void. Then renew the broker's files."""
+    path = out or Path(f"{name}.bundle.json")
+    with open_registry(home) as registry:
+        registry.replace(name, out=path, actor="cli")
+    click.echo(f"{path} is ready: bring it to the device and run: edge enroll --force {path.name}")
+    click.echo("now renew the broker's files (edge-coordinator broker-files) and let it reload them")
+
+
+@devices.command("revoke")
+@click.argument("name")
+@home_option
+def devices_revoke(name: str, home: Path) -> None:
+    """Turn a device away. Its messages are dropped at once; the broker has to be given its new files."""
+    with open_registry(home) as registry:
+        registry.identities.revoke(name, actor="cli")
+    click.echo(
+        f"{name} is revoked; now renew the broker's files (edge-coordinator broker-files) and let it reload them"
+    )
+
+
+@devices.command("passwd")
+@home_option
+def devices_passwd(home: Path) -> None:
+    """Print a mosquitto password file with every enrolled device."""
+    with open_registry(home) as registry:
+        click.echo(registry.password_file(), nl=False)
+
+
+@click.command("broker-files")
+@home_option
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the files.")
+@click.option("--host", "hosts", multiple=True, help="Name or address of the broker: gives it a new certificate.")
+@click.option("--days", type=click.FloatRange(1, 3650), default=365.0, show_default=True, help="Of that certificate.")
+def broker_files(home: Path, out: Path, hosts: tuple[str, ...], days: float) -> None:
+    """Write what mosquitto reads: access rules, passwords, certificates and revocations. See docs/brokers.md."""
+    with open_registry(home) as registry:
+        names = registry.identities.broker_files(out, hosts=hosts, days=days)
+    click.echo(f"{', '.join(names)} written to {out}; let the broker reload them (SIGHUP)")

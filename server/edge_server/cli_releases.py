@@ -1,0 +1,55 @@
+"""`edge-coordinator releases`: what devices can get, and whether they would believe it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from edge_server.cli_common import home_option, json_option, open_registry, print_records, when
+
+
+@click.group()
+def releases() -> None:
+    """Look at releases as a device would, or copy them for a web server."""
+
+
+@releases.command("list")
+@home_option
+@json_option
+def releases_list(home: Path, as_json: bool) -> None:
+    """List all releases, newest first, and whether they are signed."""
+    from edge_server.verify import list_releases
+
+    with open_registry(home) as registry:
+        records = list_releases(registry)
+    rows = [(r.release, r.name, r.digest[:12], "yes" if r.signed else "no", when(r.pushed)) for r in records]
+    print_records(records, ("release", "name", "digest", "signed", "pushed (UTC)"), rows, as_json=as_json)
+
+
+@releases.command("verify")
+@home_option
+@json_option
+def releases_verify(home: Path, as_json: bool) -> None:
+    """Check signatures, dates and every file of the signed releases, from the first root on, as a device does."""
+    from edge_sdk.errors import IntegrityError
+    from edge_server.verify import verify_releases
+
+    with open_registry(home) as registry:
+        records = verify_releases(registry)
+    rows = [(r.release, r.digest[:12], r.problem or "good") for r in records]
+    print_records(records, ("release", "digest", "a device would find it"), rows, as_json=as_json)
+    if bad := [r.release for r in records if r.signed and r.problem]:
+        raise IntegrityError(f"{len(bad)} signed releases would be refused: {', '.join(map(str, bad))}")
+
+
+@releases.command("export")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@home_option
+def releases_export(folder: Path, home: Path) -> None:
+    """Copy signed metadata and files to FOLDER, for a web server (update.url of devices)."""
+    from edge_server.verify import export
+
+    with open_registry(home) as registry:
+        copied = export(registry, folder)
+    click.echo(f"{copied} files copied to {folder}")
