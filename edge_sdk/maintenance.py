@@ -404,6 +404,8 @@ class Maintenance:
             self.adaptation = self._new_adaptation()
         self.upgrade.note_version(now, self.adaptation)
         self.adaptation.attach(current, served.manifest)
+        if before is not None and self._config.report.summary_interval_s and not self.reporter.capped(now):
+            self._sum_up(now, before)
         self.monitoring.attach(served, self._slots.folder(current), now)
         if before is not None:
             self.adaptation.forget_recent()
@@ -433,15 +435,14 @@ class Maintenance:
     def _report(self, now: float) -> None:
         self.reporter.report(now, carry=True, **self._facts())
         if (every := self._config.report.summary_interval_s) and is_due(now, self._summed_up_at, every):
-            self._sum_up(now)
+            self._sum_up(now, self._taken_up)
         trim_memory()
 
-    def _sum_up(self, now: float) -> None:
-        """Queue how inputs, outputs and the app's own metrics looked since the last time."""
+    def _sum_up(self, now: float, version: Version | None) -> None:
+        """Queue how inputs, outputs and the app's own metrics looked since the last time, as seen by `version`."""
         least, chance = self._config.report.min_count, self._chance
-        current = self.served.version if self.served else None
         message = self.monitoring.take_summary(
-            end=now, release=current.release if current else 0, head=current.head if current else 0, min_count=least,
+            end=now, release=version.release if version else 0, head=version.head if version else 0, min_count=least,
             metrics=self.metrics.take_window(min_count=least, chance=chance), chance=chance,
         )  # fmt: skip
         self._summed_up_at = now

@@ -93,7 +93,7 @@ class ReportRow(msgspec.Struct, frozen=True):
 
 
 class SummaryRow(msgspec.Struct, frozen=True):
-    """A summary that is to be stored: the latest of its device and hour stays."""
+    """A summary that is to be stored: the latest of its device and window stays."""
 
     device: str
     store_id: str

@@ -174,10 +174,17 @@ def _identities_and_commands(db: Database) -> None:
     db.table("commands").create_index(["outcome", "device"])
 
 
+def _summaries_of_every_version(db: Database) -> None:
+    # two versions may serve within an hour: each tells of its own part
+    db.table("summaries").add_column("start", float, not_null_default=0.0)
+    db.table("summaries").transform(pk=("device", "hour", "start"))
+
+
 STEPS: tuple[Callable[[Database], None], ...] = (
     _first_tables,  # 1
     _summaries,  # 2
     _identities_and_commands,  # 3
+    _summaries_of_every_version,  # 4
 )
 """Step n leads from `user_version` n - 1 to n. Steps are only ever appended, and never changed once they are on main:
 who changes a table, changes it in a step of its own."""

@@ -10,8 +10,8 @@ from edge_server.ingest import WILL, EventRow, RejectedRow, ReportRow, Turn
 from edge_server.rows import to_json
 
 _MAX_UNKNOWN = 1000
-_SUMMARY_HOURS = 31 * 24
-"""So many hours of a device's summaries are kept: of 8 kB each."""
+_MAX_SUMMARIES = 31 * 24
+"""So many of a device are kept: of 8 kB each, usually one an hour."""
 _OUTCOMES = ("done", "failed", "expired", "interrupted")
 
 
@@ -124,19 +124,19 @@ class IngestStore:
 
     def _write_summaries(self, turn: Turn) -> None:
         self._db.execute_many(
-            "INSERT OR REPLACE INTO summaries (device, hour, time, received, release, head, reference, rows, body)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO summaries (device, hour, start, time, received, release, head, reference, rows,"
+            " body) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             [
-                (row.device, row.hour, row.time, turn.now, s.release, s.head, s.reference, s.rows, row.body)
+                (row.device, row.hour, s.start, row.time, turn.now, s.release, s.head, s.reference, s.rows, row.body)
                 for row in turn.summaries
                 for s in [row.summary]
             ],
         )
         self._db.execute_many(
             # by rank of arrival: a device whose clock was once far ahead keeps what it tells now
-            "DELETE FROM summaries WHERE device = ?1 AND hour NOT IN (SELECT hour FROM summaries WHERE device = ?1"
-            " ORDER BY received DESC, hour DESC LIMIT ?2)",
-            [(device, _SUMMARY_HOURS) for device in {row.device for row in turn.summaries}],
+            "DELETE FROM summaries WHERE device = ?1 AND rowid NOT IN (SELECT rowid FROM summaries WHERE device = ?1"
+            " ORDER BY received DESC, hour DESC, start DESC LIMIT ?2)",
+            [(device, _MAX_SUMMARIES) for device in {row.device for row in turn.summaries}],
         )
 
     def _write_devices(self, turn: Turn) -> None:

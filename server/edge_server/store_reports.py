@@ -20,8 +20,10 @@ class ReportStore:
         return unpack(rows[0][0], Report) if rows else None
 
     def summaries(self, device: str, *, limit: int = 24) -> list[Summary]:
-        """The newest summaries of a device, one by hour, newest first."""
-        rows = self._db.read("SELECT body FROM summaries WHERE device = ? ORDER BY hour DESC LIMIT ?", device, limit)
+        """The newest summaries of a device, newest first."""
+        rows = self._db.read(
+            "SELECT body FROM summaries WHERE device = ? ORDER BY hour DESC, start DESC LIMIT ?", device, limit
+        )
         return [unpack(row[0], Summary) for row in rows]
 
     def events(self, *, device: str | None, name: str | None, before: int | None, limit: int) -> list[EventRecord]:

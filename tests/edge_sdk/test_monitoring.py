@@ -182,3 +182,26 @@ def test_how_inputs_looked_is_summed_up_for_the_coordinator(make_device, clock, 
     assert 0 < summary.rows <= 40 * 32
     assert summary.end - summary.start >= 1_800
     assert [metric.name for metric in summary.metrics] == ["click"]
+
+
+def test_what_came_together_before_another_version_served_is_summed_up_as_its_own(make_device, clock, digits):
+    broker = MemoryBroker()
+    coordinator = MemoryTransport(broker)
+    coordinator.subscribe("#")
+    coordinator.connect()
+    report = ReportConfig(interval_s=600, summary_interval_s=36_000)
+    device = make_device(config=config(report=report), transport=MemoryTransport(broker))
+    device.connect()
+    live(device, clock, digits, 10)
+    slots = device._slots
+    number = slots.write_head(slots.pointer.current.slot, slots.head(slots.pointer.current))
+    slots.promote(number)
+    live(device, clock, digits, 10)
+    clock.advance(36_000)
+    live(device, clock, digits, 5)
+    heard = [decode(m.payload, Envelope) for m in coordinator.receive() if "/up/report" in m.topic]
+    unique = {envelope.seq: envelope.body for envelope in heard if envelope.kind == "summary"}
+    told = [unpack(body, Summary) for body in unique.values()]
+    assert [(s.release, s.head) for s in told] == [(1, 0), (1, number)]
+    assert told[0].rows > 0
+    assert told[0].end == told[1].start

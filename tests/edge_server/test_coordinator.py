@@ -2,6 +2,7 @@ import sqlite3
 from contextlib import closing
 
 import pytest
+from sqlite_utils import Database as Tables
 
 from edge_sdk.errors import ConfigError, DiskFullError, IntegrityError, StoreError
 from edge_sdk.files import set_crash_hook
@@ -9,7 +10,9 @@ from edge_sdk.messages import THRESHOLD_ALL, Desired, decode
 from edge_server.errors import ReleaseError, RolloutError, UnknownRolloutError
 from edge_server.registry import Registry
 from edge_server.rollout import RolloutPlan, RolloutRules
+from edge_server.schema import STEPS
 from edge_server.settings import Settings
+from edge_server.store import Store
 
 QUICK = RolloutRules(stages=(25, 100), soak_s=20.0, timeout_s=600.0, min_labelled=100, max_accuracy_drop=0.05)
 
@@ -124,21 +127,38 @@ class TestIngest:
         device.receive()
         assert device.rows == []
 
-    def test_the_latest_summary_of_each_hour_is_stored_and_read_back(self, coordinator, make_device, summary, settle):
+    def test_summaries_are_stored_and_read_back_and_each_version_in_an_hour_keeps_its_own(
+        self, coordinator, make_device, summary, settle
+    ):
         device = make_device("a")
+        hour = 3600.0 * 5
         told = [
-            summary(end=3600.0 * 5, rows=10),
-            summary(end=3600.0 * 5 + 60, rows=20),
-            summary(end=3600.0 * 6, rows=30),
+            summary(start=hour - 600, end=hour + 60, rows=10, release=1),
+            summary(start=hour + 60, end=hour + 1800, rows=20, release=2),
+            summary(start=hour + 1800, end=hour + 3000, rows=30, release=2, head=1),
+            summary(start=hour + 3000, end=hour + 3600, rows=40, release=2, head=1),
         ]
         for message in told:
             device.put(message)
         settle([device])
         store = coordinator.registry.store
-        assert store.reports.summaries("a") == [told[2], told[1]]
-        assert store.reports.summaries("a", limit=1) == [told[2]]
+        assert store.reports.summaries("a") == told[::-1]
+        assert store.reports.summaries("a", limit=1) == [told[3]]
         assert store.reports.summaries("b") == []
         assert coordinator.registry.device("a").release == 0, "as its state says, not its summary"
+
+    def test_a_database_of_one_summary_an_hour_keeps_what_it_has(self, tmp_path):
+        path = tmp_path / "old.db"
+        with closing(sqlite3.connect(path, isolation_level=None)) as database:
+            for step in STEPS[:3]:
+                step(Tables(database))
+            database.execute("PRAGMA user_version = 3")
+            database.execute(
+                "INSERT INTO summaries (device, hour, received, body) VALUES ('a', 5, 1.0, x'00'), ('a', 6, 2.0, x'01')"
+            )
+        store = Store(path)
+        assert store.read("SELECT device, hour, start FROM summaries ORDER BY hour") == [("a", 5, 0.0), ("a", 6, 0.0)]
+        store.close()
 
     def test_summaries_are_kept_for_a_bounded_time(self, coordinator, make_device, summary, settle, clock, rows):
         device = make_device("a")
