@@ -90,6 +90,7 @@ class Coordinator:
         if self._advanced_at is None or now - self._advanced_at >= self._settings.rollout_interval_s:
             self._advanced_at = now
             self.advance()
+        self.watch()
         if self._certified_at is None or abs(now - self._certified_at) >= _CERTIFICATES_S:
             self._certified_at = now
             if renewed := self.registry.identities.renew():
@@ -124,6 +125,16 @@ class Coordinator:
             plan, state = rollout.plan, rollout.state
             logger.info("rollout %s of release %s: %s, %s", rollout.id, plan.release, state.status, state.reason)
         self._publish_desired()
+
+    def watch(self) -> None:
+        """Look at the fleet as a whole: go on with the window of the drift test that is due.
+
+        Raises:
+            StoreError: Nothing changed.
+        """
+        if self.registry.insight.turn():
+            for cause in self.registry.insight.drift().causes:
+                logger.info("drift of %s goes on: %s", cause.cohort, cause.words)
 
     def renew(self) -> None:
         """Sign anew what is near its end, so that devices go on believing it."""

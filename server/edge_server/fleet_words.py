@@ -24,7 +24,7 @@ def in_words(finding: Finding) -> str:
     hours = max(1, round((finding.raised - finding.since) / 3600))
     text = (
         f"{finding.alarmed} of {finding.at_risk} devices of {who} raised the {finding.monitor} alarm within {hours} h; "
-        f"chance and drift of single devices allow {finding.expected:.1f}."
+        f"chance and drift of single devices allow {finding.expected:.2g}."
     )
     if finding.features:
         text += f" {feature_in_words(finding.features[0])} on {100 * finding.agreement:.0f} % of them."

@@ -21,6 +21,7 @@ from edge_sdk.trust import target_path
 from edge_server.enrol import Bundle, enrol, password_file
 from edge_server.errors import ReleaseError, RolloutError, UnknownDeviceError, UnknownRolloutError
 from edge_server.identity import Identities
+from edge_server.insight import Insight
 from edge_server.keys import Repository
 from edge_server.records import (
     DeviceRecord,
@@ -56,6 +57,7 @@ class Registry:
         self.repository = Repository(home, settings=self.settings.signing, clock=self.clock)
         self.store = Store(home / self.settings.database, durable=self.settings.durable)
         self.identities = Identities(home, store=self.store, settings=self.settings, clock=self.clock)
+        self.insight = Insight(self.store, self.blobs, settings=self.settings, clock=self.clock)
 
     def close(self) -> None:
         """Close the database."""

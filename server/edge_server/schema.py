@@ -180,11 +180,17 @@ def _summaries_of_every_version(db: Database) -> None:
     db.table("summaries").transform(pk=("device", "hour", "start"))
 
 
+def _fleet(db: Database) -> None:
+    db.table("fleet_state").create({"name": str, "body": bytes}, pk="name", not_null={"body"})
+    db.table("events").create_index(["name", "received"])
+
+
 STEPS: tuple[Callable[[Database], None], ...] = (
     _first_tables,  # 1
     _summaries,  # 2
     _identities_and_commands,  # 3
     _summaries_of_every_version,  # 4
+    _fleet,  # 5
 )
 """Step n leads from `user_version` n - 1 to n. Steps are only ever appended, and never changed once they are on main:
 who changes a table, changes it in a step of its own."""

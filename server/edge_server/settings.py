@@ -10,6 +10,8 @@ import msgspec
 
 from edge_sdk.errors import ConfigError, ProtocolError
 from edge_sdk.messages import DEFAULT_PREFIX, check_name
+from edge_server.fleet_drift import DriftRules
+from edge_server.freshness import CostSettings
 from edge_server.rollout import RolloutRules
 
 SETTINGS_NAME = "coordinator.toml"
@@ -147,6 +149,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     http: HttpSettings = HttpSettings()
     signing: SigningSettings = SigningSettings()
     rollout: RolloutRules = RolloutRules()
+    fleet: DriftRules = DriftRules()
+    costs: CostSettings = CostSettings()
 
     def __post_init__(self) -> None:
         try:

@@ -19,6 +19,11 @@ from edge_server.settings import Settings
 class SimulatedCoordinator(Coordinator):
     """The real one, told by plain values."""
 
+    def advance(self) -> None:
+        """Let rollouts take one turn, and look at the fleet."""
+        super().advance()
+        self.watch()
+
     def release(self, folder: Path, *, group: str, rules: Mapping[str, Any]) -> None:
         """Start the rollout of a checkpoint.
 

@@ -17,6 +17,7 @@ from edge_server.store_audit import AuditStore
 from edge_server.store_certificates import CertificateStore
 from edge_server.store_commands import CommandStore
 from edge_server.store_devices import DeviceStore
+from edge_server.store_fleet import FleetStore
 from edge_server.store_groups import GroupStore
 from edge_server.store_ingest import IngestStore
 from edge_server.store_releases import ReleaseStore
@@ -50,3 +51,4 @@ class Store(Database):
         self.groups = GroupStore(self)
         self.rollouts = RolloutStore(self)
         self.audit = AuditStore(self)
+        self.fleet = FleetStore(self)
