@@ -220,7 +220,7 @@ def cost(bench: Bench) -> Line:
 
     def fold_input(given: data.Stream) -> None:
         features = input_features(given.x)
-        ranks, _ = ranked(features, plain.edges)
+        ranks, _ = plain.ranker(features)
         watched["input"].fold(ranks, given.times)
         monitors.quality.update(features)
 
@@ -232,8 +232,10 @@ def cost(bench: Bench) -> Line:
         watched["latent"].fold(plain.latent.channels(given.latents), given.times)
 
     repeat = 5 if bench.quick else 30
+    large = seen[2000 : 2000 + 8 * BLOCK]
     runs = {
         "input": timed(lambda: fold_input(block()), repeat),
+        "input 256": timed(lambda: fold_input(large), repeat // 3),
         "output": timed(lambda: fold_outputs(block()), repeat),
         "latent": timed(lambda: fold_latents(block()), repeat),
         "all": timed(lambda: fold(monitors, block()), repeat),
@@ -245,6 +247,7 @@ def cost(bench: Bench) -> Line:
         found |= in_turns({"evidently": runs["evidently"]}, 1)
     whole = ("input", "output", "latent", "all", "check")
     result: Line = {name: 1e6 * s / (BLOCK if name in whole else 1) for name, s in found.items()}
+    result["input 256"] /= 8 * BLOCK
     result["fold"] = {name: 1e6 * found[name] for name in ("input", "output", "latent", "all") if name in found}
     return result
 
@@ -276,6 +279,8 @@ def state(bench: Bench) -> list[Line]:
     rng = np.random.default_rng(FIRST_SEED)
     seen = data.healthy("iid", rng, data.even_times(REFERENCE_ROWS, 10_000), features=64)
     monitors = monitors_of(reference_of(seen, rng.random(REFERENCE_ROWS) < 0.9), run_length=1e9)
+    names = [f"f{i}" for i in range(64)]
+    inputs = DriftMonitors(Reference.from_rows(seen.x, names), (), run_length=1e9, rereference_rows=300)
     pool = data.healthy("iid", rng, data.even_times(8192, 10_000), features=64)
     found, done = [], 0
     for rows in (1000, 10_000, 100_000, 1_000_000 // (20 if bench.quick else 1)):
@@ -284,12 +289,13 @@ def state(bench: Bench) -> list[Line]:
             part = pool[at : at + BLOCK]
             later = data.even_times(BLOCK, 10_000) + done * data.DAY / 10_000
             fold(monitors, data.Stream(part.x, part.scores, part.latents, later))
+            inputs.fold(part.x, part.scores[:, :0], times=later)
             if done % (BLOCK * 10) == 0:
                 fold_labels(monitors, rng.random(BLOCK) < 0.9)
             done += BLOCK
         gc.collect()
         found.append({
-            "rows": done, "bytes": len(monitors.to_bytes()),
+            "rows": done, "bytes": len(monitors.to_bytes()), "inputs": len(inputs.to_bytes()),
             "reference": len(monitors.reference.to_bytes()),
             "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         })  # fmt: skip

@@ -184,8 +184,10 @@ def round_outward(low: AnyArray, high: AnyArray, std: AnyArray) -> tuple[DoubleA
     with np.errstate(divide="ignore", invalid="ignore", over="ignore", under="ignore"):
         step = np.exp2(np.ceil(np.log2(std)))
         apart = np.floor(low / step) * step, np.ceil(high / step) * step
-    # where nothing varies, the mean says as much
-    return np.where(np.isfinite(apart[0]), apart[0], low), np.where(np.isfinite(apart[1]), apart[1], high)
+    # where nothing varies, the mean says as much; and the smallest numbers there are vanish in a division
+    below = np.isfinite(apart[0]) & (apart[0] <= low)
+    above = np.isfinite(apart[1]) & (apart[1] >= high)
+    return np.where(below, apart[0], low), np.where(above, apart[1], high)
 
 
 def share_of(key: str, purpose: str = "") -> float:

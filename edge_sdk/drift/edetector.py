@@ -7,17 +7,17 @@ import math
 import numpy as np
 
 from edge_sdk.drift.base import DriftDetector
-from edge_sdk.types import AnyArray, DoubleArray
+from edge_sdk.types import AnyArray, DoubleArray, FloatArray
 
 _FRACTIONS = np.array([0.05, 0.15, 0.4, 0.9])
 """The boldest bet halves the delay of large shifts; the smallest is for changes of rare events."""
 _WARNING = 0.05
 _RECENT = 0.97
-_CAP = 1e200
+_CAP = np.float32(1e30)
 _CHUNK = 256
+_WEIGHTS = ((1 - _RECENT) * _RECENT ** np.arange(_CHUNK - 1, -1, -1.0)).astype(np.float32)
 _LEAST = 1e-3
 _MOST_STRIDE = 32
-"""So many factors of at most 1 / _LEAST each, times _CAP, stay finite."""
 
 
 class EDetector(DriftDetector):
@@ -30,6 +30,9 @@ class EDetector(DriftDetector):
 
     With a stride s the statistic takes one step in s rows: M_t = (s + M_{t-1}) times the product of their L. It is an
     e-detector of the same run length in rows, looked at every s rows only, and takes a fraction of the time.
+
+    The statistics are kept in single precision: they need to be known to no better than a millionth, and take half
+    the room and time.
 
     Args:
         mean: float64 [K], reference means in [0, 1].
@@ -61,7 +64,7 @@ class EDetector(DriftDetector):
         self._run_length, self._sides, self._stride = run_length, sides, stride
         self._mean = np.zeros(np.shape(mean))
         self.refit(mean, slack)
-        self._m: DoubleArray = np.zeros_like(self._slope)
+        self._m: FloatArray = np.zeros_like(self._slope)
         self._recent: DoubleArray = self._mean.copy()
         self._evidence = self._peak = 0.0
         self._phase = self._quiet = 0
@@ -87,51 +90,84 @@ class EDetector(DriftDetector):
         up = np.maximum(mean + slack, _LEAST)
         down = np.minimum(mean - slack, 1 - _LEAST)
         # the factor of a bet b on "above" is 1 + b (x - up) / up, of one on "below" 1 + b (down - x) / (1 - down).
-        # Both are at least 1 - b > 0 for every x in [0, 1]. Here as constant + slope x, float64 [bets, K].
+        # Both are at least 1 - b > 0 for every x in [0, 1]. Here as constant + slope x, float32 [bets, K].
         bets = _FRACTIONS[:, None]
-        self._slope, self._constant = bets / up, np.repeat(1 - bets, len(mean), axis=1)
+        slope, constant = bets / up, np.repeat(1 - bets, len(mean), axis=1)
         if self._sides == "both":
             below = bets / (1 - down)
-            self._slope = np.concatenate([self._slope, -below])
-            self._constant = np.concatenate([self._constant, 1 + below * down])
-        self._calm = np.multiply.reduce(np.repeat(self._constant[None], self._stride, axis=0), axis=0)
-        """Factor of a whole step of rows of zeros, as indicators of rare faults nearly always are."""
+            slope = np.concatenate([slope, -below])
+            constant = np.concatenate([constant, 1 + below * down])
+        self._slope: FloatArray = slope.astype(np.float32)
+        self._constant: FloatArray = constant.astype(np.float32)
+        self._by_count: FloatArray | None = None
 
-    def update(self, block: DoubleArray) -> None:
-        """Fold rows, float64 [N, K] in [0, 1]."""
-        block = np.asarray(block, dtype=np.float64)
+    def update(self, block: AnyArray) -> None:
+        """Fold rows, float [N, K] in [0, 1]; or bool, of channels that are nothing but 0 or 1, which is faster."""
+        block = np.asarray(block)
         if block.ndim != 2 or block.shape[1] != len(self._mean):
             raise ValueError(f"expected rows of {len(self._mean)} channels, got shape {block.shape}")
-        if block.size and not (block.min() >= 0 and block.max() <= 1):
+        if block.dtype != np.bool_ and block.size and not (block.min() >= 0 and block.max() <= 1):
             raise ValueError(f"channels lie in [0, 1], got {block.min()} to {block.max()}")
         for start in range(0, len(block), _CHUNK):
             self._fold(block[start : start + _CHUNK])
 
-    def _fold(self, rows: DoubleArray) -> None:
-        calm = not (self._phase or len(rows) % self._stride or rows.any())
-        factors = np.empty(0)
-        if not calm:
-            factors = rows[:, None, :] * self._slope
-            factors += self._constant
-        m, begin = self._m.copy(), 0
-        while begin < len(rows):
-            if not self._phase:
-                m += self._stride
-            take = min(self._stride - self._phase, len(rows) - begin)
-            if calm:
-                m *= self._calm
-            else:
-                m *= np.multiply.reduce(factors[begin : begin + take], axis=0) if take > 1 else factors[begin]
-            begin += take
-            self._phase = (self._phase + take) % self._stride
-            if not self._phase:
-                np.minimum(m, _CAP, out=m)
-                self._evidence = float(m.sum()) / m.size
-                self._peak = max(self._peak, self._evidence)
-                self._quiet = 0 if self._evidence >= _WARNING * self._run_length else self._quiet + self._stride
-        self._m = m
-        weights = (1 - _RECENT) * _RECENT ** np.arange(len(rows) - 1, -1, -1.0)
-        self._recent = _RECENT ** len(rows) * self._recent + weights @ rows
+    def _fold(self, rows: AnyArray) -> None:
+        """Rows that end the step that was begun, then whole steps, then the beginning of another one."""
+        stride, values = self._stride, rows.astype(np.float32)
+        ended = min(len(rows), -self._phase % stride)
+        steps = (len(rows) - ended) // stride
+        begun = ended + steps * stride
+        with np.errstate(over="ignore", under="ignore"):  # both are taken care of by the cap and by adding
+            if ended:
+                self._m = self._m * self._product(values[None, :ended])[0]
+                self._phase = (self._phase + ended) % stride
+                if not self._phase:
+                    self._m = np.minimum(self._m, _CAP)
+                    self._look(self._m[None])
+            if steps:
+                shape = (steps, stride, len(self._mean))
+                whole = slice(ended, begun)
+                if rows.dtype == np.bool_:
+                    factors = self._of_counts(rows[whole].reshape(shape).sum(axis=1))
+                else:
+                    factors = self._product(values[whole].reshape(shape))
+                m = self._m
+                for factor in factors:  # each is replaced by the statistic after its step
+                    m = m + np.float32(stride)
+                    m *= factor
+                    m = np.minimum(m, _CAP, out=factor)
+                self._m = m.copy()
+                self._look(factors)
+            if begun < len(rows):
+                self._m = (self._m + np.float32(stride)) * self._product(values[None, begun:])[0]
+                self._phase = len(rows) - begun
+        self._recent = _RECENT ** len(rows) * self._recent + _WEIGHTS[_CHUNK - len(rows) :] @ values
+
+    def _product(self, steps: FloatArray) -> FloatArray:
+        """Factors of rows float32 [S, N, K], multiplied over each step's rows: [S, bets, K]."""
+        factors = steps[:, :, None, :] * self._slope
+        factors += self._constant
+        product: FloatArray = np.multiply.reduce(factors, axis=1)
+        return product
+
+    def _of_counts(self, counts: AnyArray) -> FloatArray:
+        """The same of whole steps, of which is known how often each channel was 1, int [S, K], and else 0."""
+        if self._by_count is None:
+            ones = np.arange(self._stride + 1.0)[:, None, None]
+            zero, one = self._constant.astype(np.float64), (self._constant + self._slope).astype(np.float64)
+            self._by_count = (zero ** (self._stride - ones) * one**ones).astype(np.float32)
+        bets, channels = self._constant.shape
+        factors: FloatArray = self._by_count[counts[:, None, :], np.arange(bets)[:, None], np.arange(channels)]
+        return factors
+
+    def _look(self, m: FloatArray) -> None:
+        """At the statistics after each of a few steps, float32 [S, bets, K]."""
+        seen = m.reshape(len(m), -1).sum(axis=1, dtype=np.float64) / m[0].size
+        self._evidence = float(seen[-1])
+        self._peak = max(self._peak, float(seen.max()))
+        loud = np.flatnonzero(seen >= _WARNING * self._run_length)
+        steps = len(seen) - 1 - int(loud[-1]) if len(loud) else len(seen)
+        self._quiet = steps * self._stride + (0 if len(loud) else self._quiet)
 
     @property
     def evidence(self) -> float:

@@ -9,7 +9,26 @@ import numpy as np
 from edge_sdk.drift.windows import WindowedDetector
 from edge_sdk.types import DoubleArray
 
-_TERMS = np.arange(1, 6.0)
+_TERMS = 5
+
+
+def kolmogorov(distance: float, rows: float, seen: float) -> float:
+    """How likely two samples of one distribution are so far apart: the p-value of the two-sample test.
+
+    Args:
+        distance: Largest distance of their distribution functions, in [0, 1].
+        rows: Size of the one sample.
+        seen: Size of the other.
+
+    Source:
+        See `KSDetector`.
+    """
+    root = math.sqrt(rows * seen / (rows + seen))
+    scaled = (root + 0.12 + 0.11 / root) * distance
+    if scaled < 0.3:  # there the series converges slowly, and to 1
+        return 1.0
+    p: float = 2 * sum((-1) ** (i - 1) * math.exp(-2 * (i * scaled) ** 2) for i in range(1, _TERMS + 1))
+    return min(1.0, max(0.0, p))
 
 
 class KSDetector(WindowedDetector):
@@ -33,9 +52,4 @@ class KSDetector(WindowedDetector):
         """Of the two-sample test, from its limit distribution."""
         seen = counts.sum(axis=1, keepdims=True)
         distance = np.abs(np.cumsum(counts / seen - self.shares, axis=1)).max(axis=1)
-        root = math.sqrt(self.rows * self.window / (self.rows + self.window))
-        scaled = (root + 0.12 + 0.11 / root) * distance
-        terms = (-1) ** (_TERMS - 1) * np.exp(-2 * (_TERMS * scaled[:, None]) ** 2)
-        # of small distances the series converges slowly, and to 1
-        p: DoubleArray = np.where(scaled < 0.3, 1.0, np.clip(2 * terms.sum(axis=1), 0.0, 1.0))
-        return p
+        return np.array([kolmogorov(float(far), self.rows, self.window) for far in distance])

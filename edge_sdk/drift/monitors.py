@@ -16,8 +16,8 @@ from edge_sdk.drift.features import input_features
 from edge_sdk.drift.latent import latent_names
 from edge_sdk.drift.performance import PerformanceMonitor
 from edge_sdk.drift.quality import QualityMonitor
-from edge_sdk.drift.ranks import ranked
 from edge_sdk.drift.reference import Reference, output_channels, output_names
+from edge_sdk.drift.steps import LEVELS
 from edge_sdk.drift.summary import Summary
 from edge_sdk.drift.watched import LOOK_BACK, Watched
 from edge_sdk.errors import IntegrityError
@@ -28,6 +28,10 @@ NAMES = ("input", "quality", "latent", "output", "accuracy")
 _KEPT_ROWS = 128
 """Of raw features, to say in words what has changed; they are never stored."""
 _LEAST_LABELS = 50
+_BOUNDED = 0.5
+_STEPS = {"input": 0.55, "output": 0.35}
+"""Shares of the alarm budget: of all e-detectors together, and of the tests of whole windows. They add up to more than
+one as e-detectors stay far below their bound: a tenth of it was measured (ADR 14)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +54,9 @@ class Alarm:
 class DriftMonitors:
     """Folds logged rows and labels, keeps the evidence, and learns a new reference when told to.
 
-    The monitors share the budget: of five each has five times the run length. Which there are depends on what the
-    reference knows: of a table there are only `input` and `quality`.
+    The monitors share the budget: of five the e-detector of each has ten times the run length, and there are tests of
+    whole windows of inputs and of outputs. Which there are depends on what the reference knows: of a table there are
+    only `input` and `quality`.
 
     Args:
         reference: What is normal; from the checkpoint.
@@ -69,7 +74,9 @@ class DriftMonitors:
         modelled = bool(self._widths["output"])
         there = {"latent": reference.latent is not None, "output": modelled, "accuracy": modelled}
         names = [name for name in NAMES if there.get(name, True)]
-        self._run_length = run_length * len(names)
+        self._budget = run_length
+        self._run_length = run_length * len(names) / _BOUNDED
+        self._steps = {name: run_length / share for name, share in _STEPS.items()}
         self.watched = {name: self._watch(name) for name in names if name in ("input", "latent", "output")}
         self.quality = QualityMonitor(reference, run_length=self._run_length)
         self.performance = self._judge(reference.accuracy, reference.labelled) if "accuracy" in names else None
@@ -84,11 +91,20 @@ class DriftMonitors:
         r = self.reference
         if name == "input":
             mean, std = np.concatenate([r.input_mean, r.spread_mean]), np.concatenate([r.input_std, r.spread_std])
-            return Watched(mean, std, rows=r.rows, run_length=self._run_length, spread=True)
-        mean, std = (r.latent_mean, r.latent_std) if name == "latent" else (r.output_mean, r.output_std)
-        if name == "output" and len(mean) != self._widths[name]:  # labels were learned since: `rereference` is due
+            return Watched(
+                mean, std, rows=r.rows, run_length=self._run_length, spread=True,
+                levels=r.input_levels, step_run_length=self._steps["input"],
+            )  # fmt: skip
+        if name == "latent":
+            return Watched(r.latent_mean, r.latent_std, rows=r.rows, run_length=self._run_length)
+        mean, std, levels = r.output_mean, r.output_std, r.output_levels
+        if len(mean) != self._widths[name]:  # labels were learned since: `rereference` is due
             mean, std = np.full(self._widths[name], 0.5), np.full(self._widths[name], 0.5)
-        return Watched(mean, std, rows=r.rows, run_length=self._run_length)
+            levels = np.repeat((np.arange(1, LEVELS + 1) / (LEVELS + 1))[None], self._widths[name], axis=0)
+        return Watched(
+            mean, std, rows=r.rows, run_length=self._run_length,
+            levels=levels, step_run_length=self._steps.get(name, math.inf),
+        )  # fmt: skip
 
     def _judge(self, accuracy: float, labelled: int) -> PerformanceMonitor:
         r = self.reference
@@ -130,7 +146,7 @@ class DriftMonitors:
             return
         r = self.reference
         features = input_features(x)
-        ranks, bins = ranked(features, r.edges)
+        ranks, bins = r.ranker(features)
         blocks = {"input": ranks}
         if "output" in self.watched:
             blocks["output"] = output_channels(scores, r.output_edges, r.task)
@@ -330,7 +346,7 @@ class DriftMonitors:
             labels = tuple(arrays["labels"].tobytes().decode().split("\n"))
             other = DriftMonitors(
                 self.reference, labels if labels != ("",) else (),
-                run_length=self._run_length / len(self.detectors), rereference_rows=self._rereference_rows,
+                run_length=self._budget, rereference_rows=self._rereference_rows,
             )  # fmt: skip
             other._take(arrays)  # this one is left as it is if that fails
         except (KeyError, ValueError, IndexError, TypeError) as error:

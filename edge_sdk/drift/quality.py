@@ -12,7 +12,7 @@ from edge_sdk.drift.reference import Reference
 from edge_sdk.types import AnyArray, DoubleArray, FloatArray
 
 _Z = 3.0
-_STRIDE = 8
+_STRIDE = 16
 _EXTREMES = 4
 """How many rows in N may lie beyond the extremes of N others, where chance alone has two of them do so."""
 _DISTINCT = 0.9
@@ -102,7 +102,7 @@ class QualityMonitor(OverEDetector):
         known = (chosen[:, :, None] == self._values).any(axis=2) | missing[:, self._categories]
         same = x == np.concatenate([self._last[None], x[:-1]])
         parts = [missing, (numbers < self._low) | (numbers > self._high), ~known, same[:, self._moving]]
-        self._detector.update(np.concatenate(parts, axis=1).astype(np.float64))
+        self._detector.update(np.concatenate(parts, axis=1))
         self._last = x[-1].copy()
 
     def findings(self, count: int = 3) -> list[Finding]:

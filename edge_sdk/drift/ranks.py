@@ -7,36 +7,57 @@ from numpy.typing import NDArray
 
 from edge_sdk.types import DoubleArray, FloatArray
 
-_ROWS = 32
+_ROWS = 16
 """So many at once: the comparisons of these with all edges stay in the cache."""
 
 
-def ranked(features: FloatArray, edges: FloatArray) -> tuple[DoubleArray, NDArray[np.uint8]]:
-    """Mid-ranks of features within the reference, and the bins they fall into.
+class Ranker:
+    """Mid-ranks of features within a reference, and the bins they fall into.
 
     A value between two quantiles gets their middle; one that repeats in the reference gets the middle of its run. A
     missing value (NaN) ranks below all others, so that a change of their share is seen.
 
     Args:
-        features: float32 [N, F].
         edges: float32 [F, E], ascending in each row; E <= 127.
-
-    Returns:
-        Ranks, float64 [N, F] in [0, 1]; bins, uint8 [N, F] in 0..E: bin i holds the ranks in [i, i + 1) / (E + 1).
     """
-    rows, width = features.shape
-    bins = edges.shape[1] + 1
-    # [E, rows * F], so that each comparison runs over one long row
-    tiled = np.repeat(edges.T[:, None, :], min(rows, _ROWS), axis=1).reshape(bins - 1, -1)
-    sums = np.empty(features.size, dtype=np.uint8)
-    values = np.ascontiguousarray(features).ravel()
-    for start in range(0, len(values), max(1, tiled.shape[1])):
-        part = values[start : start + tiled.shape[1]]
-        below = tiled[:, : len(part)]
-        sums[start : start + len(part)] = _count(below < part) + _count(below <= part)
-    sums += np.uint8(1)  # twice the rank, in bins
-    twice = sums.reshape(rows, width)
-    return twice / (2.0 * bins), twice >> np.uint8(1)
+
+    def __init__(self, edges: FloatArray) -> None:
+        self._bins = edges.shape[1] + 1
+        # [E, rows * F], so that each comparison runs over one long row
+        self._tiled = np.repeat(edges.T[:, None, :], _ROWS, axis=1).reshape(self._bins - 1, -1)
+        # of each edge, how many from it on are equal to it; after the last one there is none
+        same = edges[:, :, None] == edges[:, None, :]
+        runs = np.triu(same).sum(axis=2, dtype=np.uint8)
+        beyond = np.full((len(edges), 1), np.nan, np.float32)
+        self._edges = np.concatenate([edges, beyond], axis=1).ravel()
+        self._runs = np.concatenate([runs, np.zeros((len(edges), 1), np.uint8)], axis=1).ravel()
+        self._offsets = self._bins * np.arange(len(edges))
+
+    def __call__(self, features: FloatArray) -> tuple[DoubleArray, NDArray[np.uint8]]:
+        """Rank rows.
+
+        Args:
+            features: float32 [N, F].
+
+        Returns:
+            Ranks, float64 [N, F] in [0, 1]; bins, uint8 [N, F] in 0..E: bin i holds the ranks in [i, i + 1) / (E + 1).
+        """
+        values = np.ascontiguousarray(features).ravel()
+        below = np.empty(features.size, dtype=np.uint8)
+        size = max(1, self._tiled.shape[1])
+        for start in range(0, len(values), size):
+            part = values[start : start + size]
+            below[start : start + size] = _count(self._tiled[:, : len(part)] < part)
+        low = below.reshape(features.shape)
+        first = self._offsets + low
+        twice = np.where(self._edges[first] == features, self._runs[first], np.uint8(0))
+        twice += 2 * low + np.uint8(1)  # twice the rank, in bins
+        return twice / (2.0 * self._bins), twice >> np.uint8(1)
+
+
+def ranked(features: FloatArray, edges: FloatArray) -> tuple[DoubleArray, NDArray[np.uint8]]:
+    """What `Ranker` says of rows, for once."""
+    return Ranker(edges)(features)
 
 
 def rank_channels(features: FloatArray, edges: FloatArray) -> DoubleArray:

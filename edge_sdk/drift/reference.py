@@ -15,7 +15,8 @@ import numpy as np
 from edge_sdk.drift.estimate import fit_confidence
 from edge_sdk.drift.features import OUTPUT_SUMMARY, input_features, names_of
 from edge_sdk.drift.latent import MAX_DIM, LatentChannels
-from edge_sdk.drift.ranks import rank_channels, with_spread
+from edge_sdk.drift.ranks import Ranker, rank_channels, with_spread
+from edge_sdk.drift.steps import LEVELS, levels_of
 from edge_sdk.errors import IntegrityError
 from edge_sdk.files import load_npz, npz_bytes
 from edge_sdk.stats import entropy
@@ -65,6 +66,8 @@ class Reference:
         class_share: float32 [C]: how often each class was predicted.
         class_means: float32 [C, F + K + R]: mean of the input, output and latent channels where it was.
         confidence_table: float32 [2, T]: of `estimate.estimate`.
+        input_levels: float16 [F, 31]: how the ranks are distributed, `steps.levels_of`.
+        output_levels: float16 [K, 31]: the same of the output channels.
         loss_scale: 0.95 quantile of a regression's loss; NaN otherwise.
         loss_mean: Mean of that loss, clipped at the scale and divided by it; NaN otherwise.
     """
@@ -95,6 +98,8 @@ class Reference:
     class_share: FloatArray = field(default_factory=lambda: np.zeros(0, np.float32))
     class_means: FloatArray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     confidence_table: FloatArray = field(default_factory=lambda: np.zeros((2, 0), np.float32))
+    input_levels: AnyArray = field(default_factory=lambda: np.zeros((0, LEVELS), np.float16))
+    output_levels: AnyArray = field(default_factory=lambda: np.zeros((0, LEVELS), np.float16))
     loss_scale: float = float("nan")
     loss_mean: float = float("nan")
 
@@ -154,6 +159,7 @@ class Reference:
             output_edges=output_edges,
             output_mean=outputs.mean(axis=0),
             output_std=outputs.std(axis=0),
+            output_levels=levels_of(outputs),
             accuracy=float(np.mean(correct)) if len(correct) else float("nan"),
             labelled=len(correct),
             **optional,
@@ -196,6 +202,11 @@ class Reference:
         what.update(np.ascontiguousarray(self.edges, "<f4").tobytes())
         return what.hexdigest()[:16]
 
+    @cached_property
+    def ranker(self) -> Ranker:
+        """Turns input features into ranks; made once, as that takes longer than its work."""
+        return Ranker(self.edges)
+
     @property
     def caveat(self) -> str:
         """Why the monitors are less sharp than they could be; "" with rows enough."""
@@ -216,7 +227,7 @@ class Reference:
 
     @classmethod
     def load(cls, source: Path | bytes) -> Reference:
-        """Read what `to_bytes` wrote; latent, classes, confidence table and loss may be absent.
+        """Read what `to_bytes` wrote; latent, classes, confidence table, levels and loss may be absent.
 
         Raises:
             IntegrityError: The file is damaged, lacks a field, or its fields do not fit each other.
@@ -243,12 +254,15 @@ _BY_FEATURE = (
     "high", "missing", "repeats", "values",
 )  # fmt: skip
 _OUTPUTS = ("output_edges", "output_mean", "output_std")
-_OPTIONAL = ("latent_mean", "latent_std", "class_share", "class_means", "confidence_table")
+_OPTIONAL = (
+    "latent_mean", "latent_std", "class_share", "class_means", "confidence_table", "input_levels", "output_levels",
+)  # fmt: skip
 
 
 def _check_shapes(arrays: Mapping[str, AnyArray]) -> None:
     """Raise ValueError or KeyError if arrays of a file do not fit each other."""
     alike = [_BY_FEATURE, ("output_mean", "output_std")]
+    alike += [(f"{what}_mean", f"{what}_levels") for what in ("input", "output") if f"{what}_levels" in arrays]
     if "latent.signs" in arrays:
         alike.append(("latent_mean", "latent_std", "latent.scale", "latent.phase"))
     for names in alike:
@@ -285,6 +299,7 @@ def _described(
         "input_std": ranks.std(axis=0),
         "spread_mean": (spreads := with_spread(ranks)[:, width:]).mean(axis=0),
         "spread_std": spreads.std(axis=0),
+        "input_levels": levels_of(ranks),
         "feature_mean": mean.astype(np.float32),
         "feature_std": np.sqrt((np.where(known, values - mean, 0) ** 2).sum(axis=0) / count).astype(np.float32),
         "low": np.where(never, np.nan, low).astype(np.float32),

@@ -50,15 +50,27 @@ class Season:
         self._hours = _Cycle(channels, cells=24, cell_s=3_600.0)
         self._days = _Cycle(channels, cells=7, cell_s=_DAY_S)
 
-    def learn(self, block: DoubleArray, times: DoubleArray) -> None:
+    def learn(self, block: DoubleArray, times: DoubleArray) -> bool:
         """Look at rows, float64 [N, K], and when they came, float64 [N] in seconds since the epoch, oldest first.
+
+        Returns:
+            Whether a day or week is over, so that `slack` may have changed.
 
         Raises:
             ValueError: A shape is wrong or a time is not finite.
         """
         block, times = self._checked(block, times)
-        self._hours.learn(block, times)
-        self._days.learn(self._hours.adjust(block, times), times)
+        if not len(times):
+            return False
+        first, last = float(times.min()), float(times.max())
+        if not self._hours.used.any() and self._hours.within(first, last) and self._days.within(first, last):
+            total = block.sum(axis=0)  # nearly always a block lies within one hour
+            self._hours.add(total, len(times), first)
+            self._days.add(total, len(times), first)
+            return False
+        day = self._hours.learn(block, times)
+        week = self._days.learn(self._hours.adjust(block, times), times)
+        return day or week
 
     def adjust(self, block: DoubleArray, times: DoubleArray) -> DoubleArray:
         """Rows, float64 [N, K], without the season, within [0, 1]; the same rows until it is established.
@@ -84,7 +96,13 @@ class Season:
     @property
     def established(self) -> bool:
         """Whether any channel has a season that is taken out."""
-        return bool(self._hours.used.any() or self._days.used.any())
+        return bool(self.used.any())
+
+    @property
+    def used(self) -> BoolArray:
+        """Which channels have a season that is taken out: bool [K]."""
+        used: BoolArray = self._hours.used | self._days.used
+        return used
 
     @property
     def slack(self) -> DoubleArray:
@@ -130,11 +148,25 @@ class _Cycle:
     def adjust(self, block: DoubleArray, times: DoubleArray) -> DoubleArray:
         return block - self._effects[self._cells(times)] if self.used.any() else block
 
-    def learn(self, block: DoubleArray, times: DoubleArray) -> None:
+    def within(self, first: float, last: float) -> bool:
+        """Whether times from first to last are in one cell of the period that runs."""
+        known = self._began <= first and last < self._began + self._period_s
+        return known and first // self._cell_s == last // self._cell_s
+
+    def add(self, total: DoubleArray, rows: int, time: float) -> None:
+        """Count rows within one cell, of which the sum is known."""
+        cell = int(time // self._cell_s) % len(self._counts)
+        self._counts[cell] += rows
+        self.sums[cell] += total
+
+    def learn(self, block: DoubleArray, times: DoubleArray) -> bool:
+        """Whether a period was over."""
+        closed = False
         while len(times):
             if not self._began <= times[0] < self._began + self._period_s:
                 if times[0] >= self._began:
                     self._close()
+                    closed = True
                 self._counts, self.sums = np.zeros_like(self._counts), np.zeros_like(self.sums)
                 # periods follow each other; after a gap, and where the clock went back, one begins here
                 following = self._began + self._period_s
@@ -145,6 +177,7 @@ class _Cycle:
             self._counts = self._counts + chosen.sum(axis=1)
             self.sums = self.sums + (chosen @ block[:count]).astype(np.float32)
             block, times = block[count:], times[count:]
+        return closed
 
     def _close(self) -> None:
         """Take the shape of a period that is over, if it is whole."""
@@ -190,8 +223,8 @@ class _Cycle:
 
     def state(self) -> dict[str, AnyArray]:
         return {
-            "counts": self._counts,
-            "sums": self.sums,
+            "counts": self._counts.copy(),
+            "sums": self.sums.copy(),
             "weights": self._weights,
             "shape": self._shape,
             "squares": self._squares,

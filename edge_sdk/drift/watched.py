@@ -6,9 +6,11 @@ import math
 
 import numpy as np
 
+from edge_sdk.drift.both import Both
 from edge_sdk.drift.edetector import EDetector
 from edge_sdk.drift.ranks import with_spread
 from edge_sdk.drift.season import Season
+from edge_sdk.drift.steps import LEVELS, StepDetector, binned
 from edge_sdk.drift.thin import Thinner
 from edge_sdk.types import AnyArray, DoubleArray
 
@@ -17,37 +19,68 @@ _Z = 2.0
 _RARE = 4.0
 """Rows that a channel may have missed in the reference: what is rarer than one row in so many is badly known."""
 _STRIDE = 8
+_SPARSER = 2
+"""Of rows that were thinned, the test of whole windows gets one in so many: it cannot bear the rest of what they have
+in common, as the e-detector can."""
 LOOK_BACK = 300
 """Rows that the running means reach back over: fewer say too little of what has changed."""
 
 
 class Watched:
-    """One monitor over channels in [0, 1]: an e-detector behind a season and a thinner.
+    """One monitor over channels in [0, 1]: detectors behind a season and a thinner.
 
     Args:
         mean: float64 [K], of the reference.
         std: float64 [K].
         rows: Independent rows that these are of.
-        run_length: Rows between two false alarms.
+        run_length: Rows between two false alarms of the e-detector.
         spread: Whether distances from the middle are watched beside the channels (`with_spread`): mean and std then
             have 2 K values.
+        levels: float [K, 31] of the reference, `levels_of`: whole windows are tested as well. None or no rows: not.
+        step_run_length: Rows between two false alarms of these tests.
     """
 
     def __init__(
-        self, mean: DoubleArray, std: DoubleArray, *, rows: float, run_length: float, spread: bool = False
+        self,
+        mean: DoubleArray,
+        std: DoubleArray,
+        *,
+        rows: float,
+        run_length: float,
+        spread: bool = False,
+        levels: AnyArray | None = None,
+        step_run_length: float = math.inf,
     ) -> None:
-        self._run_length, self._spread = run_length, spread
+        self._run_length, self._step_run_length, self._spread = run_length, step_run_length, spread
         self._channels = len(mean) // 2 if spread else len(mean)
         self.season, self.thinner = Season(self._channels), Thinner(self._channels)
         self._sums: DoubleArray = np.zeros((2, len(mean)))
+        self._binned: AnyArray = np.zeros((0, LEVELS + 1), np.uint32)
         self._collected = 0
-        self._refer(mean, std, rows)
+        known = np.zeros((0, LEVELS), np.float16) if levels is None else levels
+        self._refer(mean, std, rows, known)
 
-    def _refer(self, mean: DoubleArray, std: DoubleArray, rows: float) -> None:
+    def _refer(self, mean: DoubleArray, std: DoubleArray, rows: float, levels: AnyArray) -> None:
         self.mean, self.std, self.rows = np.asarray(mean, np.float64), np.asarray(std, np.float64), rows
-        self.detector = EDetector(self.mean, self._slack, run_length=self._run_length, stride=_STRIDE)
+        self.levels: AnyArray = np.asarray(levels, np.float16)
+        means = EDetector(self.mean, self._slack, run_length=self._run_length, stride=_STRIDE)
+        steps = None
+        if len(levels):
+            steps = StepDetector(self.levels, rows=max(1.0, rows), run_length=self._step_run_length)
+            steps.take(self._sparseness)
+        self.detector = Both(means, steps, channels=self._channels, spread=self._spread)
+        self._allow_for_season()
         self.recent: DoubleArray = self.mean[: self._channels].copy()
         """float64 [K], running mean of the channels as they came."""
+
+    @property
+    def _sparseness(self) -> int:
+        return _SPARSER if self.thinner.step > 1 else 1
+
+    def _allow_for_season(self) -> None:
+        self.detector.means.refit(self.mean, self._slack)
+        if self.detector.steps is not None:
+            self.detector.steps.ignored = self.season.used
 
     @property
     def _slack(self) -> DoubleArray:
@@ -65,11 +98,18 @@ class Watched:
 
     def fold(self, block: DoubleArray, times: DoubleArray | None = None) -> None:
         """Fold rows, float64 [N, K], and when they came, in seconds since the epoch; None: no season is known."""
-        self.detector.update(self._channels_of(block, times)[self.thinner.keep(len(block))])
+        before = self.thinner.step
+        channels = self._without_season(block, times)[self.thinner.keep(len(block))]
+        if self.detector.steps is not None and self.thinner.step != before:
+            self.detector.steps.take(self._sparseness)
+        self.detector.update(channels)
 
     def collect(self, block: DoubleArray, times: DoubleArray | None = None) -> int:
         """Sum rows up for a new reference; returns how many there are so far."""
-        channels = self._channels_of(block, times)
+        channels = self._without_season(block, times)
+        counted = binned(channels).astype(np.uint32)
+        self._binned = self._binned + counted if len(self._binned) else counted
+        channels = with_spread(channels) if self._spread else channels
         self._sums += [channels.sum(axis=0), (channels**2).sum(axis=0)]
         self._collected += len(channels)
         return self._collected
@@ -81,32 +121,34 @@ class Watched:
         mean = self._sums[0] / self._collected
         std = np.sqrt(np.maximum(self._sums[1] / self._collected - mean**2, 0))
         rows = self._collected / self.thinner.step
+        levels = np.cumsum(self._binned, axis=1)[:, :-1] / self._collected if len(self.levels) else self.levels
         self.start_collecting()
-        self._refer(mean, std, rows)
+        self._refer(mean, std, rows, levels)
 
     def start_collecting(self) -> None:
         """Forget what was collected."""
         self._sums, self._collected = np.zeros_like(self._sums), 0
+        self._binned = np.zeros((0, LEVELS + 1), np.uint32)
 
-    def _channels_of(self, block: DoubleArray, times: DoubleArray | None) -> DoubleArray:
-        """What the detector is shown of these rows, before they are thinned."""
+    def _without_season(self, block: DoubleArray, times: DoubleArray | None) -> DoubleArray:
+        """What the detectors are shown of these rows, before they are thinned; and learn from them all."""
         self.thinner.learn(block)
         fade = (1 - 1 / LOOK_BACK) ** len(block)
         if len(block):
             self.recent = fade * self.recent + (1 - fade) * block.mean(axis=0)
-        if times is not None:
-            known = self.season.established
-            block, learned = self.season.adjust(block, times), block
-            self.season.learn(learned, times)
-            if known or self.season.established:
-                self.detector.refit(self.mean, self._slack)
-        return with_spread(block) if self._spread else block
+        if times is None:
+            return block
+        adjusted = self.season.adjust(block, times)
+        if self.season.learn(block, times):
+            self._allow_for_season()
+        return adjusted
 
     def state(self) -> dict[str, AnyArray]:
         """All that `restore` needs, the reference in use too."""
         states = {"detector": self.detector.state(), "season": self.season.state(), "thinner": self.thinner.state()}
         arrays = {f"{name}.{key}": value for name, state in states.items() for key, value in state.items()}
-        own = {"mean": self.mean, "std": self.std, "recent": self.recent, "sums": self._sums}
+        own = {"mean": self.mean, "std": self.std, "recent": self.recent, "sums": self._sums,
+               "levels": self.levels, "binned": self._binned}  # fmt: skip
         return {**arrays, **own, "rows": np.array([self.rows, self._collected])}
 
     def restore(self, state: dict[str, AnyArray]) -> None:
@@ -119,6 +161,9 @@ class Watched:
             raise ValueError(f"state of {len(state['mean'])} channels for {len(self.mean)}")
         if state["std"].shape != self.std.shape or state["recent"].shape != (self._channels,):
             raise ValueError("the parts of the state do not fit each other")
+        width = len(self.levels)
+        if len(state["levels"]) != width or len(state["binned"]) not in (0, self._channels):
+            raise ValueError(f"state with levels of {len(state['levels'])} channels for {width}")
         parts = {
             name: {key.partition(".")[2]: value for key, value in state.items() if key.startswith(f"{name}.")}
             for name in ("detector", "season", "thinner")
@@ -126,6 +171,7 @@ class Watched:
         self.season.restore(parts["season"])
         self.thinner.restore(parts["thinner"])
         rows, collected = (float(value) for value in state["rows"])
-        self._refer(state["mean"].copy(), state["std"].copy(), rows)
+        self._refer(state["mean"].copy(), state["std"].copy(), rows, state["levels"].copy())
         self.detector.restore(parts["detector"])
         self.recent, self._sums, self._collected = state["recent"].copy(), state["sums"].copy(), int(collected)
+        self._binned = state["binned"].copy()

@@ -108,7 +108,7 @@ def test_one_block_or_many_give_the_same_state(rng):
     for block in np.split(stream, [0, 1, 50, 97, 150, 151]):
         parts.update(block)
     for key, array in whole.state().items():
-        np.testing.assert_allclose(parts.state()[key], array)
+        np.testing.assert_allclose(parts.state()[key], array, rtol=1e-4)
     assert whole.drift_detected == parts.drift_detected
 
 

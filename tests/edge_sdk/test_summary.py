@@ -5,7 +5,7 @@ from random import Random
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.drift.summary import BINS, Summary
@@ -296,6 +296,7 @@ def test_rounding_is_right_on_average(count):
 
 
 @given(st.floats(-1e6, 1e6), st.floats(0, 1e6), st.floats(0, 1e3))
+@example(0.0, 5e-324, 2.0)
 def test_a_range_is_never_told_too_narrow_and_hardly_too_wide(low, width, std):
     apart = round_outward(np.array(low), np.array(low + width), np.array(std))
     assert apart[0] <= low
