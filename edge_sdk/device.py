@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 from weakref import WeakValueDictionary
 
+import msgspec
 import numpy as np
 
 from edge_sdk.adapt import Adaptation
@@ -32,6 +33,7 @@ from edge_sdk.maintenance import Maintenance
 from edge_sdk.messages import check_name
 from edge_sdk.model import Arrays, Trunks
 from edge_sdk.policy import check_policy
+from edge_sdk.reporter import Counters
 from edge_sdk.resources import PsutilReader, ResourceReader, SafeReader
 from edge_sdk.serving import Served
 from edge_sdk.skew import Skew
@@ -152,6 +154,17 @@ class EdgeDevice:
     @mode.setter
     def mode(self, mode: Mode) -> None:
         self._reporter.mode = mode
+
+    @property
+    def version(self) -> Version | None:
+        """The release in use and the head on it; None while there is none."""
+        return self._served.version if self._served else None
+
+    @property
+    def counters(self) -> Counters:
+        """Totals since the database was made, as in `status`."""
+        with self._step_lock:
+            return msgspec.structs.replace(self._reporter.counters)
 
     @property
     def labels(self) -> tuple[str, ...]:

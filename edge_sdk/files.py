@@ -12,10 +12,12 @@ import hashlib
 import io
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import msgspec
 import numpy as np
@@ -152,17 +154,40 @@ def load_npz(source: Path | bytes) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
     """
     name = source.name if isinstance(source, Path) else "npz"
     try:
-        # read first: numpy leaves a damaged file open
         content = io.BytesIO(source if isinstance(source, bytes) else source.read_bytes())
-        with np.load(content, allow_pickle=False) as data:
-            arrays = {key: data[key] for key in data.files}
+        with zipfile.ZipFile(content) as members:
+            return {entry.removesuffix(".npy"): _array(members.read(entry)) for entry in members.namelist()}
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise IntegrityError(f"{name} is not a readable .npz of plain arrays: {error}") from error
     except Exception as error:  # zipfile and zlib raise classes of their own
         raise IntegrityError(f"{name} is damaged: {error}") from error
-    if others := [key for key, value in arrays.items() if not isinstance(value, np.ndarray)]:
-        raise IntegrityError(f"{name} holds something else than arrays: {others}")  # numpy gives them as bytes
-    return arrays
+
+
+def _array(data: bytes) -> np.ndarray[Any, np.dtype[Any]]:
+    """An array in the .npy format.
+
+    Source:
+        https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+    """
+    if not data.startswith(b"\x93NUMPY"):
+        raise ValueError("an entry is no array")
+    size = 10 + int.from_bytes(data[8:10], "little") if data[6] == 1 else 12 + int.from_bytes(data[8:12], "little")
+    dtype, order, shape = _form(data[:size])
+    if not dtype.itemsize:  # texts, all of them empty
+        return np.zeros(shape, dtype)
+    return np.frombuffer(data, dtype, offset=size).reshape(shape, order=order).copy(order)
+
+
+@lru_cache(maxsize=512)
+def _form(header: bytes) -> tuple[np.dtype[Any], Literal["C", "F"], tuple[int, ...]]:
+    """What the header of an .npy says. numpy takes a tenth of a millisecond to read one, and the same ones recur."""
+    file = io.BytesIO(header)
+    version = np.lib.format.read_magic(file)  # type: ignore[no-untyped-call]
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)  # type: ignore[no-untyped-call]
+    if dtype.hasobject:
+        raise ValueError("an entry holds Python objects")
+    return dtype, "F" if fortran else "C", shape
 
 
 def pack_arrays(arrays: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) -> bytes:

@@ -53,6 +53,8 @@ from edge_sdk.upgrade import Upgrade
 
 logger = logging.getLogger(__name__)
 _SAVE_S = 60.0
+_DIAGNOSE_S = 3_600.0
+"""How old the diagnosis in the saved status may be while the same alarms are up: it takes milliseconds to make."""
 
 
 class Maintenance:
@@ -92,6 +94,8 @@ class Maintenance:
         self._flushes = 0
         self._saved_at = 0.0
         self._taken_up: Version | None = None
+        self._diagnosed: tuple[list[str], float, str] = [], -math.inf, ""
+        """Alarms, when they were last diagnosed, and what came of it."""
         self.problem = ""
         """What could not be done in the last turn."""
         self.served: Served | None = None
@@ -344,7 +348,15 @@ class Maintenance:
         self.upgrade.save()
         if self.monitoring.save_if_due(now):
             self._store.put("metrics", self.metrics.to_bytes())
-            self._store.put(STATUS_KEY, msgspec.json.encode(self.status()))
+            self._save_status(now)
+
+    def _save_status(self, now: float) -> None:
+        """For `edge status`, which may run beside the device; inside a transaction."""
+        alarms = self.monitoring.alarms
+        told, at, _ = self._diagnosed
+        if alarms != told or is_due(now, at, _DIAGNOSE_S):
+            self._diagnosed = alarms, now, self.monitoring.diagnosis
+        self._store.put(STATUS_KEY, msgspec.json.encode(self.status(diagnosis=self._diagnosed[2])))
 
     def _learn_turn(self, now: float) -> None:
         adaptation = self.adaptation
@@ -465,8 +477,8 @@ class Maintenance:
         """What the machine can spare."""
         return self._resources.read()
 
-    def status(self) -> Status:
-        """How the device is."""
+    def status(self, *, diagnosis: str | None = None) -> Status:
+        """How the device is; `diagnosis` as it is known, None: made now."""
         served, adaptation = self.served, self.adaptation
         fetching = self.upgrade.client.fetching
         return Status(
@@ -483,7 +495,7 @@ class Maintenance:
             release_on_probation=self.upgrade.state.watching,
             alarms=self.monitoring.alarms,
             warnings=self.monitoring.warnings,
-            diagnosis=self.monitoring.diagnosis,
+            diagnosis=self.monitoring.diagnosis if diagnosis is None else diagnosis,
             estimated_accuracy=self.monitoring.estimate[0],
             metrics=self.metrics.means(),
             accuracy=adaptation.accuracy if adaptation else None,
@@ -566,7 +578,7 @@ class Maintenance:
                 self.upgrade.save()
                 if self.adaptation is not None:
                     self.adaptation.save()  # the last flush was seen after its own transaction
-                self._store.put(STATUS_KEY, msgspec.json.encode(self.status()))
+                self._save_status(now)
         except StoreError as error:
             logger.error("%s: the last evidence was not saved: %s", self._name, error)  # noqa: TRY400
         self.reporter.close()

@@ -406,8 +406,8 @@ class SimulatedDevice:
 
     def _notice_version(self) -> None:
         assert self.device is not None
-        status = self.device.status()
-        version = (status.release, status.head)
+        serving = self.device.version
+        version = (serving.release, serving.head) if serving else (0, 0)
         if version == self._version:
             return
         if version[0] != self._version[0]:
@@ -436,8 +436,7 @@ class SimulatedDevice:
         assert self.device is not None
         plan, device = self.plan, self.device
         self.turn()
-        status, (sent, received) = device.status(), self.line.wire
-        counters = status.counters
+        counters, (sent, received) = device.counters, self.line.wire
         changed_s = None if self._changed_s is None or self._changed_s >= there_s else self._changed_s
         false, clear_days, delay_h = alarm_facts(self._alarms, changed_s, there_s)
         self._learner_s = sum(float(entry.detail.get("cpu_s") or 0) for entry in device.lineage(limit=1_000_000))
@@ -464,8 +463,8 @@ class SimulatedDevice:
             promotions=counters.promotions,
             rejections=counters.rejections,
             rollbacks=counters.rollbacks,
-            release=status.release,
-            head=status.head,
+            release=self._version[0],
+            head=self._version[1],
             bytes_sent=self.line.payload_sent,
             wire_sent=sent,
             wire_received=received,

@@ -34,7 +34,6 @@ from edge_sdk.messages import Ack, Envelope, Topics, decode, encode
 from edge_sdk.plan import Prepared
 from edge_sdk.scenario import Release
 from edge_sdk.shard import STARTED, Ended, Lived, Order, Shard, ShardProcess, Shards, SimulatedDevice, Start, Turned
-from edge_sdk.shard import peak_memory_mb as _peak_memory_mb
 from edge_sdk.streams import HOUR_S
 from edge_sdk.transport import MemoryBroker, MemoryTransport, Transport, allow_connections
 
@@ -262,7 +261,7 @@ class Fleet:
 
     @property
     def devices(self) -> list[SimulatedDevice]:
-        """The devices, where they live in this process."""
+        """Those devices that live in this process: all of them if there is no other."""
         return self._local.devices if self._local else []
 
     def run(self, *, on_tick: Callable[[Progress], None] | None = None) -> FleetReport:
@@ -337,7 +336,7 @@ class Fleet:
         if self._local is not None and self._url:
             self._swarm_turns()
         self._collect()
-        peak = sum(part.peak_mb for part in ended) + (_peak_memory_mb() if self._local is None else 0)
+        peak = sum(part.peak_mb for part in ended)
         releases = [self._outcome(release) for release in self._releases]
         self._wall_s += time.monotonic() - began
         return build_report(
@@ -399,13 +398,12 @@ class Fleet:
         self._post.connect()
         self._open_coordinator(MemoryTransport(broker))
         count = len(self.prepared.devices)
-        if self.workers == 1:
-            self._local = Shard(self.prepared, range(count), homes)
-            self._shards.append(self._local)
-            return
         ends = [round(count * i / self.workers) for i in range(self.workers + 1)]
-        for first, last in pairwise(ends):
+        for first, last in pairwise(ends[:-1]):
             self._shards.append(ShardProcess(Start(self.prepared.scenario, first, last, str(homes))))
+        # this process would only wait for the others: it takes its part, after they have begun with theirs
+        self._local = Shard(self.prepared, range(ends[-2], count), homes)
+        self._shards.append(self._local)
 
     def _open_swarm(self, homes: Path) -> None:
         from edge_sdk.swarm import Swarm  # noqa: PLC0415 - only with a broker

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -61,6 +62,8 @@ class Slots:
         self.root = root
         (root).mkdir(parents=True, exist_ok=True)
         self._path = root / "pointer.json"
+        self._heads: WeakValueDictionary[Version, Head] = WeakValueDictionary()
+        """Those that are in use somewhere: read once."""
         try:
             self.pointer = msgspec.json.decode(self._path.read_bytes(), type=Pointer)
         except FileNotFoundError:
@@ -113,8 +116,12 @@ class Slots:
         Raises:
             IntegrityError: It is damaged.
         """
-        folder = self.folder(version)
-        return Head.load(folder / "heads" / f"{version.head:04d}.npz" if version.head else folder / HEAD_NPZ)
+        head = self._heads.get(version)
+        if head is None:
+            folder = self.folder(version)
+            head = Head.load(folder / "heads" / f"{version.head:04d}.npz" if version.head else folder / HEAD_NPZ)
+            self._heads[version] = head
+        return head
 
     def importance(self, version: Version) -> Importance | None:
         """What EWC holds on to while a version serves; None: what its release came with.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -191,6 +192,14 @@ class Store(Database):
         super().__init__(path, STEPS, durable=durability == "full", replace_damaged=True)
         # what is erased is overwritten: some builds of SQLite leave it in free pages until they are used again
         self.execute("PRAGMA secure_delete = ON")
+        self._tallies: dict[tuple[str, str], Counter[str]] = {}
+        """Samples of each label, by role and trunk: counted once, then kept up to date: each flush asks."""
+        self._waiting: tuple[int, int] | None = None
+        """Logged predictions, perhaps fewer, and the bytes of their widest latent; None: not counted."""
+
+    def undone(self) -> None:
+        """Count anew."""
+        self._tallies, self._waiting = {}, None
 
     # ---- small facts
 
@@ -214,6 +223,9 @@ class Store(Database):
 
         Many to a statement: at each, SQLite gives up the interpreter's lock and must wait for it while threads predict.
         """
+        if self._waiting is not None:
+            count, size = self._waiting
+            self._waiting = count + len(rows), max([size, *(len(row.latent) for row in rows)])
         for start in range(0, len(rows), _ROWS_A_STATEMENT):
             part = rows[start : start + _ROWS_A_STATEMENT]
             marks = ", ".join([f"({', '.join('?' * len(LoggedRow._fields))})"] * len(part))
@@ -227,7 +239,12 @@ class Store(Database):
         for start in range(0, len(ids), _ROWS_A_STATEMENT):
             part = list(ids[start : start + _ROWS_A_STATEMENT])
             self.execute(f"DELETE FROM rows WHERE id IN ({','.join('?' * len(part))})", part)  # noqa: S608 - marks only
+        self._fewer_wait(len(found))
         return found
+
+    def _fewer_wait(self, gone: int) -> None:
+        if self._waiting is not None:
+            self._waiting = self._waiting[0] - gone, self._waiting[1]
 
     def look_at_rows(self, ids: Sequence[str]) -> dict[str, LoggedRow]:
         """The logged predictions among `ids`, which stay."""
@@ -253,22 +270,36 @@ class Store(Database):
     def trim_rows(self, *, older_than: float, max_bytes: int) -> list[str]:
         """Drop logged predictions that are too old or too many; returns their ids."""
         dropped = self.execute("DELETE FROM rows WHERE time < ? RETURNING id", (older_than,)).fetchall()
-        count, size = self.execute("SELECT count(*), coalesce(max(length(latent)), 0) FROM rows").fetchone()
-        if (excess := count - max(1, max_bytes // (size + _ROW_BYTES))) > 0:
-            dropped += self.execute(
+        self._fewer_wait(len(dropped))
+        if self._excess(max_bytes) > 0:
+            self._waiting = None  # those that took the place of one of the same id were counted twice
+            excess = max(0, self._excess(max_bytes))
+            more = self.execute(
                 "DELETE FROM rows WHERE id IN (SELECT id FROM rows ORDER BY time LIMIT ?) RETURNING id", (excess,)
             ).fetchall()
+            self._fewer_wait(len(more))
+            dropped += more
         return [row[0] for row in dropped]
+
+    def _excess(self, max_bytes: int) -> int:
+        if self._waiting is None:  # reads them all
+            self._waiting = self.execute("SELECT count(*), coalesce(max(length(latent)), 0) FROM rows").fetchone()
+        count, size = self._waiting
+        return count - max(1, max_bytes // (size + _ROW_BYTES))
 
     # ---- labelled samples
 
     def add_samples(self, samples: Iterable[NewSample]) -> None:
         """Keep labelled latents."""
+        new = list(samples)
         self.execute_many(
             "INSERT INTO samples (time, latent, label, role, trunk, id, source, slice, weight, translated)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            samples,
+            new,
         )
+        for sample in new:
+            if (tally := self._tallies.get((sample.role, sample.trunk))) is not None:
+                tally[sample.label] += 1
 
     def waiting_rows(self, trunk: str, *, limit: int) -> list[LoggedRow]:
         """The newest logged predictions that no label came for and whose latents come from `trunk`, newest first."""
@@ -307,18 +338,30 @@ class Store(Database):
 
     def count_labels(self, role: Role, trunk: str, *, since: float = 0.0) -> dict[str, int]:
         """How many samples of a role each label has, whose inputs came at `since` or later."""
-        rows = self.execute(
-            "SELECT label, count(*) FROM samples WHERE role = ? AND trunk = ? AND time >= ? GROUP BY label",
-            (role, trunk, since),
-        )
-        return {label: int(count) for label, count in rows}
+        if since > 0:
+            rows = self.execute(
+                "SELECT label, count(*) FROM samples WHERE role = ? AND trunk = ? AND time >= ? GROUP BY label",
+                (role, trunk, since),
+            )
+            return dict(rows.fetchall())
+        return dict(self._tally(role, trunk))
+
+    def _tally(self, role: Role, trunk: str) -> Counter[str]:
+        if (tally := self._tallies.get((role, trunk))) is None:
+            rows = self.execute(
+                "SELECT label, count(*) FROM samples WHERE role = ? AND trunk = ? GROUP BY label", (role, trunk)
+            )
+            tally = self._tallies[role, trunk] = Counter(dict(rows.fetchall()))
+        return tally
 
     def count_samples(self, role: Role, trunk: str, *, since: float = 0.0) -> int:
         """How many samples of a role there are, whose inputs came at `since` or later."""
-        count = self.execute(
-            "SELECT count(*) FROM samples WHERE role = ? AND trunk = ? AND time >= ?", (role, trunk, since)
-        )
-        return int(count.fetchone()[0])
+        if since > 0:
+            count = self.execute(
+                "SELECT count(*) FROM samples WHERE role = ? AND trunk = ? AND time >= ?", (role, trunk, since)
+            )
+            return int(count.fetchone()[0])
+        return self._tally(role, trunk).total()
 
     def newest_sample(self, role: Role, trunk: str) -> int:
         """Key of the newest sample of a role, or 0."""
@@ -327,6 +370,7 @@ class Store(Database):
 
     def move_to_replay(self, key: int, slot: int, trunk: str, *, mass: float = 0.0) -> None:
         """A fresh sample takes a slot of the replay buffer; the one that was there is deleted."""
+        self._tallies.clear()
         self.execute("DELETE FROM samples WHERE role = 'replay' AND slot = ? AND trunk = ?", (slot, trunk))
         self.execute("UPDATE samples SET role = 'replay', slot = ?, mass = ? WHERE key = ?", (slot, mass, key))
 
@@ -345,13 +389,14 @@ class Store(Database):
 
     def delete_samples(self, keys: Iterable[int]) -> None:
         """Forget samples."""
+        self._tallies.clear()
         self.execute_many("DELETE FROM samples WHERE key = ?", ((key,) for key in keys))
 
     def trim_samples(self, role: Role, trunk: str, keep: int) -> None:
         """Keep only the newest `keep` samples of a role."""
-        count = self.execute("SELECT count(*) FROM samples WHERE role = ? AND trunk = ?", (role, trunk))
-        if int(count.fetchone()[0]) <= keep:
+        if self.count_samples(role, trunk) <= keep:
             return  # nearly always: what follows reads them all, at every flush
+        self._tallies.clear()
         self.execute(
             "DELETE FROM samples WHERE role = ? AND trunk = ? AND key NOT IN "
             "(SELECT key FROM samples WHERE role = ? AND trunk = ? ORDER BY key DESC LIMIT ?)",
@@ -364,6 +409,7 @@ class Store(Database):
         Returns:
             Ids of the predictions.
         """
+        self._tallies, self._waiting = {}, None
         marks = ",".join("?" * len(trunks))
         self.execute(f"DELETE FROM samples WHERE trunk NOT IN ({marks})", list(trunks))  # noqa: S608 - marks only
         kept = {trunk[:16] for trunk in trunks}
@@ -376,6 +422,7 @@ class Store(Database):
 
     def delete_learned(self) -> None:
         """Forget all samples, rows that wait, and what was summed up of them."""
+        self._tallies, self._waiting = {}, None
         self.execute("DELETE FROM samples")
         self.execute("DELETE FROM inputs")
         self.delete_pairs()
@@ -409,6 +456,7 @@ class Store(Database):
 
     def delete_trunk(self, trunk: str, *, translated: bool = False) -> None:
         """Forget the samples of a trunk and what is known of them; `translated`: only what was translated to it."""
+        self._tallies.clear()
         if translated:
             self.execute("DELETE FROM samples WHERE trunk = ? AND translated = 1", (trunk,))
             return

@@ -25,6 +25,7 @@ class Training:
         self._folder, self._executor, self._config = folder, executor, config
         self.result: LearnResult | None = None
         """What came of the job: the executor says so only once, and it may not be recorded then."""
+        self._challenger: Head | None = None
 
     def start(self, job: LearnJob) -> int:
         """Start a job. One that cannot be started has ended at once.
@@ -66,7 +67,9 @@ class Training:
         Raises:
             EdgeError, OSError: It is lost or damaged.
         """
-        return Head.load(self._folder / CHALLENGER)
+        if self._challenger is None:
+            self._challenger = Head.load(self._folder / CHALLENGER)
+        return self._challenger
 
     def cancel(self) -> None:
         """Stop the job."""
@@ -74,4 +77,5 @@ class Training:
 
     def discard(self) -> None:
         """Remove the job's files."""
+        self._challenger = None
         remove_tree(self._folder)

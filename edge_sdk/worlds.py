@@ -136,12 +136,19 @@ def _split(data: DataConfig, pool: Pool) -> tuple[Pool, Pool, Pool]:
 
 
 def _digits(data: DataConfig) -> World:
+    package = importlib.util.find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise MissingExtraError("the source 'digits'", "simulate")
+    # its file, not its function: the package takes more than a second to import, in each process of a simulation
+    path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
     try:
+        rows = np.loadtxt(path, delimiter=",")
+    except OSError:  # a release that keeps it elsewhere
         from sklearn.datasets import load_digits  # noqa: PLC0415 - behind an extra
-    except ImportError as error:
-        raise MissingExtraError("the source 'digits'", "simulate") from error
-    bunch = load_digits()
-    pool = Pool((bunch.images / 16.0).astype(np.float32)[:, None], bunch.target.astype(np.int64))
+
+        rows = np.column_stack(load_digits(return_X_y=True))
+    x = (rows[:, :64].reshape(-1, 8, 8) / 16.0).astype(np.float32)
+    pool = Pool(x[:, None], rows[:, 64].astype(np.int64))
     spec = InputSpec(shape=[1, 8, 8], name="image", low=0.0, high=1.0)
     return World("digits", *_split(data, pool), tuple("0123456789"), spec, axis=0)
 

@@ -8,8 +8,11 @@ import subprocess
 import sys
 import zipfile
 
+import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge_sdk.errors import DiskFullError, IntegrityError, StoreError
 from edge_sdk.files import (
@@ -164,6 +167,19 @@ def test_equal_arrays_give_equal_bytes_in_any_order():
     for key, value in arrays.items():
         np.testing.assert_array_equal(loaded[key], value)
         assert loaded[key].dtype == np.asarray(value).dtype
+
+
+@given(hnp.arrays(st.sampled_from(["<f4", ">f8", "<i8", "|u1", "|b1", "<U3", "<f2"]),
+                  hnp.array_shapes(min_dims=0, max_dims=3, min_side=0)), st.sampled_from("CF"))  # fmt: skip
+def test_an_npz_gives_back_what_numpy_would(array, order):
+    data = npz_bytes({"a": np.asarray(array, order=order), "b": np.array(["", ""])})
+    mine = load_npz(data)
+    with np.load(io.BytesIO(data)) as found:
+        assert mine.keys() == {*found.files}
+        for name, value in mine.items():
+            np.testing.assert_array_equal(value, found[name], strict=True)
+            assert value.flags.f_contiguous == found[name].flags.f_contiguous
+            assert value.flags.writeable
 
 
 def test_an_npz_is_read_from_a_file_too(tmp_path):

@@ -3,10 +3,13 @@
 import sqlite3
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from edge_sdk.database import Database
 from edge_sdk.errors import DiskFullError, StoreError
@@ -73,6 +76,30 @@ def test_an_empty_file_is_brought_to_the_present_form(store, path):
     assert store.conn.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
+def test_each_file_that_a_process_makes_has_the_same_form(tmp_path, monkeypatch):
+    monkeypatch.setattr("edge_sdk.database._made", {})
+    forms = []
+    for name in ("a", "b"):
+        store = Store(tmp_path / name)
+        forms.append(store.read("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name"))
+        forms[-1] += store.read("PRAGMA user_version")
+        store.close()
+    assert forms[0] == forms[1]
+
+
+def test_rows_that_a_migration_writes_are_in_every_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("edge_sdk.database._made", {})
+
+    def begin(db):
+        db.execute("CREATE TABLE facts (name TEXT)")
+        db.execute("INSERT INTO facts VALUES ('first')")
+
+    for name in ("a", "b"):
+        database = Database(tmp_path / name, [begin])
+        assert database.read("SELECT name FROM facts") == [("first",)]
+        database.close()
+
+
 def test_an_existing_file_keeps_its_form_and_content(store, path):
     with store.transaction():
         store.put("key", b"value")
@@ -115,6 +142,7 @@ def test_a_kill_while_the_tables_are_made_leaves_a_file_that_opens(path, monkeyp
         return made
 
     with monkeypatch.context() as patch:
+        patch.setattr("edge_sdk.database._made", {})  # as in a process that makes its first one
         patch.setattr(Table, "create", dies)
         with pytest.raises(PowerCut):
             Store(path)
@@ -468,6 +496,57 @@ def test_labels_are_counted_by_role_trunk_and_age(store):
 
 def masses(store):
     return {kept.key: kept.mass for kept in store.samples("replay", TRUNK)}
+
+
+_CHANGES = st.one_of(
+    st.tuples(st.just("add"), st.sampled_from(["fresh", "judge"]), st.sampled_from("ab"), st.sampled_from(["t", "u"])),
+    st.tuples(st.just("move"), st.integers(1, 9), st.integers(0, 2), st.sampled_from(["t", "u"])),
+    st.tuples(st.just("delete"), st.integers(1, 9)),
+    st.tuples(st.just("trim"), st.sampled_from(["fresh", "judge"]), st.integers(0, 3)),
+    st.tuples(st.just("keep"), st.sampled_from([("t",), ("t", "u")])),
+    st.tuples(st.just("delete_trunk"), st.booleans()),
+    st.tuples(st.just("log"), st.integers(1, 6), st.integers(10, 40)),
+    st.tuples(st.just("take"), st.integers(1, 6)),
+    st.tuples(st.just("drop"), st.integers(1, 900)),
+    st.just(("delete_learned",)),
+)
+
+
+def drop(store, most):
+    store.trim_rows(older_than=0.0, max_bytes=most)
+    ((count, widest),) = store.read("SELECT count(*), coalesce(max(length(latent)), 0) FROM rows")
+    assert count * (120 + widest) <= most or count <= 1
+
+
+CHANGE = {
+    "add": lambda store, role, label, trunk: store.add_samples([NewSample(1.0, b"x", label, role, trunk)]),
+    "move": Store.move_to_replay,
+    "delete": lambda store, key: store.delete_samples([key]),
+    "trim": lambda store, role, keep: store.trim_samples(role, "t", keep),
+    "keep": Store.keep_trunks,
+    "delete_trunk": lambda store, translated: store.delete_trunk("u", translated=translated),
+    "log": lambda store, name, size: store.add_rows([row(f"r{name}", size=size, trunk="t")]),
+    "take": lambda store, name: store.take_rows([f"r{name}"]),
+    "drop": drop,
+    "delete_learned": Store.delete_learned,
+}
+
+
+@given(st.lists(st.tuples(st.booleans(), _CHANGES), max_size=25))
+def test_what_is_counted_in_memory_is_what_the_tables_hold(changes):
+    store = Store(Path(":memory:"))
+    for fails, (what, *how) in changes:
+        with suppress(StoreError), store.transaction():
+            CHANGE[what](store, *how)
+            if fails:
+                raise StoreError("after all of it")
+        for role in ("fresh", "judge", "replay"):
+            for trunk in ("t", "u"):
+                sql = "SELECT label, count(*) FROM samples WHERE role = ? AND trunk = ? GROUP BY label"
+                held = dict(store.read(sql, role, trunk))
+                assert store.count_labels(role, trunk) == held
+                assert store.count_samples(role, trunk) == sum(held.values())
+    store.close()
 
 
 def test_what_samples_have_added_fades_and_is_set(store):

@@ -196,7 +196,7 @@ def test_a_row_without_a_label_or_with_too_few_cells_is_named(tmp_path):
 
 
 def test_missing_packages_are_named_with_the_line_that_installs_them(monkeypatch):
-    for module, source in (("sklearn.datasets", "digits"), ("river.datasets", "sea")):
+    for module, source in (("sklearn", "digits"), ("river.datasets", "sea")):
         monkeypatch.setitem(sys.modules, module, None)
         with pytest.raises(MissingExtraError, match=r"pip install 'edge-sdk\[simulate\]'"):
             opened(source=source)
