@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edge_sdk.errors import DiskFullError, StoreError
-from edge_sdk.files import crashpoint
+from edge_sdk.files import crashpoint, is_flushing
 
 logger = logging.getLogger(__name__)
 _BUSY_S = 30.0
@@ -73,8 +73,9 @@ class Database:
             self.conn = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_BUSY_S)
         except sqlite3.Error as error:
             raise store_error(error, f"{path} cannot be opened") from error
+        level = "FULL" if durable else "NORMAL"  # NORMAL waits for the disk when the log is brought into the file
+        self.conn.execute(f"PRAGMA synchronous = {level if is_flushing() else 'OFF'}")
         self.conn.execute("PRAGMA journal_mode = WAL")
-        self.conn.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         # a log that begins anew is cut to what it holds: its size says what was written
         self.conn.execute("PRAGMA journal_size_limit = 0")
         self._log = self._read_log()

@@ -52,6 +52,11 @@ def without_flushing() -> Iterator[None]:
         _flushes = before
 
 
+def is_flushing() -> bool:
+    """Whether this process waits for the disk at all: False within `without_flushing`."""
+    return _flushes
+
+
 def flush(descriptor: int) -> None:
     """Wait until a file is on the disk."""
     if _flushes:

@@ -159,6 +159,7 @@ class Maintenance:
             config=self._config,
             emit=emit,
             executor=self._executor,
+            trunks=self._trunks,
         )
         self._set_inputs()
 

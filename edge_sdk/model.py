@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -145,6 +147,10 @@ def _checked_state(spec: StateSpec, state: AnyArray) -> AnyArray:
     return found
 
 
+_sessions: WeakValueDictionary[tuple[str, bytes], HeadSession] = WeakValueDictionary()
+"""Sessions of heads that serve, by content: devices of one process share those of the heads that releases come with."""
+
+
 def trunk_key(manifest: Manifest, variant: Variant) -> str:
     """Where a loaded trunk, or whole model, is found in `Trunks`."""
     return f"{manifest.trunk_id}:{variant}"
@@ -172,4 +178,12 @@ def load_model(folder: Path, manifest: Manifest, variant: Variant, head: Head | 
     trunk = trunks.get(key) or OnnxRuntime(folder, variant=variant)
     assert not isinstance(trunk, WholeModel)
     trunks[key] = trunk
-    return SplitModel(trunk, HeadSession(folder / HEAD_ONNX, head))
+    return SplitModel(trunk, _head_session(folder, manifest, head))
+
+
+def _head_session(folder: Path, manifest: Manifest, head: Head) -> HeadSession:
+    parts = [f"{name}{array.shape}".encode() + array.tobytes() for name, array in sorted(head.weights.items())]
+    content = manifest.files[HEAD_ONNX].sha256, hashlib.sha256(b"".join(parts)).digest()
+    if (session := _sessions.get(content)) is None:
+        session = _sessions[content] = HeadSession(folder / HEAD_ONNX, head)
+    return session

@@ -7,6 +7,7 @@ shards take each round of messages together, so that it makes no difference how 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import heapq
 import logging
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import msgspec
+import numpy as np
 
 from edge_sdk.clock import Clock, ManualClock
 from edge_sdk.device import EdgeDevice
@@ -34,13 +36,15 @@ from edge_sdk.runtime import ModelRuntime, WholeModel
 from edge_sdk.scenario import Scenario
 from edge_sdk.streams import HOUR_S, Pool, ScriptedStream, World
 from edge_sdk.transport import MemoryBroker, MemoryTransport, Message, Transport
-from edge_sdk.types import IndexArray, Prediction
+from edge_sdk.types import FloatArray, IndexArray, LatentArray, Prediction
 
 logger = logging.getLogger(__name__)
 STARTED = 1_767_225_600.0
 """When simulations begin, in seconds since the epoch: a midnight."""
 _HEADER_BYTES = 11
 """Of MQTT v5 for a publication at QoS 1 beside topic and payload: two headers, lengths, number, acknowledgement."""
+_POOL_ROWS, _POOLS = 100, 16
+"""From so many rows on, the latents of a batch are remembered, and of how many batches."""
 _SQLITE_BYTES = 32_000_000
 """What the databases of all devices of a process may hold in memory, beyond which they read again."""
 
@@ -474,11 +478,38 @@ class SimulatedDevice:
 
 
 class _Trunks(dict[str, ModelRuntime | WholeModel]):
-    """Loaded trunks by content. The first one stays: each device tests a session of its own when it installs."""
+    """Loaded trunks by content. The first one stays, and knows what is scored by all devices."""
 
-    def update(self, *others: Any, **more: Any) -> None:
-        for key, trunk in dict(*others, **more).items():
-            self.setdefault(key, trunk)
+    def setdefault(self, key: str, trunk: Any = None) -> Any:
+        """What is there, or else this one."""
+        if key not in self:
+            self[key] = trunk
+        return self[key]
+
+    def __setitem__(self, key: str, trunk: ModelRuntime | WholeModel) -> None:
+        if not isinstance(trunk, WholeModel | _KnowsPools):
+            trunk = _KnowsPools(trunk)
+        super().__setitem__(key, trunk)
+
+
+class _KnowsPools:
+    """A trunk that remembers the latents of large batches: devices are all scored on the same ones."""
+
+    def __init__(self, inner: ModelRuntime) -> None:
+        self._inner = inner
+        self._known: dict[bytes, LatentArray] = {}
+
+    def latents(self, x: FloatArray) -> LatentArray:
+        """As of the trunk."""
+        if len(x) < _POOL_ROWS:
+            return self._inner.latents(x)
+        key = hashlib.blake2b(np.ascontiguousarray(x).data, digest_size=16).digest()
+        if (found := self._known.get(key)) is None:
+            found = self._inner.latents(x)
+            if len(self._known) >= _POOLS:
+                del self._known[next(iter(self._known))]
+            self._known[key] = found
+        return found
 
 
 def _names(world: World, y: IndexArray) -> list[str]:

@@ -47,7 +47,9 @@ def simulate() -> None:
 @click.option("--ci", is_flag=True, help="Exit with 1 if an expectation of the scenario is not met.")
 @click.option("--devices", type=click.IntRange(1), help="In place of `fleet.devices`.")
 @click.option("--seed", type=click.IntRange(0), help="In place of `fleet.seed`.")
-@click.option("--workers", type=click.IntRange(1), help="Processes; the result is the same.  [by size]")
+@click.option(
+    "--workers", type=click.IntRange(1), help="Processes, this one among them; the result is the same.  [by size]"
+)
 @click.option("--broker", default="", metavar="URL", help="mqtt://host:port: each device a connection of its own.")
 @click.option("--quiet", is_flag=True, help="No progress and no summary; expectations that are not met are told.")
 def run(
@@ -118,10 +120,10 @@ def compare(first: Path, second: Path, as_json: bool) -> None:
 
 @contextmanager
 def _few_words() -> Iterator[None]:
-    """What single devices tell of themselves is in the report; here only what goes wrong is told, but with --debug."""
-    log = logging.getLogger("edge_sdk")
+    """What devices and coordinator tell of themselves is in the report; here only what goes wrong, but with --debug."""
+    log = logging.getLogger()
     before = log.level
-    if logging.getLogger().level > logging.DEBUG:
+    if before > logging.DEBUG:
         log.setLevel(logging.ERROR)
     try:
         yield

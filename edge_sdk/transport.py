@@ -226,6 +226,8 @@ class MemoryBroker:
 
     def retained(self, topic_filter: str) -> list[Message]:
         """The retained messages that match."""
+        if not _is_pattern(topic_filter):
+            return [self._retained[topic_filter]] if topic_filter in self._retained else []
         return [self._retained[topic] for topic in sorted(self._retained) if topic_matches(topic_filter, topic)]
 
 
@@ -334,7 +336,8 @@ class MemoryTransport:
 
     def deliver(self, message: Message) -> None:
         """Called by the broker."""
-        if self._connected and any(topic_matches(wanted, message.topic) for wanted in self._filters):
+        topic, filters = message.topic, self._filters
+        if self._connected and (topic in filters or any(topic_matches(wanted, topic) for wanted in filters)):
             self._inbox.append(message)
 
     def drop(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import msgspec
 import numpy as np
@@ -45,7 +46,7 @@ from edge_sdk.manifest import (
     verify_checkpoint,
 )
 from edge_sdk.messages import Desired
-from edge_sdk.model import Trunks
+from edge_sdk.model import Trunks, trunk_key
 from edge_sdk.outcomes import group_names, outcomes
 from edge_sdk.pending import LoggedPrediction
 from edge_sdk.rebase import Rebase, Settled, choose_head, with_importance_of
@@ -59,6 +60,8 @@ from edge_sdk.update import FetchedRelease, UpdateClient
 
 Emit = Callable[[str, dict[str, Any]], None]
 _STATE = "upgrade"
+_tried: WeakKeyDictionary[Any, dict[tuple[str, str], Choice]] = WeakKeyDictionary()
+"""By a loaded trunk: releases by digest and wanted variant that were tried with it in this process, and the choice."""
 logger = logging.getLogger(__name__)
 
 
@@ -91,6 +94,7 @@ class Upgrade:
         config: Of the device.
         emit: Records an event inside the current transaction of the store.
         executor: Trains the head of a release with another trunk; None: such a release takes over without one.
+        trunks: Loaded trunks that are shared with other devices of this process.
     """
 
     def __init__(
@@ -102,7 +106,9 @@ class Upgrade:
         config: DeviceConfig,
         emit: Emit,
         executor: LearnExecutor | None = None,
+        trunks: Trunks | None = None,
     ) -> None:
+        self._trunks: Trunks = {} if trunks is None else trunks
         self._store, self._slots, self.client, self._config, self._emit = store, slots, client, config, emit
         self._executor = executor
         self._shadow: Shadow | None = None
@@ -313,10 +319,7 @@ class Upgrade:
         self._drop_shadow()
         slot, manifest = self._slots.stage(data, sources, link=link)
         digest = digest_of(data)
-        choice = choose_variant(self._slots.root / slot, manifest, self._config.variant, self.tested)
-        write_choice(self._slots.root / slot, choice)
-        self._choices[digest] = choice
-        rehearse(self._slots.root / slot, manifest)
+        self._choices[digest] = self._try(self._slots.root / slot, manifest, digest)
         if self._can_shadow(manifest, adaptation):
             with self._store.transaction():
                 self._store.delete_pairs()
@@ -330,6 +333,20 @@ class Upgrade:
         self.state.carried = rebase.reason
         head = self._slots.write_head(slot, rebase.head, rebase.importance) if rebase.head is not None else 0
         self._slots.activate(Version(slot, manifest.release, digest, head))
+
+    def _try(self, folder: Path, manifest: Manifest, digest: str) -> Choice:
+        """Choose the variant and rehearse; what a device that shares its trunks has tried here need not be again."""
+        key = digest, self._config.variant
+        shared = [self._trunks.get(trunk_key(manifest, variant)) for variant in manifest.model_files]
+        known = [_tried[trunk][key] for trunk in shared if trunk is not None and key in _tried.get(trunk, {})]
+        choice = known[0] if known else choose_variant(folder, manifest, self._config.variant, self.tested)
+        write_choice(folder, choice)
+        if not known:
+            rehearse(folder, manifest)
+            name = trunk_key(manifest, choice.variant)
+            trunk = self._trunks.get(name) or self.tested[name]
+            _tried.setdefault(trunk, {})[key] = choice
+        return choice
 
     def _rebase(self, slot: Slot, manifest: Manifest, adaptation: Adaptation | None) -> Rebase:
         """The personal head for the staged release, if there is one and it fits."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from edge_sdk.database import Database
 from edge_sdk.errors import DiskFullError, StoreError
+from edge_sdk.files import without_flushing
 from edge_sdk.store import STEPS, Lineage, LoggedRow, NewSample, OutboxRow, Store, stack
 
 TRUNK = "trunk"
@@ -117,6 +118,13 @@ def test_an_existing_file_keeps_its_form_and_content(store, path):
 def test_full_durability_flushes_at_every_commit(path, durability, level):
     store = Store(path, durability=durability)
     assert store.conn.execute("PRAGMA synchronous").fetchone() == (level,)
+    store.close()
+
+
+def test_a_simulation_never_waits_for_the_disk(path):
+    with without_flushing():
+        store = Store(path)
+    assert store.conn.execute("PRAGMA synchronous").fetchone() == (0,)
     store.close()
 
 
