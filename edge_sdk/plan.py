@@ -392,7 +392,8 @@ def _power(
 def _check_model(scenario: Scenario, manifest: Manifest, world: World) -> None:
     if manifest.task != "classification":
         raise fault(scenario.file, "fleet.checkpoint",
-                     f"{manifest.name} has task={manifest.task}; simulations take classifiers")  # fmt: skip
+                     f"{manifest.name} has task={manifest.task}; simulations take classifiers: try this one on an "
+                     "EdgeDevice with a ManualClock")  # fmt: skip
     taken, given = manifest.input.shape, world.spec.shape
     if len(taken) != len(given) or any(size not in (-1, got) for size, got in zip(taken, given, strict=True)):
         raise fault(scenario.file, "fleet.checkpoint", f"{manifest.name} takes samples of shape {taken}; "

@@ -22,6 +22,7 @@ PROGRAMS = {
     "edge-quantize": edge_quantize.cli.main,
 }
 GUIDE = ROOT / "docs" / "learning.md"
+SIMULATION_GUIDE = ROOT / "docs" / "simulation.md"
 DRIFT_GUIDE = ROOT / "docs" / "drift.md"
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")])
 
@@ -118,6 +119,22 @@ def test_python_blocks_of_the_guide_to_drift_run_one_after_another(tmp_path, che
     assert 2880 < names["found"].alarms[0].row < 3000  # as the guide says
     assert names["detector"].drift_detected
     assert (tmp_path / "week.html").exists()
+
+
+@pytest.mark.torch
+def test_python_block_of_the_guide_to_simulations_runs(tmp_path, checkpoint, capsys):
+    scenario = tmp_path / "small.toml"
+    scenario.write_text(
+        f'fleet = {{ checkpoint = "{checkpoint}", devices = 9, duration_h = 1, tick_s = 1200 }}\n'
+        'data = { source = "digits", labels = ["0", "1", "2", "3"] }\n'
+        'expect.min_accuracy = 1.0\n[[cohort]]\nname = "all"\nlabel = { share = 0.5 }\n'
+    )
+    (block,) = re.findall(r"```python\n(.*?)```", SIMULATION_GUIDE.read_text(), flags=re.DOTALL)
+    names = {"scenario": scenario, "folder": tmp_path}
+    exec(compile(block, str(SIMULATION_GUIDE), "exec"), names)
+    assert len(names["report"].devices) == 4
+    assert "<html" in (tmp_path / "report.html").read_text()
+    assert len(capsys.readouterr().out.splitlines()) == 3 + 1  # a line a tick, and the last one
 
 
 @pytest.mark.parametrize("guide", [GUIDE, DRIFT_GUIDE], ids=lambda path: path.stem)

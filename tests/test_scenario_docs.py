@@ -115,8 +115,8 @@ def test_every_section_of_a_scenario_has_a_place_on_the_page():
 def checkout(tmp_path):
     """The examples beside manifests of the checkpoints that they name."""
     shutil.copytree(ROOT / "examples" / "scenarios", tmp_path / "examples" / "scenarios")
-    shapes = {"digits": [1, 8, 8], "basic-motions": [6, 50]}
-    labels = {"digits": list("01234567"), "basic-motions": list(worlds.MOTIONS)}
+    shapes = {"digits": [1, 8, 8], "basic-motions": [6, 50], "sine": [2]}
+    labels = {"digits": list("01234567"), "basic-motions": list(worlds.MOTIONS), "sine": ["no", "yes"]}
     for source, shape in shapes.items():
         for release in (1, 2, 3):
             folder = tmp_path / "build" / "checkpoints" / source / f"release-{release}"
@@ -147,7 +147,7 @@ def test_scenarios_that_ship_can_be_planned_and_their_data_drawn(checkout, name)
 def test_the_scenarios_that_ship_show_every_course_and_every_kind_of_drift():
     text = "".join(path.read_text() for path in SCENARIOS)
     drifts = set(re.findall(r'effect = "(\w+)"', text))
-    assert drifts == set(streams.EFFECTS) - {"relation"}  # of generated data; the page says how
+    assert drifts == set(streams.EFFECTS)
     assert set(re.findall(r'course = "(\w+)"', text)) | {"sudden"} == set(typing.get_args(streams.Course))
 
 

@@ -67,7 +67,7 @@ def small(world: World, target: Path) -> None:
 
 if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("sources", nargs="*", default=["digits", "basic-motions"])
+    options.add_argument("sources", nargs="*", default=["digits", "basic-motions", "sine"])
     options.add_argument("--out", type=Path, default=BUILD)
     chosen = options.parse_args()
     for source in chosen.sources:
