@@ -13,7 +13,7 @@ INPUTS := pyproject.toml constraints.txt
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test check format tools bench-predict bench-forgetting bench-peers bench-drift bench-transport bench-fleet clean
+.PHONY: demo test check format tools bench-predict bench-forgetting bench-peers bench-drift bench-transport bench-releases bench-fleet clean
 
 demo: $(VENV)/.demo
 	PYTHONPATH=examples $(BIN)/python -m demo.run
@@ -61,6 +61,10 @@ bench-predict: $(VENV)/.dev
 # Thousands of MQTT connections in one process, written to benchmarks/transport.*; five minutes, needs mosquitto.
 bench-transport: $(VENV)/.dev
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/transport.py
+
+# A release to 200 receivers beside a plain fan-out, written to benchmarks/releases.*; some minutes, needs mosquitto.
+bench-releases: $(VENV)/.dev
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/releases.py
 
 # Simulated fleets, beside Flower's simulation in an environment of its own (600 MB), written to benchmarks/fleet.*; about
 # a quarter of an hour on two cores. Flower 1.42 does not resolve here: it gets the dependencies of 1.41.

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -405,11 +406,24 @@ def status(home: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(found, indent=2))
         return
     counters = found.pop("counters")
+    found["shadow"] = _shadow_line(found.get("shadow"))
     for part in found, counters:
         for key, value in part.items():
             click.echo(f"{key:22} {_listed(value) if isinstance(value, list | dict) else value}")
         if part is found:
             click.echo("\nsince the database was made")
+
+
+def _shadow_line(shadow: dict[str, Any] | None) -> str:
+    if shadow is None:
+        return ""
+    since = datetime.fromtimestamp(shadow["since"], UTC).isoformat(timespec="seconds") if shadow["since"] else "now"
+    decided = (
+        "a head is being trained for it"
+        if shadow["training"]
+        else f"decided with {shadow['pairs_wanted']}, or in {shadow['left_s'] / 3600:.1f} hours"
+    )
+    return f"release {shadow['release']} since {since}: {shadow['pairs']} inputs passed both trunks; {decided}"
 
 
 def _listed(value: list[str] | dict[str, int]) -> str:

@@ -317,6 +317,9 @@ class UpdateConfig(_Section, frozen=True):
     """Blocks asked for at once."""
     retry_s: Positive = 20.0
     """Blocks that did not come are asked for again after this time."""
+    quiet_s: NonNegative = 1.0
+    """What one device asks for reaches all. So nobody asks for a file larger than the window before no block of it has
+    come for this time, and for up to as much again, which differs from device to device."""
     max_bytes: Count = 500_000_000
     """Larger releases are refused before the first block."""
     min_free_bytes: Annotated[int, Meta(ge=0)] = 20_000_000

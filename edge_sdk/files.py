@@ -72,8 +72,14 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
+def replace_file(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = True) -> None:
     """Write `data` to `path` so that a reader sees the old bytes or the new, never a mixture.
+
+    Args:
+        path: The file.
+        data: Its new content.
+        mode: Its permissions.
+        durable: Whether to wait for the disk. If not, a power cut may bring back old bytes, or lose the file.
 
     Raises:
         DiskFullError: No room; the old file is untouched.
@@ -85,11 +91,13 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
-            flush(file.fileno())
+            if durable:
+                flush(file.fileno())
         crashpoint(f"written:{path.name}")
         temporary.replace(path)
         crashpoint(f"renamed:{path.name}")
-        fsync_folder(path.parent)
+        if durable:
+            fsync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise storage_error(error, f"cannot write {path.name}") from error

@@ -511,6 +511,7 @@ class Maintenance:
             problem=self.problem,
             counters=msgspec.structs.replace(self.reporter.counters),
             updates=self._trust.state(self._clock.now()) if self._trust else "unsigned",
+            shadow=self.upgrade.shadow_status,
         )
 
     # ---- going back and forgetting

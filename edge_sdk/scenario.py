@@ -288,9 +288,14 @@ class Scenario(_Section, frozen=True):
     """Set by `load_scenario`; no key."""
 
 
-SIMULATED: dict[str, Any] = {"variant": "int8", "durability": "normal", "learn": {"executor": "inline"}}
+SIMULATED: dict[str, Any] = {
+    "variant": "int8",
+    "durability": "normal",
+    "learn": {"executor": "inline"},
+    "update": {"quiet_s": 0.0},
+}
 """Settings that simulations start from: nothing that depends on the machine, no child processes, no waiting for
-disks."""
+disks, nor for others to ask for a block, as the clock stands still meanwhile."""
 _OWN = ("device", "seed", "broker")
 """Settings that the simulation itself makes."""
 

@@ -54,12 +54,15 @@ class Candidate(msgspec.Struct):
     waited_s: float = 0.0
     """By small steps: a clock that is set right while it waits makes it neither short nor long."""
     looked_at: float | None = None
+    since: float = 0.0
+    """When it came into the shadow, by the clock of then; 0: it has had no turn yet."""
 
     def wait(self, now: float) -> None:
         """Note that it waits still."""
         if self.looked_at is not None:
             self.waited_s += min(max(now - self.looked_at, 0.0), _LONGEST_STEP_S)
         self.looked_at = now
+        self.since = self.since or now
 
 
 class Carried(NamedTuple):

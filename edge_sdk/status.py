@@ -36,6 +36,22 @@ class StepReport(msgspec.Struct, frozen=True):
     """Empty, or what could not be done; serving goes on."""
 
 
+class ShadowStatus(msgspec.Struct, frozen=True):
+    """How it stands with a release that waits in shadow."""
+
+    release: int
+    since: float
+    """Seconds since the epoch."""
+    pairs: int
+    """Inputs that passed both trunks."""
+    pairs_wanted: int
+    """With so many it is decided."""
+    left_s: float
+    """And after so many seconds at most, with those that came."""
+    training: bool
+    """Whether a head is being trained for it; what comes of that decides."""
+
+
 class Status(msgspec.Struct, frozen=True):
     """How the device is. Contains aggregates only."""
 
@@ -80,6 +96,8 @@ class Status(msgspec.Struct, frozen=True):
     updates: str = "unsigned"
     """unsigned; or how it stands with the signed metadata: trusted, waiting, expired, clock_untrusted, refused, or
     no_root: none is installed, and every release is refused."""
+    shadow: ShadowStatus | None = None
+    """The release that waits until what was learned can be carried over to it."""
 
 
 def told_version(version: Version) -> dict[str, Any]:

@@ -7,30 +7,35 @@ the first block is asked for and again before anything is installed, that signed
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from edge_sdk.clock import is_due
 from edge_sdk.config import UpdateConfig
-from edge_sdk.errors import ArtifactError, DiskFullError, IntegrityError, NotConnectedError, RollbackRefusedError
-from edge_sdk.files import crashpoint, flush, fsync_folder, remove_tree, replace_file, sha256_file, storage_error
+from edge_sdk.download import Download
+from edge_sdk.errors import (
+    ArtifactError,
+    DiskFullError,
+    IntegrityError,
+    NotConnectedError,
+    RollbackRefusedError,
+)
+from edge_sdk.files import remove_tree, replace_file, sha256_file
 from edge_sdk.index import MAX_INDEX, Patch, ReleaseIndex, apply_patch, can_patch, parse_index
 from edge_sdk.manifest import Manifest, digest_of, parse_manifest
 from edge_sdk.messages import (
+    THRESHOLD_ALL,
     Desired,
     MetadataSet,
     Need,
     Offer,
     Topics,
-    block_count,
     cohort,
     encode,
-    from_bitmap,
     to_bitmap,
 )
 from edge_sdk.ranges import HttpSource, set_of
@@ -50,100 +55,6 @@ class FetchedRelease:
     manifest: bytes
     files: dict[str, Path]
     """By SHA-256."""
-
-
-class Download:
-    """One blob on its way: blocks written in place, and a map of those that are safely on disk.
-
-    The map is written only after the blocks it names were flushed, so that after a power cut it never promises too
-    much; a block that is on disk but not in the map is merely fetched again.
-    """
-
-    def __init__(self, folder: Path, digest: str, size: int, block_bytes: int, hashes: Sequence[bytes] = ()) -> None:
-        self.digest, self.size, self.block_bytes = digest, size, block_bytes
-        self._hashes = hashes
-        self.count = block_count(size, block_bytes)
-        self.path = folder / digest
-        self._part = folder / f"{digest}.part"
-        self._map = folder / f"{digest}.map"
-        self._have: set[int] = set()
-        self._unflushed: set[int] = set()
-        if self._map.exists() and self._part.exists():
-            self._have = from_bitmap(self._map.read_bytes(), self.count)
-
-    @property
-    def complete(self) -> bool:
-        """Whether every block is here."""
-        return len(self._have) + len(self._unflushed) == self.count
-
-    def missing(self) -> list[int]:
-        """Blocks that are not here, in order."""
-        return [i for i in range(self.count) if i not in self._have and i not in self._unflushed]
-
-    def write(self, index: int, payload: bytes) -> bool:
-        """Put a block in its place; False if it is not one that is missing, or not the one that was signed.
-
-        Raises:
-            DiskFullError, StoreError: It cannot be written.
-        """
-        expected = min(self.block_bytes, self.size - index * self.block_bytes)
-        if index in self._have or index in self._unflushed or len(payload) != expected or index >= self.count:
-            return False
-        if self._hashes and hashlib.sha256(payload).digest() != self._hashes[index]:
-            logger.warning("block %d of %s is damaged and is fetched again", index, self.digest[:12])
-            return False
-        try:
-            descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT, 0o644)
-            try:
-                written = 0
-                while written < len(payload):  # a disk that is nearly full takes a part of it first
-                    written += os.pwrite(descriptor, payload[written:], index * self.block_bytes + written)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise storage_error(error, f"block {index} of {self.digest[:12]} cannot be written") from error
-        self._unflushed.add(index)
-        return True
-
-    def flush(self) -> None:
-        """Make the blocks written so far safe, and note them.
-
-        Raises:
-            DiskFullError, StoreError: They cannot be; they will be fetched again.
-        """
-        if not self._unflushed:
-            return
-        try:
-            descriptor = os.open(self._part, os.O_RDONLY)
-            try:
-                flush(descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            self._unflushed.clear()
-            raise storage_error(error, f"{self.digest[:12]} cannot be flushed") from error
-        crashpoint("blocks:flushed")
-        replace_file(self._map, to_bitmap(self._have | self._unflushed, self.count))
-        self._have |= self._unflushed
-        self._unflushed.clear()
-
-    def finish(self) -> None:
-        """Check the hash and give the file its name.
-
-        Raises:
-            IntegrityError: The hash differs; all blocks are thrown away.
-        """
-        if self.size == 0:
-            self._part.touch()
-        if sha256_file(self._part) != self.digest:
-            self._part.unlink()
-            self._map.unlink(missing_ok=True)
-            self._have.clear()
-            raise IntegrityError(f"the blocks of {self.digest[:12]}… do not have its SHA-256")
-        self._part.replace(self.path)
-        crashpoint("blocks:finished")
-        self._map.unlink(missing_ok=True)
-        fsync_folder(self.path.parent)
 
 
 class UpdateClient:
@@ -177,6 +88,9 @@ class UpdateClient:
         self._asked_at: float | None = None
         self._asked: set[int] = set()
         self._asked_on = 0
+        self._heard_at = 0.0
+        self._longest_gap = 0.0
+        self._fresh = self._others_lead = False
         self._full_at: float | None = None
         self._sound: dict[str, bool] = {}
         self._damaged = 0
@@ -184,6 +98,9 @@ class UpdateClient:
         self._source = HttpSource(config.url, retry_s=10 * config.retry_s) if config.url else None
         self._looked_at: float | None = None
         self._signed: SignedRelease | None = None
+        self._manifest = b""
+        self._wanted: dict[str, int] = {}  # the sizes of its files, by SHA-256
+        self._files: dict[str, Path] = {}  # those of them that are here
         self._index: ReleaseIndex | None = None
         self._unpatchable: set[str] = set()
 
@@ -273,14 +190,20 @@ class UpdateClient:
         self._offer = offer
         self._damaged = 0
         self._sound = {}
+        self._manifest, self._wanted, self._files = b"", {}, {}
         self._index = None
         self._unpatchable = set()
 
     def abandon(self) -> None:
         """Stop fetching; blocks that are here stay for another try."""
+        self._let_go()
+        self._offer, self._asked_at = None, None
+
+    def _let_go(self) -> None:
         if self._download is not None:
             self._transport.unsubscribe(self._topics.block(self._download.digest, "+"))
-        self._offer, self._download, self._asked_at = None, None, None
+            self._download.close()
+            self._download = None
 
     def clean(self) -> None:
         """Delete all that was fetched: it is installed, or never will be."""
@@ -299,6 +222,7 @@ class UpdateClient:
         taken = self._download.write(index, payload)
         if taken:
             self._asked.discard(index)
+            self._fresh = True
         return taken
 
     def turn(self, now: float, held: Mapping[str, Path]) -> FetchedRelease | None:
@@ -319,29 +243,19 @@ class UpdateClient:
             for block in self._source.blocks():
                 self.take_block(*block)
         try:
+            if self._download is not None and not self._is_here(self._download, now):
+                return None
             data = self._fetch_manifest(offer, now, held)
-            if data is None:
+            if data is None or not self._fetch_index(offer, now, held) or not self._fetch_files(now, held):
                 return None
-            parsed = parse_manifest(data)
-            self._require_fit(offer, parsed)
-            if not self._fetch_index(offer, now, held):
-                return None
-            files: dict[str, Path] = {}
-            wanted = {entry.sha256: entry.size for _, entry in sorted(parsed.files.items())}
-            self._require_room(
-                sum(self._lacking(digest, size) for digest, size in wanted.items() if digest not in held)
-            )
-            for digest, size in wanted.items():
-                path = self._obtain(digest, size, now, held)
-                if path is None:
-                    return None
-                files[digest] = path
         except DiskFullError:
             self._full_at = now
             raise
-        return FetchedRelease(offer, data, files)
+        return FetchedRelease(offer, data, self._files)
 
     def _fetch_manifest(self, offer: Offer, now: float, held: Mapping[str, Path]) -> bytes | None:
+        if self._manifest:
+            return self._manifest
         path = self._fetch(offer.digest, offer.size, now, held)
         if path is None:
             return None
@@ -349,7 +263,24 @@ class UpdateClient:
         if digest_of(data) != offer.digest:
             path.unlink()
             raise IntegrityError(f"the manifest of release {offer.release} was damaged on the disk")
+        parsed = parse_manifest(data)
+        self._require_fit(offer, parsed)
+        self._manifest = data
+        self._wanted = {entry.sha256: entry.size for _, entry in sorted(parsed.files.items())}
         return data
+
+    def _fetch_files(self, now: float, held: Mapping[str, Path]) -> bool:
+        """Whether every file that the manifest names is here."""
+        self._require_room(
+            sum(self._lacking(digest, size) for digest, size in self._wanted.items() if digest not in held)
+        )
+        for digest, size in self._wanted.items():
+            if digest not in self._files:
+                path = self._obtain(digest, size, now, held)
+                if path is None:
+                    return False
+                self._files[digest] = path
+        return True
 
     def _require_fit(self, offer: Offer, parsed: Manifest) -> None:
         if parsed.release != offer.release:
@@ -405,20 +336,18 @@ class UpdateClient:
         if (done := self._folder / digest).exists():
             return done
         if self._download is None or self._download.digest != digest:
-            if self._download is not None:
-                self._transport.unsubscribe(self._topics.block(self._download.digest, "+"))
+            self._let_go()
             block_bytes = self.desired.block_bytes if self.desired else 65_536
             hashes = self._index.hashes(digest, size, block_bytes) if self._index else []
             self._download = Download(self._folder, digest, size, block_bytes, hashes)
-            self._asked_at = None
+            self._asked_at, self._asked = None, set()
+            self._fresh = self._others_lead = False
+            self._heard_at, self._longest_gap = now, 0.0
             self._transport.subscribe(self._topics.block(digest, "+"))
         download = self._download
-        download.flush()
-        if not download.complete:
-            self._ask(download, now)
+        if not self._is_here(download, now):
             return None
-        self._transport.unsubscribe(self._topics.block(digest, "+"))
-        self._download = None
+        self._let_go()
         try:
             download.finish()
         except IntegrityError:
@@ -430,6 +359,14 @@ class UpdateClient:
             return None
         return done
 
+    def _is_here(self, download: Download, now: float) -> bool:
+        """Whether all of it is here and safe; if not, what is missing is asked for."""
+        if download.complete or download.unflushed >= self._config.window_blocks // 2 or not self._fresh:
+            download.flush()
+        if not download.complete:
+            self._ask(download, now)
+        return download.complete
+
     def _is_sound(self, digest: str, path: Path) -> bool:
         """Whether an installed file still has its hash; looked at once. One that has aged is fetched again."""
         if digest not in self._sound:
@@ -439,21 +376,43 @@ class UpdateClient:
         return self._sound[digest]
 
     def _ask(self, download: Download, now: float) -> None:
-        """Ask for the next window of blocks when the last one is here, is overdue, or the connection is new."""
+        """Ask for the next blocks of the window, if it is for us to ask."""
+        if self._fresh:
+            self._longest_gap = max(self._longest_gap, now - self._heard_at) if self._others_lead else 0.0
+            self._heard_at, self._fresh, self._others_lead = now, False, self._asked_at is None
         if self._source is not None and self._source.usable(now):
             self._source.ask(download.digest, download.size, download.block_bytes, download.missing())
             return
-        reconnected = self._asked_on != self._transport.connections
-        overdue = self._asked_at is None or is_due(now, self._asked_at, self._config.retry_s)
-        if self._asked and not overdue and not reconnected:
+        reconnected = self._asked_at is not None and self._asked_on != self._transport.connections
+        overdue = self._asked_at is not None and is_due(now, self._heard_at, self._config.retry_s)
+        if reconnected or overdue:
+            self._asked.clear()
+        elif not self._may_ask(download, now):
             return
-        window = set(download.missing()[: self._config.window_blocks])
-        need = Need(digest=download.digest, size=download.size, blocks=to_bitmap(window, download.count))
+        lacking = (index for index in download.missing() if index not in self._asked)
+        wanted = set(islice(lacking, self._config.window_blocks - len(self._asked)))
+        if not wanted:
+            return
+        need = Need(digest=download.digest, size=download.size, blocks=to_bitmap(wanted, download.count))
         try:
             self._transport.publish(self._topics.up(self._device, "need"), encode(need))
         except NotConnectedError:
             return
-        self._asked, self._asked_at, self._asked_on = window, now, self._transport.connections
+        self._asked |= wanted
+        self._asked_at, self._asked_on, self._heard_at = now, self._transport.connections, now
+
+    def _may_ask(self, download: Download, now: float) -> bool:
+        """Whether to ask without a special reason: what one device asks for reaches all that wait for the same file.
+
+        So a device that has begun to ask leads and keeps its window full, and the others listen. Each begins only when
+        nothing has come for a while of its own. What fits into a window is not worth that.
+        """
+        if self._asked_at is not None:
+            return len(self._asked) <= self._config.window_blocks // 2
+        if download.count <= self._config.window_blocks:
+            return True
+        share = cohort(download.digest, self._device) / THRESHOLD_ALL
+        return is_due(now, self._heard_at, (1 + share) * self._config.quiet_s + 2 * self._longest_gap)
 
     def _lacking(self, digest: str, size: int) -> int:
         """Bytes of a file that are not on the disk yet."""

@@ -53,6 +53,7 @@ from edge_sdk.rebase import Rebase, Settled, choose_head, with_importance_of
 from edge_sdk.selftest import Choice, choose_variant, read_choice, write_choice
 from edge_sdk.shadow import Candidate, Carried, Shadow
 from edge_sdk.slots import Slot, Slots, Version
+from edge_sdk.status import ShadowStatus
 from edge_sdk.store import Store
 from edge_sdk.tasks import as_scores
 from edge_sdk.types import AnyArray, BoolArray
@@ -566,6 +567,21 @@ class Upgrade:
         if self._shadow is not None:
             self._shadow.cancel()
             self._shadow = None
+
+    @property
+    def shadow_status(self) -> ShadowStatus | None:
+        """How it stands with the release in shadow; None: there is none."""
+        candidate, update = self.state.shadow, self._config.update
+        if candidate is None:
+            return None
+        return ShadowStatus(
+            release=candidate.version.release,
+            since=candidate.since,
+            pairs=self._store.count_pairs(),
+            pairs_wanted=update.shadow_rows,
+            left_s=max(0.0, update.shadow_s - candidate.waited_s),
+            training=self.training,
+        )
 
     # ---- going back
 

@@ -55,7 +55,12 @@ class Coordinator:
         self._settings, self._clock = self.registry.settings, self.registry.clock
         self._transport = transport
         self._topics = Topics(self._settings.prefix)
-        self._blocks = BlockServer(self.registry.blobs, self._topics, max_queued=self._settings.max_queued_blocks)
+        self._blocks = BlockServer(
+            self.registry.blobs,
+            self._topics,
+            max_queued=self._settings.max_queued_blocks,
+            repeat_s=self._settings.repeat_blocks_s,
+        )
         self._published: dict[str, int] = {}
         self._published_on = 0
         self._certified_at: float | None = None
@@ -111,7 +116,7 @@ class Coordinator:
         if messages:
             self._ingest(messages)
         self._send_commands()
-        sent = self._blocks.serve(self._transport, self._settings.blocks_per_turn)
+        sent = self._blocks.serve(self._transport, self._settings.blocks_per_turn, self._clock.now())
         self._publish_desired()
         return len(messages) + sent
 
@@ -221,7 +226,7 @@ class Coordinator:
         except NotConnectedError:
             logger.debug("acknowledgements not sent: the devices will send again and be answered then")
         for need in turn.needs:
-            self._blocks.ask(need)
+            self._blocks.ask(need, self._clock.now())
 
     def _send_commands(self) -> None:
         """Publish commands that wait: new ones at once, the others again when the device is back or does not answer."""

@@ -6,13 +6,16 @@ sizes and hashes fit. `describe` makes what is signed of a release: the manifest
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from tuf.api.metadata import TargetFile
 
+from edge_sdk.clock import is_due
 from edge_sdk.errors import IntegrityError, NotConnectedError
 from edge_sdk.files import replace_file, storage_error
 from edge_sdk.index import MAX_PATCHED, Patch, ReleaseIndex, can_patch, hash_blocks, index_bytes, make_patch
@@ -24,6 +27,9 @@ from edge_server.errors import ReleaseError
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_RELEASE = 2**53 - 1  # what JSON readers take for exact
+_Block = tuple[str, int]
+SMALL_BLOCKS = 8
+"""A file of so many blocks fits into the window of every device, which then does not wait before it asks."""
 _WORTH_IT = 0.8
 """A patch larger than this share of the file is not kept."""
 
@@ -158,15 +164,20 @@ def _patches(manifest: Manifest, before: Manifest, blobs: BlobStore) -> Iterator
 class BlockServer:
     """Sends the blocks that devices ask for. What several ask for together goes out once, to all of them.
 
+    A block of a large file that has just gone out is on its way to whoever asks for it a moment later, and does not go
+    out again. That of a small file does, once for all who were late: they wait for nothing else.
+
     Args:
         blobs: Where the files are.
         topics: Names of the topics.
         max_queued: Most blocks waiting; what exceeds it is dropped, and asked for again.
+        repeat_s: So long a block of a large file is on its way, in seconds; one of a small file waits a fifth of it.
     """
 
-    def __init__(self, blobs: BlobStore, topics: Topics, *, max_queued: int) -> None:
-        self._blobs, self._topics, self._max_queued = blobs, topics, max_queued
-        self._queue: dict[tuple[str, int], None] = {}  # a set that keeps its order
+    def __init__(self, blobs: BlobStore, topics: Topics, *, max_queued: int, repeat_s: float) -> None:
+        self._blobs, self._topics, self._max_queued, self._repeat_s = blobs, topics, max_queued, repeat_s
+        self._queue: dict[_Block, float] = {}  # in order, and when it last went out
+        self._sent: dict[_Block, float] = {}  # the last to go out at the end
         self.refused = 0
         """Requests for files that are not here, or of another size, since this process started."""
 
@@ -175,36 +186,42 @@ class BlockServer:
         """Blocks waiting."""
         return len(self._queue)
 
-    def ask(self, need: Need) -> None:
-        """Queue the blocks of a request."""
+    def ask(self, need: Need, now: float) -> None:
+        """Queue the blocks of a request that came at `now`, in seconds since the epoch."""
         size = self._blobs.size(need.digest)
         if size is None or size != need.size:
             self.refused += 1
             return
-        for index in sorted(from_bitmap(need.blocks, block_count(size))):
+        count = block_count(size)
+        for index in sorted(from_bitmap(need.blocks, count)):
+            block = need.digest, index
+            sent = self._sent.get(block, -math.inf)
+            if block in self._queue or (count > SMALL_BLOCKS and not is_due(now, sent, self._repeat_s)):
+                continue
             if len(self._queue) >= self._max_queued:
                 return
-            self._queue[need.digest, index] = None
+            self._queue[block] = sent
 
-    def serve(self, transport: Transport, limit: int) -> int:
+    def serve(self, transport: Transport, limit: int, now: float) -> int:
         """Publish up to `limit` blocks, first asked first; returns how many went out.
 
         Raises:
             StoreError: A file cannot be read; its block is dropped.
         """
+        ready = (block for block, last in self._queue.items() if is_due(now, last, self._repeat_s / 5))
         sent = 0
-        for digest, index in self._take(limit):
+        for block in list(islice(ready, limit)):
+            del self._queue[block]
             try:
-                transport.publish(self._topics.block(digest, index), self._blobs.block(digest, index))
+                transport.publish(self._topics.block(*block), self._blobs.block(*block))
             except NotConnectedError:
                 # devices ask anew with every connection
                 self._queue.clear()
+                self._sent.clear()
                 break
+            self._sent.pop(block, None)
+            self._sent[block] = now
             sent += 1
+        while self._sent and is_due(now, self._sent[oldest := next(iter(self._sent))], self._repeat_s):
+            del self._sent[oldest]
         return sent
-
-    def _take(self, limit: int) -> Iterator[tuple[str, int]]:
-        for _ in range(min(limit, len(self._queue))):
-            key = next(iter(self._queue))
-            del self._queue[key]
-            yield key

@@ -133,6 +133,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         rollout_interval_s: Time between two looks at the rollouts.
         blocks_per_turn: Most blocks published in one turn.
         max_queued_blocks: Most blocks waiting to be published; devices ask again for the rest.
+        repeat_blocks_s: A block of a file of more than 8 is not sent again within this time, for it is on its way to
+            whoever asks; one of a smaller file not within a fifth of it. 0 where the clock stands still: simulations.
         database: File of the database, relative to the home folder.
         blobs: Folder of the releases' files, relative to the home folder.
     """
@@ -143,6 +145,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     rollout_interval_s: float = 5.0
     blocks_per_turn: int = 64
     max_queued_blocks: int = 16384
+    repeat_blocks_s: float = 0.5
     database: str = "coordinator.db"
     blobs: str = "blobs"
     broker: BrokerSettings = BrokerSettings()
@@ -160,6 +163,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         for name in ("rollout_interval_s", "blocks_per_turn", "max_queued_blocks"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not self.repeat_blocks_s >= 0:
+            raise ValueError(f"repeat_blocks_s must be 0 or more, got {self.repeat_blocks_s}")
 
 
 def load_settings(path: Path) -> Settings:

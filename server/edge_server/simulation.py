@@ -53,7 +53,7 @@ class SimulatedCoordinator(Coordinator):
 
 def open_coordinator(home: Path, *, transport: Transport, clock: Clock, prefix: str) -> SimulatedCoordinator:
     """A coordinator that takes in every device, in a folder of its own, connected and listening."""
-    settings = Settings(prefix=prefix, accept_unknown=True, durable=False)
+    settings = Settings(prefix=prefix, accept_unknown=True, durable=False, repeat_blocks_s=0.0)
     coordinator = SimulatedCoordinator(home, transport=transport, clock=clock, settings=settings)
     coordinator.start()
     return coordinator

@@ -5,11 +5,14 @@ import io
 import itertools
 import shutil
 import threading
+from datetime import UTC, datetime
 
 import msgspec
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from edge_sdk.cli import main as edge
 from edge_sdk.clock import ManualClock
 from edge_sdk.config import DeviceConfig, GateConfig, LearnConfig, PolicyConfig, UpdateConfig
 from edge_sdk.device import EdgeDevice
@@ -130,12 +133,15 @@ def test_what_was_learned_is_carried_over_to_another_trunk(learned, checkpoint, 
     before = accuracy(device, digits)
     device.stop()
     device = learned(other_trunk)
-    assert device.status().release == 1, "the new release is in shadow"
+    status = device.status()
+    assert status.release == 1, "the new release is in shadow"
+    waiting = status.shadow
+    assert (waiting.release, waiting.pairs, waiting.pairs_wanted, waiting.training) == (2, 0, ROWS, False)
     (told,) = events(device, "release_shadowed")
     assert told == {"release": 2, "rows": ROWS}
     shadow(device, digits.life, clock)
     status = device.status()
-    assert (status.release, status.labels) == (2, list("0123456789"))
+    assert (status.release, status.labels, status.shadow) == (2, list("0123456789"), None)
     assert status.head > 0
     assert status.replay_rows > 0
     assert accuracy(device, digits) > before - 0.1
@@ -145,6 +151,23 @@ def test_what_was_learned_is_carried_over_to_another_trunk(learned, checkpoint, 
     assert device._store.count_pairs() == 0
     device.predict(digits.life.x[0])
     assert device._maintenance.pending.held() == {}
+
+
+def test_the_status_says_how_long_a_release_in_shadow_waits_still(learned, other_trunk, digits, clock, tmp_path):
+    device = learned(other_trunk)
+    device.step()
+    since = clock.now()
+    clock.advance(600.0)
+    for x in digits.life.x[:5]:
+        device.predict(x)
+    device.step()
+    waiting = device.status().shadow
+    device.stop()
+    assert (waiting.since, waiting.pairs) == (since, 5)
+    assert waiting.left_s == UPDATE.shadow_s - 600.0
+    shown = CliRunner().invoke(edge, ["status", "--home", str(tmp_path / "device")])
+    assert f"release 2 since {datetime.fromtimestamp(since, UTC).isoformat()}: 5 inputs passed both" in shown.output
+    assert f"decided with {ROWS}, or in {waiting.left_s / 3600:.1f} hours" in shown.output
 
 
 def test_without_rows_in_shadow_the_learned_head_is_dropped_at_once(learned, other_trunk):

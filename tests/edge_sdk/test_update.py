@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.config import UpdateConfig
+from edge_sdk.download import Download
 from edge_sdk.errors import DiskFullError, IntegrityError, RollbackRefusedError, StoreError
 from edge_sdk.files import set_crash_hook
 from edge_sdk.manifest import REQUIRED, FileEntry, HeadSpec, LatentSpec, Manifest, manifest_bytes
 from edge_sdk.messages import THRESHOLD_ALL, Desired, Need, Offer, Topics, cohort, decode, from_bitmap
 from edge_sdk.schema import InputSpec
 from edge_sdk.transport import MemoryBroker, MemoryTransport
-from edge_sdk.update import Download, UpdateClient
+from edge_sdk.update import UpdateClient
 
 BLOCK = 64
 RETRY_S = 20.0
@@ -122,6 +123,45 @@ def test_without_the_blocks_or_their_map_all_is_fetched_again(download, tmp_path
     fetched.flush()
     (tmp_path / f"{fetched.digest}{suffix}").unlink()
     assert download().missing() == list(range(6))
+
+
+@pytest.fixture
+def signed(tmp_path):
+    hashes = [hashlib.sha256(block).digest() for block in blocks_of(DATA)]
+    return lambda: Download(tmp_path, digest_of(DATA), len(DATA), BLOCK, hashes)
+
+
+def test_with_signed_hashes_no_block_on_the_disk_is_fetched_again_after_a_kill(signed):
+    first = signed()
+    for index in (0, 2, 5):
+        first.write(index, blocks_of(DATA)[index])
+    assert signed().missing() == [1, 3, 4]  # nothing was flushed
+
+
+def test_with_signed_hashes_a_block_that_a_power_cut_spoilt_is_fetched_again_and_no_other(signed, tmp_path):
+    first = signed()
+    for index, block in enumerate(blocks_of(DATA)):
+        first.write(index, block)
+    part = tmp_path / f"{digest_of(DATA)}.part"
+    part.write_bytes(part.read_bytes()[: 3 * BLOCK] + bytes(BLOCK) + part.read_bytes()[4 * BLOCK :])
+    again = signed()
+    assert again.missing() == [3]
+    assert again.write(3, blocks_of(DATA)[3])
+    again.finish()
+    assert again.path.read_bytes() == DATA
+
+
+def test_what_came_out_of_order_and_over_a_restart_is_hashed_whole(download):
+    first = download()
+    for index in (0, 1, 3):
+        first.write(index, blocks_of(DATA)[index])
+    first.flush()
+    again = download()
+    for index in (4, 2, 5):
+        again.write(index, blocks_of(DATA)[index])
+    again.flush()
+    again.finish()
+    assert again.path.read_bytes() == DATA
 
 
 def test_a_file_with_another_hash_is_thrown_away(download, tmp_path):
@@ -282,7 +322,7 @@ class Device:
     def __init__(self, folder, broker, clock, coordinator, **config):
         self.folder, self.broker, self.clock, self.coordinator = folder, broker, clock, coordinator
         self.config = UpdateConfig(
-            **{"window_blocks": 3, "retry_s": RETRY_S, "min_free_bytes": 0, "max_bytes": 100_000} | config
+            **{"window_blocks": 3, "retry_s": RETRY_S, "quiet_s": 0, "min_free_bytes": 0, "max_bytes": 100_000} | config
         )
         self.held = {}
         self.start()
@@ -481,6 +521,8 @@ def test_a_file_that_was_damaged_on_the_disk_is_not_handed_over(device, tmp_path
     device.follow(1)
     device.fetch()
     (tmp_path / "fetch" / MANIFEST).write_bytes(release(2)[0])
+    device.restart()
+    device.follow(1)
     with pytest.raises(IntegrityError):
         device.fetch()
 
@@ -590,12 +632,62 @@ def test_blocks_that_did_not_come_are_asked_for_again_in_time(device, coordinato
     device.turn()
     coordinator.listen()
     coordinator.transport.publish(TOPICS.block(MANIFEST, 1), blocks_of(release(1)[0])[1])
+    device.turn()
     clock.advance(RETRY_S - 0.001)
     device.turn()
     assert coordinator.listen() == []
     clock.advance(0.001)
     device.turn()
     assert coordinator.listen() == [(MANIFEST, {0, 2, 3})]
+
+
+def test_the_window_is_filled_up_once_half_of_it_is_here(make_device, coordinator):
+    device = make_device(window_blocks=4)
+    device.follow(1)
+    device.turn()
+    assert coordinator.listen() == [(MANIFEST, {0, 1, 2, 3})]
+    for index, asked in ((0, []), (1, [(MANIFEST, {4, 5})])):
+        coordinator.transport.publish(TOPICS.block(MANIFEST, index), blocks_of(release(1)[0])[index])
+        device.turn()
+        assert coordinator.listen() == asked
+
+
+def test_before_it_asks_for_a_large_file_each_device_waits_a_while_of_its_own(make_device, coordinator, clock):
+    device = make_device(quiet_s=10.0)
+    device.follow(1)
+    share = cohort(MANIFEST, "dev-1") / THRESHOLD_ALL
+    device.turn()
+    clock.advance(10.0 + 10.0 * share - 0.001)
+    device.turn()
+    assert coordinator.listen() == []
+    clock.advance(0.002)
+    device.turn()
+    assert coordinator.listen() == [(MANIFEST, {0, 1, 2})]
+
+
+def test_a_file_that_fits_the_window_is_asked_for_at_once(make_device, coordinator):
+    device = make_device(quiet_s=10.0, window_blocks=1_000)
+    device.follow(1)
+    device.turn()
+    assert [digest for digest, _ in coordinator.listen()] == [MANIFEST]
+
+
+def test_who_hears_what_others_asked_for_listens_and_asks_for_the_rest_when_it_is_quiet(
+    make_device, coordinator, clock
+):
+    device = make_device(quiet_s=10.0)
+    device.follow(1)
+    device.turn()
+    blocks = blocks_of(release(1)[0])
+    for index in range(1, len(blocks)):
+        coordinator.transport.publish(TOPICS.block(MANIFEST, index), blocks[index])
+        device.turn()
+        clock.advance(9.0)
+        device.turn()
+        assert coordinator.listen() == []
+    clock.advance(10.0 + 10.0 + 2 * 9.0)
+    device.turn()
+    assert coordinator.listen() == [(MANIFEST, {0})]
 
 
 def test_a_network_that_loses_half_of_the_requests_only_costs_time(device, coordinator, clock):

@@ -7,7 +7,9 @@ from edge_sdk.manifest import MANIFEST_NAME, digest_of
 from edge_sdk.messages import BLOCK_BYTES, Need, Topics, block_count, to_bitmap
 from edge_sdk.transport import MemoryBroker, MemoryTransport
 from edge_server.errors import ReleaseError
-from edge_server.releases import BlobStore, BlockServer, take_in
+from edge_server.releases import SMALL_BLOCKS, BlobStore, BlockServer, take_in
+
+NOW = 1_767_225_600.0
 
 
 @pytest.fixture
@@ -91,15 +93,15 @@ class TestTakeIn:
 
 class TestBlockServer:
     def make(self, blobs, *, max_queued=100):
-        return BlockServer(blobs, Topics(), max_queued=max_queued)
+        return BlockServer(blobs, Topics(), max_queued=max_queued, repeat_s=0.5)
 
     def test_devices_that_ask_together_share_one_transmission(self, blobs, listener):
         data = bytes(5 * BLOCK_BYTES)
         blobs.put(data, digest_of(data))
         server = self.make(blobs)
-        server.ask(need(data, {0, 1, 2}))
-        server.ask(need(data, {1, 2, 3}))
-        assert server.serve(listener, 64) == 4
+        server.ask(need(data, {0, 1, 2}), NOW)
+        server.ask(need(data, {1, 2, 3}), NOW)
+        assert server.serve(listener, 64, NOW) == 4
         indices = [Topics().parse_block(message.topic)[1] for message in listener.receive()]
         assert indices == [0, 1, 2, 3]
 
@@ -107,34 +109,57 @@ class TestBlockServer:
         data = bytes(5 * BLOCK_BYTES)
         blobs.put(data, digest_of(data))
         server = self.make(blobs)
-        server.ask(need(data))
-        assert [server.serve(listener, 2) for _ in range(4)] == [2, 2, 1, 0]
+        server.ask(need(data), NOW)
+        assert [server.serve(listener, 2, NOW) for _ in range(4)] == [2, 2, 1, 0]
 
     def test_the_queue_is_bounded(self, blobs):
         data = bytes(9 * BLOCK_BYTES)
         blobs.put(data, digest_of(data))
         server = self.make(blobs, max_queued=4)
-        server.ask(need(data))
+        server.ask(need(data), NOW)
         assert server.queued == 4
 
     def test_requests_for_what_is_not_here_are_counted(self, blobs):
         blobs.put(b"data", digest_of(b"data"))
         server = self.make(blobs)
-        server.ask(need(b"other"))
-        server.ask(need(b"data", size=5))
-        server.ask(Need(digest="../../etc/passwd", size=1, blocks=b"\xff"))
+        server.ask(need(b"other"), NOW)
+        server.ask(need(b"data", size=5), NOW)
+        server.ask(Need(digest="../../etc/passwd", size=1, blocks=b"\xff"), NOW)
         assert (server.refused, server.queued) == (3, 0)
 
     def test_blocks_beyond_the_end_are_ignored(self, blobs):
         blobs.put(b"data", digest_of(b"data"))
         server = self.make(blobs)
-        server.ask(Need(digest=digest_of(b"data"), size=4, blocks=b"\xff" * 1000))
+        server.ask(Need(digest=digest_of(b"data"), size=4, blocks=b"\xff" * 1000), NOW)
         assert server.queued == 1
 
     def test_without_a_connection_the_queue_is_dropped(self, blobs, listener):
         blobs.put(b"data", digest_of(b"data"))
         server = self.make(blobs)
-        server.ask(need(b"data"))
+        server.ask(need(b"data"), NOW)
         listener.online = False
-        assert server.serve(listener, 64) == 0
+        assert server.serve(listener, 64, NOW) == 0
         assert server.queued == 0
+
+    def test_a_block_of_a_large_file_is_not_sent_again_while_it_is_on_its_way(self, blobs, listener):
+        data = bytes((SMALL_BLOCKS + 2) * BLOCK_BYTES)
+        blobs.put(data, digest_of(data))
+        server = self.make(blobs)
+        for at, asked, sent in ((0.0, {0, 1}, 2), (0.4, {0, 1, 2}, 1), (0.6, {0, 1, 2}, 2)):
+            server.ask(need(data, asked), NOW + at)
+            assert server.serve(listener, 64, NOW + at) == sent
+
+    def test_a_small_file_is_sent_again_once_for_all_who_were_late(self, blobs, listener):
+        blobs.put(b"data", digest_of(b"data"))
+        server = self.make(blobs)
+        for at, sent in ((0.0, 1), (0.03, 0), (0.06, 0), (0.11, 1), (0.3, 1)):
+            server.ask(need(b"data"), NOW + at)
+            assert server.serve(listener, 64, NOW + at) == sent
+
+    def test_a_clock_that_is_set_back_holds_nothing_up(self, blobs, listener):
+        data = bytes((SMALL_BLOCKS + 2) * BLOCK_BYTES)
+        blobs.put(data, digest_of(data))
+        server = self.make(blobs)
+        for now in (NOW, NOW - 1e6, NOW - 2e6):
+            server.ask(need(data, {0}), now)
+            assert server.serve(listener, 64, now) == 1

@@ -17,7 +17,10 @@ DEADLINE_S = 30
 def coordinator(mosquitto, tmp_path, clock):
     transport = MqttTransport(mosquitto.host, mosquitto.port, client_id="coordinator")
     coordinator = Coordinator(
-        tmp_path / "coordinator", transport=transport, clock=clock, settings=Settings(accept_unknown=True)
+        tmp_path / "coordinator",
+        transport=transport,
+        clock=clock,
+        settings=Settings(accept_unknown=True, repeat_blocks_s=0.0),
     )
     coordinator.start()
     until(lambda: transport.connected)

@@ -290,7 +290,10 @@ class World:
         )
         self.transport = MqttTransport("127.0.0.1", port, client_id=f"{prefix}-coordinator")
         self.coordinator = Coordinator(
-            home, transport=self.transport, clock=clock, settings=Settings(prefix=prefix, durable=False)
+            home,
+            transport=self.transport,
+            clock=clock,
+            settings=Settings(prefix=prefix, durable=False, repeat_blocks_s=0.0),
         )
         self.devices = []
         self.coordinator.start()
