@@ -9,6 +9,7 @@ from edge_sdk.clock import Clock, is_due
 from edge_sdk.errors import NotConnectedError, ProtocolError, StoreError
 from edge_sdk.messages import Topics, encode
 from edge_sdk.transport import Message, Transport
+from edge_server.alert_sources import Now
 from edge_server.errors import SigningError
 from edge_server.ingest import Turn
 from edge_server.records import DeviceRecord, EventRecord, RolloutRecord
@@ -16,12 +17,14 @@ from edge_server.registry import Registry
 from edge_server.releases import BlockServer
 from edge_server.rollout import RolloutRules
 from edge_server.settings import Settings
+from edge_server.sinks import Courier, open_sinks
 
 logger = logging.getLogger(__name__)
 _COMMAND_AGAIN_S = 60.0
 _CERTIFICATES_S = 3600.0
 _RENEW_S = 60.0
-_ROOT_WARNING_S = 60 * 86_400.0
+_LAG_DEVICES = 3
+"""Of fewer, one whose clock is slow would look like a coordinator that is."""
 
 
 class Coordinator:
@@ -70,6 +73,13 @@ class Coordinator:
         self._problem = ""
         self._metadata: dict[str, bytes] = {}
         self._metadata_stamp: tuple[int, int] | None = None
+        self._looked_at: float | None = None
+        self._lag_s: float | None = None
+        alerts = self._settings.alerts
+        sinks = open_sinks(
+            alerts.sinks, home=home, transport=transport, prefix=self._settings.prefix, clock=self._clock
+        )
+        self._courier = Courier(self.registry.store, sinks, clock=self._clock, give_up_s=alerts.give_up_s)
 
     def start(self) -> None:
         """Connect and subscribe. What groups should run is published as soon as the connection is there."""
@@ -82,6 +92,7 @@ class Coordinator:
 
     def close(self) -> None:
         """Disconnect and close the database."""
+        self._courier.close()
         self._transport.close()
         self.registry.close()
 
@@ -113,8 +124,8 @@ class Coordinator:
             StoreError: Nothing of this turn was stored or acknowledged; the devices send it again.
         """
         messages = self._transport.receive()
-        if messages:
-            self._ingest(messages)
+        if told := [message for message in messages if not self._courier.hear(message.topic, message.payload)]:
+            self._ingest(told)
         self._send_commands()
         sent = self._blocks.serve(self._transport, self._settings.blocks_per_turn, self._clock.now())
         self._publish_desired()
@@ -132,14 +143,18 @@ class Coordinator:
         self._publish_desired()
 
     def watch(self) -> None:
-        """Look at the fleet as a whole: go on with the window of the drift test that is due.
+        """Look at the fleet as a whole, when it is due: the windows of the drift test, alerts, and their delivery.
 
         Raises:
-            StoreError: Nothing changed.
+            StoreError: What could not be stored is done the next time.
         """
-        if self.registry.insight.turn():
-            for cause in self.registry.insight.drift().causes:
-                logger.info("drift of %s goes on: %s", cause.cohort, cause.words)
+        self.registry.insight.turn()
+        now = self._clock.now()
+        if self._looked_at is None or abs(now - self._looked_at) >= self._settings.alerts.interval_s:
+            self._looked_at = now
+            self.registry.alerts.look(Now(lag_s=self._lag_s or 0.0, problem=self._problem))
+            self._lag_s = None
+        self._courier.turn()
 
     def renew(self) -> None:
         """Sign anew what is near its end, so that devices go on believing it."""
@@ -150,8 +165,6 @@ class Coordinator:
             if self.registry.repository.renew():
                 logger.info("signed metadata renewed")
                 self._publish_desired()
-            if (left := self.registry.repository.root_left_s()) < _ROOT_WARNING_S:
-                problem = f"the root is good for {left / 86_400:.0f} more days: edge-coordinator keys renew"
         except SigningError as error:
             problem = str(error)
         if problem and problem != self._problem:  # a person has to act, and everything else goes on
@@ -211,6 +224,9 @@ class Coordinator:
             for message in messages:
                 turn.read(message)
             store.ingest.write(turn)
+        if len(turn.latest) >= _LAG_DEVICES:
+            lag_s = turn.now - max(row.time for row in turn.latest.values())
+            self._lag_s = lag_s if self._lag_s is None else min(lag_s, self._lag_s)
         if turn.last_problem or turn.unknown:
             logger.warning(
                 "%s messages not understood or of unknown devices; last: %s",

@@ -7,8 +7,9 @@ EdgeError
     │   └─ DeviceExistsError    the name is taken
     ├─ SigningError             keys are missing, too few, or expired; the message says which command helps
     ├─ ReleaseError             the release cannot be taken in: its number or its content conflicts
-    └─ RolloutError             the rollout cannot start or change now
-        └─ UnknownRolloutError  there is no rollout of that number
+    ├─ RolloutError             the rollout cannot start or change now
+    │   └─ UnknownRolloutError  there is no rollout of that number
+    └─ UnknownAlertError        there is no alert or silence of that number
 """
 
 from __future__ import annotations
@@ -46,3 +47,7 @@ class RolloutError(CoordinatorError):
 
 class UnknownRolloutError(RolloutError):
     """There is no rollout of that number. A retry does not help."""
+
+
+class UnknownAlertError(CoordinatorError):
+    """There is no alert or silence of that number. A retry does not help."""

@@ -18,6 +18,8 @@ from edge_sdk.files import storage_error
 from edge_sdk.manifest import Manifest, digest_of, parse_manifest
 from edge_sdk.messages import Desired, Offer, as_json, check_name, decode, encode
 from edge_sdk.trust import target_path
+from edge_server.alert_sources import Sources
+from edge_server.alerting import Alerting
 from edge_server.enrol import Bundle, enrol, password_file
 from edge_server.errors import ReleaseError, RolloutError, UnknownDeviceError, UnknownRolloutError
 from edge_server.identity import Identities
@@ -58,6 +60,18 @@ class Registry:
         self.store = Store(home / self.settings.database, durable=self.settings.durable)
         self.identities = Identities(home, store=self.store, settings=self.settings, clock=self.clock)
         self.insight = Insight(self.store, self.blobs, settings=self.settings, clock=self.clock)
+        self.alerts = Alerting(
+            Sources(
+                home,
+                store=self.store,
+                repository=self.repository,
+                drift=self.insight.drift,
+                settings=self.settings.alerts,
+            ),
+            store=self.store,
+            settings=self.settings.alerts,
+            clock=self.clock,
+        )
 
     def close(self) -> None:
         """Close the database."""

@@ -185,12 +185,60 @@ def _fleet(db: Database) -> None:
     db.table("events").create_index(["name", "received"])
 
 
+def _alerts(db: Database) -> None:
+    db.table("alerts").create(
+        {
+            "id": int,
+            "kind": str,
+            "cause": str,
+            "severity": str,
+            "status": str,
+            "since": float,
+            "raised": float,
+            "resolved": float,
+            "body": str,
+        },
+        pk="id",
+    )
+    db.table("alerts").create_index(["status", "resolved"])
+    db.table("silences").create(
+        {
+            "id": int,
+            "kind": str,
+            "cause": str,
+            "device": str,
+            "until": float,
+            "actor": str,
+            "reason": str,
+            "created": float,
+        },
+        pk="id",
+    )
+    db.table("deliveries").create(
+        {
+            "id": int,
+            "alert": int,
+            "sink": str,
+            "body": str,
+            "created": float,
+            "attempts": int,
+            "next_at": float,
+            "done": float,  # delivered, or given up if there is an error
+            "error": str,
+        },
+        pk="id",
+        defaults={"attempts": 0, "error": ""},
+    )
+    db.table("deliveries").create_index(["done", "sink", "id"])
+
+
 STEPS: tuple[Callable[[Database], None], ...] = (
     _first_tables,  # 1
     _summaries,  # 2
     _identities_and_commands,  # 3
     _summaries_of_every_version,  # 4
     _fleet,  # 5
+    _alerts,  # 6
 )
 """Step n leads from `user_version` n - 1 to n. Steps are only ever appended, and never changed once they are on main:
 who changes a table, changes it in a step of its own."""

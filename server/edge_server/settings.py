@@ -10,6 +10,7 @@ import msgspec
 
 from edge_sdk.errors import ConfigError, ProtocolError
 from edge_sdk.messages import DEFAULT_PREFIX, check_name
+from edge_server.alert_settings import AlertSettings
 from edge_server.fleet_drift import DriftRules
 from edge_server.freshness import CostSettings
 from edge_server.rollout import RolloutRules
@@ -154,6 +155,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     rollout: RolloutRules = RolloutRules()
     fleet: DriftRules = DriftRules()
     costs: CostSettings = CostSettings()
+    alerts: AlertSettings = AlertSettings()
 
     def __post_init__(self) -> None:
         try:

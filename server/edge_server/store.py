@@ -13,6 +13,7 @@ from pathlib import Path
 
 from edge_sdk.database import Database
 from edge_server.schema import STEPS
+from edge_server.store_alerts import AlertStore
 from edge_server.store_audit import AuditStore
 from edge_server.store_certificates import CertificateStore
 from edge_server.store_commands import CommandStore
@@ -52,3 +53,4 @@ class Store(Database):
         self.rollouts = RolloutStore(self)
         self.audit = AuditStore(self)
         self.fleet = FleetStore(self)
+        self.alerts = AlertStore(self)
