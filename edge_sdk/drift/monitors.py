@@ -28,10 +28,9 @@ NAMES = ("input", "quality", "latent", "output", "accuracy")
 _KEPT_ROWS = 128
 """Of raw features, to say in words what has changed; they are never stored."""
 _LEAST_LABELS = 50
-_BOUNDED = 0.5
 _STEPS = {"input": 0.55, "output": 0.35}
-"""Shares of the alarm budget: of all e-detectors together, and of the tests of whole windows. They add up to more than
-one as e-detectors stay far below their bound: a tenth of it was measured (ADR 14)."""
+"""Shares of the alarm budget for the tests of whole windows. The e-detectors together have all of it as well, and stay
+far below: a tenth of it was measured (ADR 21)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +53,8 @@ class Alarm:
 class DriftMonitors:
     """Folds logged rows and labels, keeps the evidence, and learns a new reference when told to.
 
-    The monitors share the budget: of five the e-detector of each has ten times the run length, and there are tests of
-    whole windows of inputs and of outputs. Which there are depends on what the reference knows: of a table there are
+    The monitors share the budget: of five the e-detector of each has five times the run length, and there are tests
+    of whole windows of inputs and of outputs. Which there are depends on what the reference knows: of a table there are
     only `input` and `quality`.
 
     Args:
@@ -75,7 +74,7 @@ class DriftMonitors:
         there = {"latent": reference.latent is not None, "output": modelled, "accuracy": modelled}
         names = [name for name in NAMES if there.get(name, True)]
         self._budget = run_length
-        self._run_length = run_length * len(names) / _BOUNDED
+        self._run_length = run_length * len(names)
         self._steps = {name: run_length / share for name, share in _STEPS.items()}
         self.watched = {name: self._watch(name) for name in names if name in ("input", "latent", "output")}
         self.quality = QualityMonitor(reference, run_length=self._run_length)

@@ -138,7 +138,7 @@ def test_the_monitors_share_the_budget(monitors, plain):
     for each in (monitors, plain):
         bounded = sum(1 / detector.threshold for detector in each.detectors.values())
         tests = [watched.detector.steps for watched in each.watched.values() if watched.detector.steps is not None]
-        assert bounded == pytest.approx(0.5 / 2_000)
+        assert bounded == pytest.approx(1 / 2_000)
         assert sum(1 / test.threshold for test in tests) == pytest.approx((0.9 if each is monitors else 0.55) / 2_000)
 
 
@@ -161,7 +161,7 @@ def test_a_change_is_seen_by_its_monitor_which_names_it(monitors, rng, change, m
     live(monitors, rng, 30, **change)
     alarm = next(alarm for alarm in monitors.alarms() if alarm.monitor == monitor)
     assert monitor in monitors.warnings()
-    assert alarm.threshold == 20_000
+    assert alarm.threshold == 10_000
     assert any(suspect in name for name, _ in alarm.suspects)
     assert monitors.diagnosis().kind == kind
     assert monitors.diagnosis().words
