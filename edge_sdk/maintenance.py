@@ -471,6 +471,7 @@ class Maintenance:
             "replay_rows": adaptation.replay_rows if adaptation else 0,
             "fresh_rows": adaptation.fresh_rows if adaptation else 0,
             "rss_mb": self._resources.rss_mb(),
+            "temperature_c": self._resources.read().temperature_c,
             "scores": self.monitoring.scores,
         }
 

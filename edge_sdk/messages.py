@@ -101,6 +101,9 @@ class Report(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Labelled predictions by truth and answer, see `to_cells`; cells below `min_count` merged."""
     scores: dict[str, float] = {}
     """Prequential scores: of the labelled predictions so far, older ones faded."""
+    p99_ms: float = 0.0
+    temperature_c: float | None = None
+    """Hottest sensor; None: there is none."""
 
 
 class MetricSummary(msgspec.Struct, frozen=True, array_like=True):

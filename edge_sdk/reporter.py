@@ -368,6 +368,7 @@ def build_report(
     carry: bool,
     config: ReportConfig,
     scores: Mapping[str, Any] | None = None,
+    temperature_c: float | None = None,
 ) -> tuple[Report, Window]:
     """The report of a window, and the window to go on with.
 
@@ -409,6 +410,8 @@ def build_report(
         labels=labels,
         confusion=confusion,
         scores=_told_scores(scores or {}, config.min_count),
+        p99_ms=round(latency.quantile(0.99), 4),
+        temperature_c=None if temperature_c is None else round(temperature_c, 1),
     )
     carried = Window(start=now, release=window.release, head=window.head)
     if carry and not enough:

@@ -102,6 +102,8 @@ MESSAGES = {
         labels=["0", "1"],
         confusion=to_cells({"0\t0": 60, "1\t1": 50, "other": 10})[1],
         scores={"accuracy": 0.9167, "f1": 0.875},
+        p99_ms=2.5,
+        temperature_c=48.5,
     ),
     "summary": Summary(
         start=1_767_225_600.0,
@@ -180,9 +182,10 @@ def test_the_block_size_has_a_default_for_older_writers():
 
 
 def test_a_report_of_an_older_writer_has_no_scores():
-    fields = msgspec.msgpack.decode(encode(MESSAGES["report"])[1:])[:-3]
+    fields = msgspec.msgpack.decode(encode(MESSAGES["report"])[1:])[:-5]
     report = decode(bytes([WIRE_VERSION]) + msgspec.msgpack.encode(fields), Report)
     assert (report.written_bytes, report.labels, report.confusion, report.scores) == (40_960, [], b"", {})
+    assert (report.p99_ms, report.temperature_c) == (0.0, None)
 
 
 def test_an_envelope_carries_its_body_unread():

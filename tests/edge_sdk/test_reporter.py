@@ -52,6 +52,8 @@ def test_a_report_tells_the_window_and_the_totals():
     assert (report.labels_lost, report.outbox_dropped) == (4, 5)
     assert (report.mean_confidence, report.p50_ms, report.p95_ms) == (0.75, approx(2.0), approx(2.0))
     assert (report.replay_rows, report.fresh_rows, report.rss_mb) == (7, 5, 81.3)
+    assert report.temperature_c is None
+    assert report_of(window, totals, temperature_c=48.46)[0].temperature_c == 48.5
     assert after == Window(start=100.0, release=3, head=2)
 
 
@@ -98,7 +100,8 @@ def test_a_window_keeps_all_latencies_in_little_room(rng):
     assert window.predictions == 3_000
     assert len(msgspec.json.encode(window)) < 1_500  # it is written at every flush
     report, _ = report_of(window)
-    assert (report.p50_ms, report.p95_ms) == tuple(approx(x) for x in np.percentile(latencies, [50, 95]))
+    told = (report.p50_ms, report.p95_ms, report.p99_ms)
+    assert told == tuple(approx(x) for x in np.percentile(latencies, [50, 95, 99]))
 
 
 STEPS = st.lists(
