@@ -228,7 +228,8 @@ def test_defaults_are_stated(name):
     for field in msgspec.structs.fields(STRUCTS[name]):
         if not field.required:
             default = field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
-            assert f"a reader takes {default} if it is missing" in rows[field.name]
+            told = "nil" if default is None else default
+            assert f"a reader takes {told} if it is missing" in rows[field.name]
 
 
 def test_no_section_describes_a_message_that_is_gone():
