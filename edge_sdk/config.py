@@ -340,6 +340,9 @@ class UpdateConfig(_Section, frozen=True):
     keep_inputs: Annotated[int, Meta(ge=0)] = 0
     """Most inputs of labelled predictions kept on disk, to be read again by another trunk instead of translated; as
     many of predictions that wait for their label are kept in memory. 0: no input is ever written."""
+    inputs_key_file: str = ""
+    """Encrypts the inputs that are kept, with the 32 bytes in this file (AES-256-GCM; extra `encrypt`); relative to the
+    device's folder, and made if it is missing. Empty: they are not encrypted."""
 
 
 class DeviceConfig(_Section, frozen=True):

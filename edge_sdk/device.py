@@ -35,6 +35,7 @@ from edge_sdk.model import Arrays, Trunks
 from edge_sdk.policy import check_policy
 from edge_sdk.reporter import Counters
 from edge_sdk.resources import PsutilReader, ResourceReader, SafeReader
+from edge_sdk.seal import Seal
 from edge_sdk.serving import Served
 from edge_sdk.skew import Skew
 from edge_sdk.slots import Slots, Version
@@ -103,7 +104,9 @@ class EdgeDevice:
 
         with ExitStack() as opened:
             opened.enter_context(lock_folder(self._home))
-            self._store = Store(self._home / "edge.db", durability=self.config.durability)
+            key_file = self.config.update.inputs_key_file
+            seal = Seal(self._home / key_file) if key_file else None
+            self._store = Store(self._home / "edge.db", durability=self.config.durability, seal=seal)
             opened.callback(self._store.close)
             self._slots = Slots(self._home / "slots")
             self._slots.collect_garbage()

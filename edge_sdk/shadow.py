@@ -242,11 +242,11 @@ class Shadow:
         for start in range(0, len(wanted), _AT_ONCE):
             part: list[tuple[int, AnyArray]] = []
             for i in wanted[start : start + _AT_ONCE]:
-                if (data := self._store.input_of(samples[i].id)) is not None:
-                    try:
+                try:
+                    if (data := self._store.input_of(samples[i].id)) is not None:
                         part.append((i, load_npz(data)["x"]))
-                    except (IntegrityError, KeyError) as error:
-                        logger.warning("an input that was kept is of no use: %s", error)
+                except (IntegrityError, KeyError) as error:
+                    logger.warning("an input that was kept is of no use: %s", error)
             for (i, _), latent in zip(part, self._encode([x for _, x in part]), strict=True):
                 if latent is not None:
                     found[i] = latent.tobytes()

@@ -11,7 +11,8 @@ import msgspec
 import numpy as np
 
 from edge_sdk.database import Database
-from edge_sdk.errors import StoreError
+from edge_sdk.errors import IntegrityError, StoreError
+from edge_sdk.seal import MARK, Seal, is_sealed
 
 Role = Literal["fresh", "replay", "judge"]
 _ROW_BYTES = 120
@@ -186,16 +187,20 @@ class Store(Database):
     Args:
         path: The database file; made if it is missing.
         durability: "full" flushes to the disk at every commit.
+        seal: Encrypts the inputs that are kept; None: they are kept as they are.
     """
 
-    def __init__(self, path: Path, *, durability: Literal["full", "normal"] = "full") -> None:
+    def __init__(self, path: Path, *, durability: Literal["full", "normal"] = "full", seal: Seal | None = None) -> None:
         super().__init__(path, STEPS, durable=durability == "full", replace_damaged=True)
+        self._seal = seal
         # what is erased is overwritten: some builds of SQLite leave it in free pages until they are used again
         self.execute("PRAGMA secure_delete = ON")
         self._tallies: dict[tuple[str, str], Counter[str]] = {}
         """Samples of each label, by role and trunk: counted once, then kept up to date: each flush asks."""
         self._waiting: tuple[int, int] | None = None
         """Logged predictions, perhaps fewer, and the bytes of their widest latent; None: not counted."""
+        if seal is not None:
+            self._seal_inputs(seal)
 
     def undone(self) -> None:
         """Count anew."""
@@ -485,15 +490,35 @@ class Store(Database):
 
     def add_inputs(self, inputs: Iterable[tuple[str, bytes]], *, keep: int) -> None:
         """Keep the inputs of labelled predictions, the newest `keep` of all."""
+        if (seal := self._seal) is not None:
+            inputs = ((name, seal.close(name, data)) for name, data in inputs)
         self.execute_many("INSERT OR REPLACE INTO inputs (id, x) VALUES (?, ?)", inputs)
         self.execute(
             "DELETE FROM inputs WHERE rowid NOT IN (SELECT rowid FROM inputs ORDER BY rowid DESC LIMIT ?)", (keep,)
         )
 
     def input_of(self, name: str) -> bytes | None:
-        """The input of a prediction, if it was kept."""
+        """The input of a prediction, if it was kept.
+
+        Raises:
+            IntegrityError: It is encrypted, and this is not the key.
+        """
         row = self.execute("SELECT x FROM inputs WHERE id = ?", (name,)).fetchone()
-        return None if row is None else bytes(row[0])
+        if row is None or not is_sealed(data := bytes(row[0])):
+            return None if row is None else bytes(row[0])
+        if self._seal is None:
+            raise IntegrityError("it is encrypted, and there is no key: set update.inputs_key_file")
+        return self._seal.open(name, data)
+
+    def _seal_inputs(self, seal: Seal) -> None:
+        """Encrypt what was kept before there was a key."""
+        rows = self.execute("SELECT id FROM inputs WHERE substr(x, 1, ?) != ?", (len(MARK), MARK)).fetchall()
+        with self.transaction():
+            for (name,) in rows:
+                data = bytes(self.execute("SELECT x FROM inputs WHERE id = ?", (name,)).fetchone()[0])
+                self.execute("UPDATE inputs SET x = ? WHERE id = ?", (seal.close(name, data), name))
+        if rows:
+            self.clear_log()
 
     def compact(self) -> None:
         """Give up the pages of deleted rows, and empty the log; outside a transaction.

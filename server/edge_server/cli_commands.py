@@ -10,23 +10,30 @@ from edge_server.cli_common import home_option, json_option, open_registry, prin
 
 
 @click.command("command")
-@click.argument("device")
-@click.argument("order")
-@click.argument("args", nargs=-1, metavar="[KEY=VALUE]...")
+@click.argument("what", nargs=-1, required=True, metavar="[DEVICE] ORDER [KEY=VALUE]...")
 @home_option
+@click.option("--group", help="Every device of this group, in place of DEVICE.")
 @click.option("--expires", type=click.FloatRange(1), default=86_400.0, show_default=True, metavar="SECONDS",
               help="After this time it is not carried out any more.")  # fmt: skip
-def command(device: str, order: str, args: tuple[str, ...], home: Path, expires: float) -> None:
-    """Tell DEVICE what to do.
+def command(what: tuple[str, ...], home: Path, group: str | None, expires: float) -> None:
+    """Tell DEVICE, or every device of a group, what to do.
 
     ORDER: adapt-now, roll-back, reset-to-base, pause-learning [seconds=S], resume-learning, report-interval seconds=S
     (0: as configured), mode mode=monitor|shadow|adapt, status, diagnostics. The answer comes with `commands`.
     """
+    device, *what_to_do = what if group is None else ("", *what)
+    if not what_to_do:
+        raise click.UsageError("say what to do: DEVICE ORDER, or --group GROUP ORDER")
+    order, *args = what_to_do
     pairs = [text.partition("=") for text in args]
     if wrong := [text for text, (_, equals, _) in zip(args, pairs, strict=True) if not equals]:
         raise click.BadParameter(f"{wrong[0]!r} is no KEY=VALUE")
     given = {key: value for key, _, value in pairs}
     with open_registry(home) as registry:
+        if group is not None:
+            records = registry.identities.order_group(group, order, given, expires_s=expires, actor="cli")
+            click.echo(f"{len(records)} devices of {group} are told; their answers: edge-coordinator commands")
+            return
         record = registry.identities.order(device, order, given, expires_s=expires, actor="cli")
     click.echo(f"command {record.id} waits for {device}; its answer: edge-coordinator commands {device}")
 

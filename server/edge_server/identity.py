@@ -242,19 +242,35 @@ class Identities:
             ConfigError: There is no such command, or it does not take these.
             UnknownDeviceError: The device was not added here, or it was revoked.
         """
-        if not expires_s > 0:
-            raise ConfigError(f"a command must expire in more than 0 s, got {expires_s}")
-        try:
-            checked = msgspec.to_builtins(check_order(name, args or {}, strict=False))
-        except ProtocolError as error:
-            raise ConfigError(str(error)) from error
+        checked = _check(name, args or {}, expires_s)
         if self._store.devices.enrolment(device) is None:
             raise UnknownDeviceError(f"there is no device {device!r} with a command key: add it, or replace it")
-        command = self._new_command(device, name, checked, expires_s, actor)
+        return self._give([device], name, checked, expires_s, actor)[0]
+
+    def order_group(
+        self, group: str, name: str, args: Mapping[str, Any] | None = None, *, expires_s: float, actor: str
+    ) -> list[CommandRecord]:
+        """Tell every device of a group that has a command key what to do: a command for each, as `order` makes it.
+
+        Raises:
+            ConfigError, UnknownDeviceError: As `order`; also if the group has no such device. Nobody is told then.
+        """
+        checked = _check(name, args or {}, expires_s)
+        members = [device for device, of in self._store.devices.enrolled() if of == group]
+        if not members:
+            raise UnknownDeviceError(f"no device of group {group!r} has a command key: see edge-coordinator devices")
+        return self._give(members, name, checked, expires_s, actor)
+
+    def _give(
+        self, devices: Sequence[str], name: str, args: dict[str, Any], expires_s: float, actor: str
+    ) -> list[CommandRecord]:
+        made = [self._new_command(device, name, args, expires_s, actor) for device in devices]
         with self._store.transaction():
-            self._store.commands.add(command)
-            self._store.audit.add(command.issued, actor, "command given", {"device": device, "command": name})
-        return command
+            for command in made:
+                self._store.commands.add(command)
+                detail = {"device": command.device, "command": name}
+                self._store.audit.add(command.issued, actor, "command given", detail)
+        return made
 
     def waiting(self) -> list[tuple[str, str]]:
         """(id, device) of commands that nobody has answered and that are still to be carried out, oldest first."""
@@ -326,3 +342,14 @@ class Identities:
             return (self._home / name).read_text("ascii")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"broker.ca_file {name!r} cannot be read: {error}") from error
+
+
+def _check(name: str, args: Mapping[str, Any], expires_s: float) -> dict[str, Any]:
+    """The arguments of a command as they are sent."""
+    if not expires_s > 0:
+        raise ConfigError(f"a command must expire in more than 0 s, got {expires_s}")
+    try:
+        checked: dict[str, Any] = msgspec.to_builtins(check_order(name, args, strict=False))
+    except ProtocolError as error:
+        raise ConfigError(str(error)) from error
+    return checked

@@ -176,8 +176,9 @@ def test_without_rows_in_shadow_the_learned_head_is_dropped_at_once(learned, oth
     assert carried(device)["head"] == "dropped: the new release has another trunk"
 
 
-def test_inputs_that_were_kept_are_encoded_anew_instead_of_translated(learned, other_trunk, digits, clock):
-    device = learned(other_trunk, keep_inputs=1_000)
+@pytest.mark.parametrize("key_file", ["", "inputs.key"])
+def test_inputs_that_were_kept_are_encoded_anew_instead_of_translated(learned, other_trunk, digits, clock, key_file):
+    device = learned(other_trunk, keep_inputs=1_000, inputs_key_file=key_file)
     assert device._store.execute("SELECT count(*) FROM inputs").fetchone()[0] > 200
     shadow(device, digits.life, clock)
     assert device.status().head > 0

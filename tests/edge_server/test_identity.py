@@ -46,6 +46,20 @@ def test_orders_are_given_listed_and_refused_by_name(run):
     assert "no device 'pump-2'" in run("command", "pump-2", "status", code=1)
 
 
+def test_an_order_to_a_group_is_one_to_each_of_its_devices_that_can_take_it(run):
+    for name, group in (("pump-1", "pumps"), ("pump-2", "pumps"), ("pump-3", "pumps"), ("fan-1", "fans")):
+        run("devices", "add", name, "--group", group)
+    run("devices", "revoke", "pump-3")
+    assert "2 devices of pumps are told" in run("command", "--group", "pumps", "mode", "mode=shadow")
+    records = json.loads(run("commands", "--json"))
+    assert {(r["device"], r["name"]) for r in records} == {("pump-1", "mode"), ("pump-2", "mode")}
+    assert len({r["id"] for r in records}) == 2
+    assert "no device of group 'valves'" in run("command", "--group", "valves", "status", code=1)
+    assert "no command 'fly'" in run("command", "--group", "pumps", "fly", code=2)
+    assert "say what to do" in run("command", "pump-1", code=2)
+    assert len(json.loads(run("commands", "--json"))) == 2
+
+
 def test_a_revoked_device_gets_no_orders_and_stands_in_no_file(run, tmp_path):
     for name in ("pump-1", "pump-2"):
         run("devices", "add", name)

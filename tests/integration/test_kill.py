@@ -1,7 +1,9 @@
 """Killed at any instant, the device comes back with every acknowledged label and a version that works."""
 
+import json
 import os
 import re
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -18,12 +20,15 @@ from edge_sdk.config import DeviceConfig, LearnConfig, ReplayConfig, ReportConfi
 from edge_sdk.device import EdgeDevice
 from edge_sdk.head import Head
 from edge_sdk.manifest import HEAD_NPZ, verify_checkpoint
+from edge_sdk.messages import Report, unpack
 from edge_sdk.resources import FixedReader
 from edge_sdk.store import Store
 from edge_sdk.transport import MemoryBroker, MemoryTransport
 
 pytestmark = pytest.mark.torch
 ROUNDS = 15
+KILLS, LIVES = 200, 4
+LONGEST_LIFE_S = 0.6
 TURNS = 30
 DEADLINE_S = 60
 EXIT_KILLED = 77
@@ -40,6 +45,7 @@ from edge_sdk.device import EdgeDevice
 from edge_sdk.files import set_crash_hook
 from edge_sdk.manifest import MANIFEST_NAME, digest_of
 from edge_sdk.messages import Ack, Desired, Envelope, Need, Offer, Topics, block_count, decode, encode, from_bitmap
+from edge_sdk.messages import Report, unpack
 from edge_sdk.resources import FixedReader
 from edge_sdk.transport import MemoryBroker, MemoryTransport
 
@@ -64,7 +70,7 @@ config = DeviceConfig(
     policy=PolicyConfig(min_fresh_rows=20, cooldown_s=0),
     replay=ReplayConfig(max_bytes=5_000_000),
     gate=GateConfig(probation_rows=20),
-    report=ReportConfig(interval_s=20),
+    report=ReportConfig(interval_s=20, min_count=1),
     update=UpdateConfig(trust="none", min_free_bytes=0, probation_rows=20, max_accuracy_drop=1.0, retry_s=1.0),
 )
 broker, topics, clock = MemoryBroker(), Topics(), ManualClock(float(start))
@@ -109,10 +115,31 @@ for turn in range(int(turns)):
             continue
         envelope = decode(message.payload, Envelope)
         print("seq", envelope.seq, zlib.crc32(bytes(envelope.body)), file=told, flush=True)
+        if envelope.kind == "report":
+            print("report", envelope.seq, unpack(envelope.body, Report).labelled, file=told, flush=True)
         if turn % 3 == 0:
             ack = encode(Ack(envelope.store_id, envelope.seq))
             coordinator.publish(topics.down("device", "ack"), ack)
 device.stop()
+"""
+
+
+NURSERY = """
+import json, os, sys, traceback
+import edge_sdk.device, edge_sdk.rebase, edge_sdk.transport, onnxruntime
+
+code = compile(open(sys.argv[1]).read(), sys.argv[1], "exec")
+for line in sys.stdin:
+    if (pid := os.fork()) == 0:
+        sys.argv = json.loads(line)
+        try:
+            exec(code, {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
 """
 
 
@@ -129,14 +156,17 @@ class Life:
         self._start = 1_767_225_600.0
         self._highest = 0
 
-    def launch(self, *, deadly="", spared=0, turns=TURNS):
+    def command(self, *, deadly="", spared=0, turns=TURNS):
+        """The script of the next process, and its arguments."""
         self._start += 10_000
-        arguments = (
-            self.home, self._checkpoint, self._data, self.told, self.passed, deadly, spared, turns, self._start,
-            self._offered,
-        )  # fmt: skip
+        return [str(part) for part in (
+            self._script, self.home, self._checkpoint, self._data, self.told, self.passed, deadly, spared, turns,
+            self._start, self._offered,
+        )]  # fmt: skip
+
+    def launch(self, **what):
         return subprocess.Popen(
-            [sys.executable, str(self._script), *map(str, arguments)],
+            [sys.executable, *self.command(**what)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -156,7 +186,7 @@ class Life:
         clock = ManualClock(self._start)
         device = EdgeDevice(
             self.home, checkpoint=self._checkpoint, config=DeviceConfig(
-                mode="monitor", learn=LearnConfig(executor="inline"), report=ReportConfig(interval_s=20),
+                mode="monitor", learn=LearnConfig(executor="inline"), report=ReportConfig(interval_s=20, min_count=1),
                 replay=ReplayConfig(max_bytes=5_000_000),
             ), clock=clock, transport=MemoryTransport(MemoryBroker()), resources=FixedReader(),
         )  # fmt: skip
@@ -187,6 +217,24 @@ class Life:
         for seq, body in self.lines("seq"):
             assert bodies.setdefault(seq, body) == body
 
+    def assert_told_once(self):
+        """Every row came out or waits, under a number of its own, and each label is counted in one report."""
+        labelled = {int(seq): int(count) for seq, count in self.lines("report")}
+        numbers = {int(seq) for seq, _ in self.lines("seq")}
+        for seq, kind, body in self._rows("SELECT seq, kind, body FROM outbox"):
+            numbers.add(seq)
+            if kind == "report":
+                labelled[seq] = unpack(body, Report).labelled
+        assert sorted(numbers) == list(range(1, self._last_seq() + 1))
+        assert sum(labelled.values()) == self._rows("SELECT count(*) FROM samples")[0][0]
+
+    def _rows(self, sql):
+        conn = sqlite3.connect(self.home / "edge.db")
+        try:
+            return conn.execute(sql).fetchall()
+        finally:
+            conn.close()
+
     def releases(self):
         """What was recorded of releases, in order."""
         store = Store(self.home / "edge.db")
@@ -205,12 +253,8 @@ class Life:
             store.close()
 
     def _last_seq(self):
-        conn = sqlite3.connect(self.home / "edge.db")
-        try:
-            row = conn.execute("SELECT seq FROM sqlite_sequence WHERE name = 'outbox'").fetchone()
-        finally:
-            conn.close()
-        return row[0] if row else 0
+        rows = self._rows("SELECT seq FROM sqlite_sequence WHERE name = 'outbox'")
+        return rows[0][0] if rows else 0
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +303,51 @@ def test_a_device_killed_at_random_instants_loses_nothing_acknowledged(life, dig
         device.assert_alive(digits.life.x[0])
     assert len(device.lines("label")) > 100
     assert any(name.startswith("renamed:00") for name in device.passed.read_text().split())
+
+
+@pytest.fixture
+def nursery(tmp_path):
+    """Starts a process of a life without its imports: `nursery(life)`; ends it by SIGKILL after so many seconds."""
+    (tmp_path / "nursery.py").write_text(NURSERY)
+    with (tmp_path / "errors").open("wb") as errors:
+        processes = {}
+
+        def kill_after(device, seconds):
+            if device not in processes:
+                processes[device] = subprocess.Popen(
+                    [sys.executable, tmp_path / "nursery.py", device.command()[0]], text=True, stderr=errors,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                )  # fmt: skip
+            process = processes[device]
+            print(json.dumps(device.command(turns=100_000)), file=process.stdin, flush=True)
+            pid = int(process.stdout.readline())
+            threading.Event().wait(seconds)
+            os.kill(pid, signal.SIGKILL)
+            status = int(process.stdout.readline())
+            assert os.WIFSIGNALED(status), (tmp_path / "errors").read_text()
+
+        yield kill_after
+        for process in processes.values():
+            process.stdin.close()
+            process.wait(DEADLINE_S)
+            process.stdout.close()
+
+
+@pytest.mark.parametrize("seed", range(LIVES))
+def test_a_device_killed_over_and_over_while_it_learns_and_updates_loses_and_repeats_nothing(
+    life, nursery, digits, next_release, seed
+):
+    device, chance = life(f"life-{seed}", next_release), np.random.default_rng(seed)
+    for number in range(KILLS // LIVES):
+        nursery(device, float(chance.uniform(0, LONGEST_LIFE_S)))
+        if number % 10 == 9:
+            device.assert_alive(digits.life.x[0])
+    assert device.passed.read_text(), "every process was killed before it had done anything"
+    assert device.launch().wait(DEADLINE_S) == 0
+    device.assert_alive(digits.life.x[0])
+    assert device.releases()[:2] == [("release_activated", 1), ("release_activated", 2)]
+    assert any(head.outcome == "promoted" for head in device.lineage())
+    device.assert_told_once()
 
 
 def test_a_device_killed_at_every_crash_point_comes_back(life, digits):
