@@ -35,6 +35,8 @@ class Judged(NamedTuple):
     said: str = ""
     """What was predicted."""
     slice: str = ""
+    id: str = ""
+    """Of the prediction."""
 
 
 @dataclass
@@ -192,7 +194,7 @@ class Joiner:
         if fair and (row.release, row.head) == (current.version.release, current.version.head):
             latent = np.frombuffer(row.latent, dtype=np.uint8)
             right = is_right(row.predicted, label.label, current.manifest)
-            joined.live.append(Judged(latent, label.label, right, row.holdout, row.predicted, row.slice))
+            joined.live.append(Judged(latent, label.label, right, row.holdout, row.predicted, row.slice, row.id))
         truth, weight = label.label, label.weight
         if label.reward is not None:
             truth, weight = from_reward(row.predicted, label.reward)

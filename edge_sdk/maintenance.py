@@ -111,6 +111,8 @@ class Maintenance:
             self.boot = int(self._store.get("boot") or b"0") + 1
             self._store.put("store_id", store_id)
             self._store.put("boot", str(self.boot).encode())
+            died = self._store.get("open") == b"1"
+            self._store.put("open", b"1")
         self.store_id = store_id.decode()
         prefix = f"{self.store_id[:8]}-"
         self.pending = Pending(self._config.join.max_pending, f"{prefix}{self.boot}-")
@@ -131,6 +133,9 @@ class Maintenance:
         emit = self.reporter.emit
         if (current := self._slots.pointer.current) is not None:
             self.reporter.identity = Identity(current.release, current.head, current.digest)
+        if died:
+            with self._store.transaction():
+                emit("crashed", {"boot": self.boot})
         if self._store.replaced:
             with self._store.transaction():
                 emit("store_lost", {"reason": "the database was damaged; it was put aside and begun anew"})
@@ -305,6 +310,7 @@ class Maintenance:
             if self.adaptation is not None:
                 self.adaptation.see(joined.live, now, predictions=len(joined.rows), errors=joined.errors)
             self.upgrade.see([row.correct for row in joined.live], predictions=len(joined.rows), errors=joined.errors)
+            self.upgrade.see_labels(joined.live)
             self.monitoring.see(joined)
             if inputs:
                 self._show_inputs(joined, inputs)
@@ -473,6 +479,7 @@ class Maintenance:
             "rss_mb": self._resources.rss_mb(),
             "temperature_c": self._resources.read().temperature_c,
             "scores": self.monitoring.scores,
+            "shadow": self.upgrade.told_of_shadow(),
         }
 
     def read_resources(self) -> ResourceState:
@@ -578,6 +585,7 @@ class Maintenance:
             with self._store.transaction():
                 self.monitoring.save(now)
                 self._store.put("metrics", self.metrics.to_bytes())
+                self._store.put("open", b"")
                 self.upgrade.save()
                 if self.adaptation is not None:
                     self.adaptation.save()  # the last flush was seen after its own transaction

@@ -62,6 +62,29 @@ class MonitorState(msgspec.Struct, frozen=True, array_like=True):
     alarm: bool
 
 
+class ShadowTally(msgspec.Struct, frozen=True, array_like=True):
+    """How a release in shadow did on inputs of the window that the release in use answered, too."""
+
+    release: int
+    rows: int
+    """Inputs both answered."""
+    disagreed: int
+    """Of them, those answered differently."""
+    labelled: int
+    """Of them, those whose label came in the window; 0 while fewer than `min_count` have come together."""
+    won: int
+    """Of these, right by the release in shadow alone."""
+    lost: int
+    """Of these, right by the release in use alone."""
+    errors: int
+    """Inputs that the release in shadow failed on."""
+
+    @classmethod
+    def new(cls, release: int) -> ShadowTally:
+        """Nothing is known yet."""
+        return cls(release, 0, 0, 0, 0, 0, 0)
+
+
 class Report(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """What happened on a device since its last report. Aggregates only; small cells are suppressed."""
 
@@ -104,6 +127,8 @@ class Report(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     p99_ms: float = 0.0
     temperature_c: float | None = None
     """Hottest sensor; None: there is none."""
+    shadow: list[ShadowTally] = []
+    """Of the release that runs beside the one in use because the coordinator asked for it; empty if none does."""
 
 
 class MetricSummary(msgspec.Struct, frozen=True, array_like=True):
@@ -211,6 +236,17 @@ class Offer(msgspec.Struct, frozen=True, array_like=True):
             raise ValueError("digest is not 64 lower-case hexadecimal digits")
 
 
+class Part(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
+    """Some devices of a group that should run another release than its base, in Desired."""
+
+    offer: Offer
+    salt: str
+    devices: bytes
+    """The `cohort(salt, device)` of each, see `to_places`."""
+    shadow_s: float
+    """0: run it; above: run it so long beside the release in use, and tell how it does."""
+
+
 class Desired(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Retained on `g/{group}/desired`: what the group should run."""
 
@@ -225,6 +261,8 @@ class Desired(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     revoked: list[int]
     """Releases to leave at once for the previous one, and never to install."""
     block_bytes: int = BLOCK_BYTES
+    parts: list[Part] = []
+    """The first that names a device comes before the others, the candidate and the base."""
 
     def __post_init__(self) -> None:
         """Refuse a block size that cannot be sent."""
@@ -268,7 +306,7 @@ M = TypeVar("M", bound=msgspec.Struct)
 _READ: dict[type, msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
     for kind in (
-        *(State, MonitorState, Report, MetricSummary, Summary, Event, Gap, Envelope, Ack, Need, Offer, Desired),
+        *(State, MonitorState, Report, MetricSummary, Summary, Event, Gap, Envelope, Ack, Need, Offer, Part, Desired),
         MetadataSet,
     )
 }
@@ -442,6 +480,21 @@ def from_counts(data: bytes) -> list[int]:
     if shift:
         raise ProtocolError("counts that end within a number")
     return numbers
+
+
+def to_places(places: Iterable[int]) -> bytes:
+    """Whole numbers of 0 or more, ascending, each as its distance from the one before, in the form of `to_counts`."""
+    ordered = sorted(set(places))
+    return to_counts(number - before for before, number in zip([0, *ordered], ordered, strict=False))
+
+
+def from_places(data: bytes) -> list[int]:
+    """The numbers that `to_places` wrote, ascending.
+
+    Raises:
+        ProtocolError: It did not write this.
+    """
+    return list(accumulate(from_counts(data)))
 
 
 def to_cells(cells: Mapping[str, int]) -> tuple[list[str], bytes]:

@@ -16,7 +16,7 @@ from edge_sdk.config import MetricConfig
 from edge_sdk.errors import ConfigError, InputError, IntegrityError, NonFiniteError, RangeError
 from edge_sdk.messages import MetricSummary, to_buckets
 from edge_sdk.sketch import QuantileSketch
-from edge_sdk.stats import round_at_random, round_outward
+from edge_sdk.stats import round_at_random, round_outward, sequence_radius
 from edge_sdk.types import DoubleArray
 
 MAX_METRICS = 32
@@ -28,8 +28,6 @@ _FADING = 0.998
 """The recent mean looks back over about 500 values."""
 _MIN_VALUES = 30
 """With fewer, neither a mean nor its error is known."""
-_TUNED_TO = 200
-"""At about so many values after a promotion the test is at its sharpest."""
 
 Wire = tuple[list[int], list[int], int]
 _NOTHING: Wire = ([], [], 0)
@@ -287,21 +285,15 @@ def metric_verdict(config: MetricConfig, state: MetricState, *, alpha: float) ->
     worse = (before.mean - after.mean) * (1 if config.better == "higher" else -1)
     # no worse means no less varied, either: without this, thirty zeros would be thirty proofs
     spread = math.sqrt(max(before.variance, after.variance))
-    known = spread * (_radius(after.count, alpha / 2) + NormalDist().inv_cdf(1 - alpha / 2) / math.sqrt(before.count))
+    known = spread * (
+        sequence_radius(after.count, alpha / 2) + NormalDist().inv_cdf(1 - alpha / 2) / math.sqrt(before.count)
+    )
     if worse - config.margin <= known:
         return None
     return (
         f"mean {after.mean:.4g} of {after.count:.0f} values, before it {before.mean:.4g}: "
         f"worse by more than {config.margin:g}"
     )
-
-
-def _radius(count: float, alpha: float) -> float:
-    """Of a one-sided asymptotic confidence sequence, in standard deviations."""
-    log = -2 * math.log(alpha)
-    rho = (log + math.log(log + 1)) / _TUNED_TO  # squared
-    grown = count * rho + 1
-    return math.sqrt(2 * grown / (count * count * rho) * math.log(1 + math.sqrt(grown) / (2 * alpha)))
 
 
 def sketch_bytes(wire: Wire, unit: int, chance: Random) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,7 +16,19 @@ from edge_sdk import __version__
 from edge_sdk.clock import Clock, is_due
 from edge_sdk.config import DeviceConfig, ReportConfig
 from edge_sdk.errors import NotConnectedError, ProtocolError
-from edge_sdk.messages import Ack, Desired, Event, MonitorState, Report, State, Topics, decode, encode, to_cells
+from edge_sdk.messages import (
+    Ack,
+    Desired,
+    Event,
+    MonitorState,
+    Report,
+    ShadowTally,
+    State,
+    Topics,
+    decode,
+    encode,
+    to_cells,
+)
 from edge_sdk.outbox import Outbox
 from edge_sdk.sketch import QuantileSketch
 from edge_sdk.stats import suppress_small
@@ -369,6 +381,7 @@ def build_report(
     config: ReportConfig,
     scores: Mapping[str, Any] | None = None,
     temperature_c: float | None = None,
+    shadow: Sequence[ShadowTally] = (),
 ) -> tuple[Report, Window]:
     """The report of a window, and the window to go on with.
 
@@ -412,6 +425,7 @@ def build_report(
         scores=_told_scores(scores or {}, config.min_count),
         p99_ms=round(latency.quantile(0.99), 4),
         temperature_c=None if temperature_c is None else round(temperature_c, 1),
+        shadow=list(shadow),
     )
     carried = Window(start=now, release=window.release, head=window.head)
     if carry and not enough:

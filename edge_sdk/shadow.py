@@ -25,6 +25,7 @@ from edge_sdk.head import Head
 from edge_sdk.learn.base import LearnResult
 from edge_sdk.learn.executor import LearnExecutor
 from edge_sdk.manifest import HEAD_NPZ, Manifest
+from edge_sdk.messages import ShadowTally
 from edge_sdk.model import SplitModel, Trunks, load_model, trunk_key
 from edge_sdk.pending import LoggedPrediction
 from edge_sdk.rebase import Right, Settled, choose_version
@@ -43,6 +44,7 @@ A_FLUSH = 16
 _MIN_PAIRS = 20
 _AT_ONCE = 32
 _LONGEST_STEP_S = 3_600.0
+_NOTHING = ShadowTally.new(0)
 
 
 class Candidate(msgspec.Struct):
@@ -56,6 +58,12 @@ class Candidate(msgspec.Struct):
     looked_at: float | None = None
     since: float = 0.0
     """When it came into the shadow, by the clock of then; 0: it has had no turn yet."""
+    beside_s: float = 0.0
+    """Above 0: the coordinator asked to run it beside the one in use for so long, and decides what becomes of it."""
+    tally: ShadowTally = _NOTHING
+    """How it does there."""
+    told: ShadowTally = _NOTHING
+    """What was told of that last."""
 
     def wait(self, now: float) -> None:
         """Note that it waits still."""

@@ -81,6 +81,13 @@ class QuantileSketch:
         bucket = np.searchsorted(np.cumsum(self._counts), place - self._zeros, side="right")
         return float(2 * math.exp(int(self._indexes[bucket]) * _LOG_GAMMA) / (_GAMMA + 1))
 
+    def count_above(self, value: float) -> int:
+        """How many values were larger, to within 2 % of the value."""
+        if value < 0:
+            return self.count
+        told = 2 * np.exp(self._indexes * _LOG_GAMMA) / (_GAMMA + 1)
+        return int(self._counts[told > value].sum())
+
     def to_wire(self) -> tuple[list[int], list[int], int]:
         """Numbers of the buckets, ascending; how many values each has; and how many zeros there are."""
         return self._indexes.tolist(), self._counts.tolist(), self._zeros

@@ -110,6 +110,31 @@ def wilson_interval(successes: int, trials: int, *, z: float = 1.96) -> tuple[fl
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
+def sequence_radius(count: float, alpha: float, *, tuned_to: float = 200.0) -> float:
+    """Half-width of a one-sided asymptotic confidence sequence of a mean, in standard deviations.
+
+    A mean of `count` values exceeds its expectation by more than this at any time with probability alpha at most, in
+    the limit of many values: it may be asked after each of them.
+
+    Args:
+        count: Of values, above 0.
+        alpha: In (0, 1).
+        tuned_to: At about so many values it is at its sharpest.
+
+    Source:
+        Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas 2024, "Time-uniform central limit theory and asymptotic confidence
+        sequences", arXiv:2103.06476, one-sided form.
+
+    Example:
+        >>> round(sequence_radius(200, 0.05), 3)
+        0.207
+    """
+    log = -2 * math.log(alpha)
+    rho = (log + math.log(log + 1)) / tuned_to  # squared
+    grown = count * rho + 1
+    return math.sqrt(2 * grown / (count * count * rho) * math.log(1 + math.sqrt(grown) / (2 * alpha)))
+
+
 def difference_interval(first: tuple[int, int], second: tuple[int, int], *, z: float = 1.96) -> tuple[float, float]:
     """Confidence interval of the difference of two independent proportions, first - second.
 

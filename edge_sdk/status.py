@@ -43,9 +43,9 @@ class ShadowStatus(msgspec.Struct, frozen=True):
     since: float
     """Seconds since the epoch."""
     pairs: int
-    """Inputs that passed both trunks."""
+    """Inputs that passed both trunks, or that both releases answered."""
     pairs_wanted: int
-    """With so many it is decided."""
+    """With so many it is decided; 0: the coordinator decides."""
     left_s: float
     """And after so many seconds at most, with those that came."""
     training: bool

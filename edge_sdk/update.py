@@ -36,6 +36,7 @@ from edge_sdk.messages import (
     Topics,
     cohort,
     encode,
+    from_places,
     to_bitmap,
 )
 from edge_sdk.ranges import HttpSource, set_of
@@ -142,7 +143,13 @@ class UpdateClient:
         return self._offer
 
     def follow(self, desired: Desired) -> None:
-        """Take a new desired state; a stale one is ignored."""
+        """Take a new desired state; a stale one is ignored.
+
+        Raises:
+            ProtocolError: A list of devices in it cannot be read.
+        """
+        for part in desired.parts:
+            from_places(part.devices)  # one that cannot be read is refused here, once
         if self.desired is None or desired.revision >= self.desired.revision:
             self.desired = desired
 
@@ -158,21 +165,47 @@ class UpdateClient:
         """
         if self.desired is None:
             return None
-        desired = self.desired
-        candidate = desired.candidate
-        included = candidate is not None and cohort(desired.salt, self._device) < desired.threshold
-        # a candidate that cannot be had here leaves the base to be had
-        for offer in (candidate if included else None, desired.base):
-            if offer is None or offer.digest in refused or offer.release in desired.revoked:
+        offers = self._for_this_device()
+        # what cannot be had here leaves the others to be had
+        for offer, _ in offers:
+            if offer.digest in refused or offer.release in self.desired.revoked:
                 continue
             if offer.release == installed:
                 return None
             if installed is not None and offer.release < installed:
-                if candidate is not None and candidate.release == installed:
-                    return None  # installed early, by hand: it stays
+                if installed in self._named():
+                    return None  # installed early, by hand, or told before: it stays
                 raise RollbackRefusedError(f"release {offer.release} is older than the installed {installed}")
             return offer
         return None
+
+    def shadow_s(self, offer: Offer) -> float:
+        """How long the release is to run beside the one in use before anything else is said; 0: it is to serve."""
+        return next((shadow_s for other, shadow_s in self._for_this_device() if other == offer), 0.0)
+
+    def _for_this_device(self) -> list[tuple[Offer, float]]:
+        """The releases that this device is told to run, the first one first, and for how long in shadow."""
+        desired = self.desired
+        if desired is None:
+            return []
+        found = [
+            (part.offer, part.shadow_s)
+            for part in desired.parts
+            if cohort(part.salt, self._device) in from_places(part.devices)
+        ]
+        if desired.candidate is not None and cohort(desired.salt, self._device) < desired.threshold:
+            found.append((desired.candidate, 0.0))
+        if desired.base is not None:
+            found.append((desired.base, 0.0))
+        return found
+
+    def _named(self) -> set[int]:
+        """Releases that some devices of the group are told to run, whoever they are."""
+        desired = self.desired
+        if desired is None:
+            return set()
+        offers = [desired.candidate, *(part.offer for part in desired.parts if not part.shadow_s)]
+        return {offer.release for offer in offers if offer is not None}
 
     def begin(self, offer: Offer) -> None:
         """Start to fetch a release, dropping any other that was on its way.

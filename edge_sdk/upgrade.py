@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from edge_sdk.adapt import Adaptation
+from edge_sdk.beside import Beside, check_can_run, to_tell
 from edge_sdk.config import DeviceConfig
 from edge_sdk.drift.features import Thumbnail
 from edge_sdk.drift.monitors import DriftMonitors
@@ -31,6 +32,7 @@ from edge_sdk.experience import FactoryMemory, meaning_of_outputs
 from edge_sdk.files import crashpoint, load_npz, remove_tree
 from edge_sdk.gate import is_healthy, watch_release
 from edge_sdk.head import Head, dequantize
+from edge_sdk.join import Judged
 from edge_sdk.learn.ewc import Importance
 from edge_sdk.learn.executor import LearnExecutor
 from edge_sdk.learn.moments import Moments
@@ -45,12 +47,13 @@ from edge_sdk.manifest import (
     digest_of,
     verify_checkpoint,
 )
-from edge_sdk.messages import Desired
+from edge_sdk.messages import Desired, ShadowTally
 from edge_sdk.model import Trunks, trunk_key
 from edge_sdk.outcomes import group_names, outcomes
 from edge_sdk.pending import LoggedPrediction
 from edge_sdk.rebase import Rebase, Settled, choose_head, with_importance_of
 from edge_sdk.selftest import Choice, choose_variant, read_choice, write_choice
+from edge_sdk.serving import load_served
 from edge_sdk.shadow import Candidate, Carried, Shadow
 from edge_sdk.slots import Slot, Slots, Version
 from edge_sdk.status import ShadowStatus
@@ -113,6 +116,7 @@ class Upgrade:
         self._store, self._slots, self.client, self._config, self._emit = store, slots, client, config, emit
         self._executor = executor
         self._shadow: Shadow | None = None
+        self._beside: Beside | None = None
         self._job = slots.root.parent / "rebase"
         remove_tree(self._job)  # the child died with us, and labelled rows must not lie about
         data = store.get(_STATE)
@@ -192,7 +196,7 @@ class Upgrade:
             self.client.begin(offer)
             fetched = self.client.turn(now, self._slots.held_files())
             if fetched is not None:
-                self._install_fetched(fetched, adaptation)
+                self._install_fetched(fetched, adaptation, shadow_s=self.client.shadow_s(offer))
         except StoreError as error:  # the disk may have room again later
             self._complain("release_delayed", offer.release, str(error))
         except UntrustedError as error:  # better metadata, or a clock that is set, may come
@@ -310,30 +314,54 @@ class Upgrade:
         self._complaints.clear()
         return True
 
-    def _install_fetched(self, fetched: FetchedRelease, adaptation: Adaptation | None) -> None:
-        self._install(fetched.manifest, fetched.files, adaptation, link=True, offered=True)
+    def _install_fetched(
+        self, fetched: FetchedRelease, adaptation: Adaptation | None, *, shadow_s: float = 0.0
+    ) -> None:
+        # nothing runs beside nothing: a device without a release takes what it is given
+        beside_s = shadow_s if self._slots.pointer.current is not None else 0.0
+        self._install(fetched.manifest, fetched.files, adaptation, link=True, offered=True, beside_s=beside_s)
         self.client.clean()
 
     def _install(
-        self, data: bytes, sources: Mapping[str, Path], adaptation: Adaptation | None, *, link: bool, offered: bool
+        self,
+        data: bytes,
+        sources: Mapping[str, Path],
+        adaptation: Adaptation | None,
+        *,
+        link: bool,
+        offered: bool,
+        beside_s: float = 0.0,
     ) -> None:
         self._drop_shadow()
         slot, manifest = self._slots.stage(data, sources, link=link)
         digest = digest_of(data)
         self._choices[digest] = self._try(self._slots.root / slot, manifest, digest)
+        version = Version(slot, manifest.release, digest)
+        if beside_s:
+            check_can_run(manifest)
+            with self._store.transaction():
+                tally = ShadowTally.new(manifest.release)
+                self.state.shadow = Candidate(version, offered, beside_s=beside_s, tally=tally, told=tally)
+                self._emit("shadow_started", {"release": manifest.release, "seconds": beside_s})
+                self.save()
+            return
+        self._take_up(version, manifest, adaptation, offered=offered)
+
+    def _take_up(self, version: Version, manifest: Manifest, adaptation: Adaptation | None, *, offered: bool) -> None:
+        """Let a staged release serve, or wait until what was learned can be carried over to it."""
         if self._can_shadow(manifest, adaptation):
             with self._store.transaction():
                 self._store.delete_pairs()
                 self._store.delete_trunk(manifest.trunk_id)
-                self.state.shadow = Candidate(Version(slot, manifest.release, digest), offered)
+                self.state.shadow = Candidate(version, offered)
                 rows = self._config.update.shadow_rows
                 self._emit("release_shadowed", {"release": manifest.release, "rows": rows})
                 self.save()
             return
-        rebase = self._rebase(slot, manifest, adaptation)
+        rebase = self._rebase(version.slot, manifest, adaptation)
         self.state.carried = rebase.reason
-        head = self._slots.write_head(slot, rebase.head, rebase.importance) if rebase.head is not None else 0
-        self._slots.activate(Version(slot, manifest.release, digest, head))
+        head = self._slots.write_head(version.slot, rebase.head, rebase.importance) if rebase.head is not None else 0
+        self._slots.activate(msgspec.structs.replace(version, head=head))
 
     def _try(self, folder: Path, manifest: Manifest, digest: str) -> Choice:
         """Choose the variant and rehearse; what a device that shares its trunks has tried here need not be again."""
@@ -398,7 +426,10 @@ class Upgrade:
     @property
     def wants_inputs(self) -> bool:
         """Whether inputs of predictions are to pass the trunk in shadow."""
-        return self.state.shadow is not None and not (self._shadow is not None and self._shadow.enough)
+        candidate = self.state.shadow
+        if candidate is not None and candidate.beside_s:
+            return candidate.waited_s < candidate.beside_s
+        return candidate is not None and not (self._shadow is not None and self._shadow.enough)
 
     @property
     def training(self) -> bool:
@@ -413,12 +444,32 @@ class Upgrade:
             inputs: Of the latest of them, by id.
             trunk: In use.
         """
-        if not inputs or (shadow := self._opened()) is None:
+        if not inputs:
+            return
+        if (beside := self._opened_beside()) is not None and self.state.shadow is not None:
+            beside.see(rows, inputs)
+            self.state.shadow.tally = beside.tally
+            return
+        if (shadow := self._opened()) is None:
             return
         try:
             shadow.see(rows, inputs, trunk)
         except ModelError as error:
             self._refuse_shadow(f"it fails in shadow: {error}")
+
+    def see_labels(self, rows: list[Judged]) -> None:
+        """Take note of labels that came, each beside what the release in use had said."""
+        if self._beside is not None and self.state.shadow is not None:
+            self._beside.judge(rows)
+            self.state.shadow.tally = self._beside.tally
+
+    def told_of_shadow(self) -> list[ShadowTally]:
+        """What a report says of a release that runs beside the one in use."""
+        candidate = self.state.shadow
+        if candidate is None or not candidate.beside_s:
+            return []
+        candidate.told = to_tell(candidate.tally, candidate.told, min_count=self._config.report.min_count)
+        return [candidate.told]
 
     def take_shadow(self) -> Version:
         """Serve the release in shadow at once: the one in use is lost.
@@ -436,7 +487,7 @@ class Upgrade:
     def _opened(self) -> Shadow | None:
         """The release in shadow, loaded; one that is damaged is given up, and will be fetched again."""
         candidate = self.state.shadow
-        if candidate is None or self._executor is None:
+        if candidate is None or candidate.beside_s or self._executor is None:
             return None
         if self._shadow is None:
             version = candidate.version
@@ -452,11 +503,58 @@ class Upgrade:
                 self._drop_shadow()
         return self._shadow
 
+    def _opened_beside(self) -> Beside | None:
+        """The release that runs beside the one in use, loaded; one that is damaged is given up, and fetched again."""
+        candidate = self.state.shadow
+        if candidate is None or not candidate.beside_s:
+            return None
+        if self._beside is None:
+            version = candidate.version
+            try:
+                variant = self.variant(version).variant
+                verify_checkpoint(self._slots.folder(version), serves=variant)
+                self._beside = Beside(
+                    load_served(self._slots, version, variant, {**self._trunks, **self.tested}), candidate.tally
+                )
+            except (ArtifactError, ModelError) as error:
+                logger.warning("the release in shadow is given up: %s", error)
+                self._drop_shadow()
+        return self._beside
+
+    def _beside_turn(self, now: float, candidate: Candidate, adaptation: Adaptation | None) -> bool:
+        """Go on with a release that runs beside the one in use until the coordinator says what becomes of it."""
+        version, current = candidate.version, self._slots.pointer.current
+        desired = self.client.desired
+        if desired is None or current is None:
+            return desired is None  # until the coordinator is heard again, it stays in shadow
+        if not self._still_wanted(candidate, desired, current.release):
+            self._drop_shadow()
+            return False
+        offer = self.client.offered(current.release, self.state.refused)
+        if offer is None or self.client.shadow_s(offer):
+            candidate.wait(now)
+            return True
+        if not self._is_vouched_for(now):
+            return False  # the ordinary turn says why
+        try:
+            manifest = self._slots.manifest(version)
+            verify_checkpoint(self._slots.folder(version), serves=self.variant(version).variant)
+        except ArtifactError as error:
+            logger.warning("the release in shadow is fetched again: %s", error)
+            self._drop_shadow()
+            return False
+        self._close_shadow()
+        self.state.shadow = None
+        self._take_up(version, manifest, adaptation, offered=True)
+        return True
+
     def _shadow_turn(self, now: float, adaptation: Adaptation | None, *, hurry: bool) -> bool:
         """Go on with the release in shadow; True if there is nothing else to do in this turn."""
         candidate, desired = self.state.shadow, self.client.desired
         if candidate is None:
             return False
+        if candidate.beside_s:
+            return self._beside_turn(now, candidate, adaptation)
         current = self._slots.pointer.current
         if desired is None and candidate.offered:
             return True  # until the coordinator is heard again, what it offered waits
@@ -564,6 +662,7 @@ class Upgrade:
         self._close_shadow()
 
     def _close_shadow(self) -> None:
+        self._beside = None
         if self._shadow is not None:
             self._shadow.cancel()
             self._shadow = None
@@ -574,6 +673,15 @@ class Upgrade:
         candidate, update = self.state.shadow, self._config.update
         if candidate is None:
             return None
+        if candidate.beside_s:
+            return ShadowStatus(
+                release=candidate.version.release,
+                since=candidate.since,
+                pairs=candidate.tally.rows,
+                pairs_wanted=0,
+                left_s=max(0.0, candidate.beside_s - candidate.waited_s),
+                training=False,
+            )
         return ShadowStatus(
             release=candidate.version.release,
             since=candidate.since,

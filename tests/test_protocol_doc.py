@@ -14,7 +14,7 @@ import edge_server
 from edge_sdk import messages
 from edge_sdk.config import LearnConfig
 from edge_sdk.gate import Verdict
-from edge_sdk.messages import Need, Topics, block_count, cohort, from_bitmap, to_bitmap
+from edge_sdk.messages import Need, Topics, block_count, cohort, from_bitmap, from_places, to_bitmap
 from edge_sdk.reporter import _TOTALS
 from edge_sdk.transport import MemoryBroker, MemoryTransport
 from edge_server import rollout
@@ -274,10 +274,10 @@ def test_the_details_of_an_event_are_documented(name):
 
 def test_every_rollout_status_is_documented():
     statuses = typing.get_args(rollout.Status)
-    assert len(statuses) == 4
+    assert len(statuses) == 5
     text = section("The coordinator's side")
     diagram = re.search(r"```text\n(.*?)```", text, re.DOTALL)[1]
-    rows = [code(row[0])[0] for row in tables(text) if code(row[0])]
+    rows = {code(row[0])[0] for row in tables(text) if code(row[0])}
     assert sorted(rows) == sorted(statuses)
     for status in statuses:
         assert re.search(rf"\b{status}\b", diagram), status
@@ -342,6 +342,13 @@ def test_the_example_of_a_cohort():
     assert values["cohort"] == str(number)
     assert values["bytes"] == number.to_bytes(4, "big").hex()
     assert f"With a `threshold` of {number + 1} or more" in DOCUMENT
+
+
+def test_the_example_of_devices_in_a_part():
+    values = example_values("devices")
+    numbers = [int(number) for number in values["cohorts"].split()]
+    assert numbers == sorted(cohort("default-2", name) for name in ("pump-1", "pump-3"))
+    assert from_places(bytes.fromhex(values["devices"])) == numbers
 
 
 def test_the_example_of_a_bitmap():

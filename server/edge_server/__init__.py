@@ -30,7 +30,8 @@ if TYPE_CHECKING:
         UnknownDeviceError,
         UnknownRolloutError,
     )
-    from edge_server.rollout import RolloutPlan, RolloutRules, RolloutState
+    from edge_server.plan import Gate, RolloutPlan, RolloutRules
+    from edge_server.rollout import RolloutState
     from edge_server.settings import Settings, load_settings
 
 _HOME = {
@@ -39,10 +40,11 @@ _HOME = {
     "CoordinatorError": "errors",
     "DeviceExistsError": "errors",
     "EmbeddedBroker": "broker",
+    "Gate": "plan",
     "ReleaseError": "errors",
     "RolloutError": "errors",
-    "RolloutPlan": "rollout",
-    "RolloutRules": "rollout",
+    "RolloutPlan": "plan",
+    "RolloutRules": "plan",
     "RolloutState": "rollout",
     "Settings": "settings",
     "SigningError": "errors",
@@ -57,6 +59,7 @@ __all__ = [
     "CoordinatorError",
     "DeviceExistsError",
     "EmbeddedBroker",
+    "Gate",
     "ReleaseError",
     "RolloutError",
     "RolloutPlan",

@@ -18,6 +18,7 @@ from edge_server.cli_commands import command, commands
 from edge_server.cli_common import home_option, open_registry
 from edge_server.cli_devices import broker_files, devices
 from edge_server.cli_fleet import fleet
+from edge_server.cli_groups import group
 from edge_server.cli_keys import keys
 from edge_server.cli_releases import releases
 from edge_server.cli_rollouts import push, rollout
@@ -135,5 +136,5 @@ def _password(home: Path, name: str | None) -> str | None:
 
 
 # the commands of each family are in its `cli_*.py`, which imports nothing heavy before one of them runs
-for family in (push, rollout, devices, releases, fleet, alerts, keys, broker_files, command, commands):
+for family in (push, rollout, group, devices, releases, fleet, alerts, keys, broker_files, command, commands):
     main.add_command(family)

@@ -12,10 +12,10 @@ from edge_sdk.transport import Message, Transport
 from edge_server.alert_sources import Now
 from edge_server.errors import SigningError
 from edge_server.ingest import Turn
+from edge_server.plan import RolloutRules
 from edge_server.records import DeviceRecord, EventRecord, RolloutRecord
 from edge_server.registry import Registry
 from edge_server.releases import BlockServer
-from edge_server.rollout import RolloutRules
 from edge_server.settings import Settings
 from edge_server.sinks import Courier, open_sinks
 
@@ -140,6 +140,8 @@ class Coordinator:
         for rollout in self.registry.advance():
             plan, state = rollout.plan, rollout.state
             logger.info("rollout %s of release %s: %s, %s", rollout.id, plan.release, state.status, state.reason)
+        if told := self.registry.modes.keep():
+            logger.info("%d devices are told the mode of their group", told)
         self._publish_desired()
 
     def watch(self) -> None:

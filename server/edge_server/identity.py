@@ -261,6 +261,12 @@ class Identities:
             raise UnknownDeviceError(f"no device of group {group!r} has a command key: see edge-coordinator devices")
         return self._give(members, name, checked, expires_s, actor)
 
+    def order_all(
+        self, devices: Sequence[str], name: str, args: Mapping[str, Any], *, expires_s: float, actor: str
+    ) -> list[CommandRecord]:
+        """Tell these devices, which are enrolled, what to do: a command for each, as `order` makes it."""
+        return self._give(devices, name, _check(name, args, expires_s), expires_s, actor)
+
     def _give(
         self, devices: Sequence[str], name: str, args: dict[str, Any], expires_s: float, actor: str
     ) -> list[CommandRecord]:

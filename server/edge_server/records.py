@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from edge_server.rollout import RolloutPlan, RolloutState
+from edge_server.plan import RolloutPlan
+from edge_server.rollout import RolloutState
 
 Health = Literal["ok", "drift", "degraded", "offline", "new"]
 
@@ -109,6 +110,27 @@ class ReleaseRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the epoch."""
 
 
+class CandidateRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """How a candidate did against the release in use on held-out rows.
+
+    Attributes:
+        digest: SHA-256 of its manifest.
+        champion: Release it was compared with; None: there was none.
+        verdict: better, equal (no evidence either way) or lost; alone: there was nothing to compare with.
+        built: Seconds since the epoch.
+        report: The figures, overall and by slice.
+    """
+
+    digest: str
+    name: str
+    release: int
+    champion: int | None
+    verdict: Literal["better", "equal", "lost", "alone"]
+    reason: str
+    built: float
+    report: dict[str, Any]
+
+
 class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A rollout: what was planned and where it is."""
 
@@ -127,6 +149,7 @@ class GroupRecord(msgspec.Struct, frozen=True, kw_only=True):
         base: Release for all; None before the first.
         revoked: Releases that nobody may run.
         desired: The message as published, encoded; empty before the first.
+        mode: What its devices are to be trusted with: monitor, shadow or adapt; "": what each was told last.
     """
 
     name: str
@@ -134,6 +157,7 @@ class GroupRecord(msgspec.Struct, frozen=True, kw_only=True):
     base: int | None = None
     revoked: tuple[int, ...] = ()
     desired: bytes = b""
+    mode: str = ""
 
 
 class EventRecord(msgspec.Struct, frozen=True, kw_only=True):

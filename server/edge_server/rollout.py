@@ -1,74 +1,30 @@
 """Staged rollouts as a pure state machine: numbers and the time in, the next state out.
 
-    running ──every stage passed──► completed
-       └──gate failed, time-out, abort──► rolling_back ──nobody reports it, or time-out──► rolled_back
+    queued ──the group is free──► running ──every stage passed──► completed
+                                     └──gate failed, time-out, abort──► rolling_back
+                                                 nobody reports it, or time-out──► rolled_back
+
+A running one may be held: by a person who paused it, by an approval that is wanted, or by the hours at which nothing
+may be installed. Held, it tells no further device and begins no stage; gates still halt it.
 
 Storage and network call `advance`; it calls nothing. The same metrics at the same times give the same states.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Literal
 
 import msgspec
 
-from edge_sdk.messages import THRESHOLD_ALL, Desired, Offer, cohort
-from edge_sdk.stats import wilson_interval
+from edge_sdk.messages import cohort
+from edge_server.gates import DeviceMetrics, Reading, readings
+from edge_server.plan import RolloutPlan, opens_at, stage_size
 
-Status = Literal["running", "completed", "rolling_back", "rolled_back"]
-
-
-class RolloutRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How carefully a release goes out. Every default is usable.
-
-    Attributes:
-        stages: Share of the group that may run the release in each stage, percent, rising, ending in 100.
-        soak_s: Time that a stage goes on after all its reachable devices run the release.
-        timeout_s: A stage that has not passed by then is halted; a rollback is closed by then.
-        reachable_s: A device whose last row is older than this holds nobody up.
-        min_labelled: Labelled predictions a stage must gather on the release; 0 judges health alone.
-        max_accuracy_drop: Loss of accuracy that is tolerated, 0 to 1.
-        max_failures: Devices that may fail to install the release or leave it by themselves.
-        max_error_rate: Share of predictions on the release that may end in an error, 0 to 1.
-        baseline_reports: Reports that make up a device's accuracy before.
-    """
-
-    stages: tuple[int, ...] = (10, 100)
-    soak_s: float = 3600.0
-    timeout_s: float = 7 * 86400.0
-    reachable_s: float = 7200.0
-    min_labelled: int = 50
-    max_accuracy_drop: float = 0.02
-    max_failures: int = 0
-    max_error_rate: float = 0.05
-    baseline_reports: int = 10
-
-    def __post_init__(self) -> None:
-        rising = all(a < b for a, b in zip((0, *self.stages), self.stages, strict=False))
-        if not self.stages or not rising or self.stages[-1] != 100:
-            raise ValueError(f"stages must be rising percentages that end in 100, got {list(self.stages)}")
-        for name in ("soak_s", "min_labelled", "max_failures"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("timeout_s", "reachable_s", "baseline_reports"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("max_accuracy_drop", "max_error_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in 0 to 1, got {getattr(self, name)}")
-
-
-class RolloutPlan(RolloutRules, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One release on its way to one group, by these rules."""
-
-    release: int
-    group: str = "default"
-
-    @property
-    def salt(self) -> str:
-        """Shuffles the devices anew for every rollout, so that the same ones are not always first."""
-        return f"{self.group}-{self.release}"
+Status = Literal["queued", "running", "completed", "rolling_back", "rolled_back"]
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -86,79 +42,128 @@ class RolloutState(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         status: See the module.
         stage: Position in the plan's stages.
+        shadowing: The release runs beside the one in use, before the first stage.
         stage_started: Seconds since the epoch; of the halt once it is being rolled back.
-        baseline_since: Accuracy before is taken from reports begun after this: the stage before, so that the
+        baseline_since: Figures before are taken from reports begun after this: the stage before, so that the
             control group's past and that of the others are the same times. 0 in the first stage.
-        soaking_since: When all reachable devices of the stage first ran the release.
-        threshold: Devices whose cohort number is below may run it.
+        soaking_since: When all reachable devices of the stage first ran the release, or ran it in shadow.
+        told: Devices that were told to run the release (or to run it in shadow), in the order in which they were.
+        offered: Those that are being told now.
+        everyone: All devices of the group are told.
+        running: Devices that have it, or have it in shadow, of those that it is for.
+        size: So many may in this stage.
+        paused: By a person.
+        approved: Stages before this one may begin.
+        held_since: Since when nothing may go on; None: it may.
+        held_s: How long nothing could in this stage before that: it does not count for the time-out.
+        waits: What it waits for, in words; "" once it has ended.
+        gates: How they stood at the last look.
         reason: Why it is in this status, with the numbers.
         history: What happened, oldest first.
     """
 
     status: Status
     stage: int = 0
+    shadowing: bool = False
     stage_started: float
     baseline_since: float = 0.0
     soaking_since: float | None = None
-    threshold: int = 0
+    told: tuple[str, ...] = ()
+    offered: tuple[str, ...] = ()
+    everyone: bool = False
+    running: int = 0
+    size: int = 0
+    paused: bool = False
+    approved: int = 0
+    held_since: float | None = None
+    held_s: float = 0.0
+    waits: str = ""
+    gates: tuple[Reading, ...] = ()
     reason: str = ""
     history: tuple[Step, ...] = ()
 
     @property
     def is_active(self) -> bool:
-        """Whether the group is still busy with this rollout."""
-        return self.status in ("running", "rolling_back")
+        """Whether the group is still busy with this rollout, or will be."""
+        return self.status in ("queued", "running", "rolling_back")
 
 
-class DeviceMetrics(msgspec.Struct, frozen=True, kw_only=True):
-    """What the committed reports and events say about one device of the group.
-
-    Attributes:
-        device: Its name.
-        on_candidate: Its last row came from the release that is being rolled out.
-        switched: It runs the candidate, and did not before this stage.
-        reachable: Its last row is recent.
-        failed: The last it said about the release is that it could not be installed.
-        rolled_back: The last it said about the release is that it left it.
-        predictions: Since the stage began; of a device that runs the candidate, only those on it. So are
-            the next three.
-        errors: Predictions that ended in an error.
-        labelled: Labelled predictions.
-        correct: Those that were right.
-        labelled_before: In its last reports before those, on what it ran when the stage began.
-        correct_before: Those that were right.
-    """
-
-    device: str
-    on_candidate: bool = False
-    switched: bool = False
-    reachable: bool = True
-    failed: bool = False
-    rolled_back: bool = False
-    predictions: int = 0
-    errors: int = 0
-    labelled: int = 0
-    correct: int = 0
-    labelled_before: int = 0
-    correct_before: int = 0
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether it tried the candidate and does not run it."""
-        return self.failed or self.rolled_back
+# ---- what a person or the registry does
 
 
-def begin(plan: RolloutPlan, metrics: Sequence[DeviceMetrics], *, has_base: bool, now: float) -> RolloutState:
-    """The first state of a rollout.
+def queue(behind: int, now: float) -> RolloutState:
+    """The state of a rollout that waits for another one, of that number, to end."""
+    state = RolloutState(status="queued", stage_started=now, waits=f"waits for rollout {behind} to end")
+    return _note(state, f"queued behind rollout {behind}", now)
+
+
+def begin(
+    plan: RolloutPlan, metrics: Sequence[DeviceMetrics], *, has_base: bool, now: float, history: tuple[Step, ...] = ()
+) -> RolloutState:
+    """The first state of a rollout that is under way.
 
     A group without a base has nothing to compare with and nothing to go back to: the release becomes its base
-    at once, for all.
+    at once, for all; unless it is meant for some of the devices only.
+
+    Args:
+        plan: What it was started with.
+        metrics: One entry for every device of the group.
+        has_base: Whether the group has a release already.
+        now: Seconds since the epoch.
+        history: What happened while it was queued.
     """
-    if not has_base:
-        state = RolloutState(status="completed", stage=len(plan.stages) - 1, stage_started=now)
+    if not has_base and not plan.where:
+        state = RolloutState(status="completed", stage=len(plan.stages) - 1, stage_started=now, history=history)
         return _note(state, "first release of the group: offered to all at once", now)
-    state = RolloutState(status="running", stage_started=now, threshold=stage_threshold(plan, 0, metrics))
-    return _note(state, f"stage 1 of {len(plan.stages)}: {plan.stages[0]} % of the group", now)
+    shadowing = plan.strategy == "shadow"
+    state = RolloutState(status="running", stage_started=now, shadowing=shadowing, history=history)
+    return _go_on(_note(state, _stage_words(plan, 0, shadowing=shadowing), now), plan, metrics, now)
+
+
+def halt(state: RolloutState, reason: str, now: float) -> RolloutState:
+    """Withdraw the release: nobody new gets it, and devices that run it are told to leave it."""
+    ended = "rolled_back" if state.status == "queued" else "rolling_back"
+    changed = msgspec.structs.replace(
+        state, status=ended, stage_started=now, told=(), offered=(), everyone=False, paused=False, held_since=None,
+        waits="" if ended == "rolled_back" else "waits for the devices that run it to leave it",
+    )  # fmt: skip
+    return _note(changed, reason, now)
+
+
+def pause(state: RolloutState, reason: str, now: float) -> RolloutState:
+    """Tell no further device and begin no stage until `resume`; gates still halt it."""
+    held = now if state.held_since is None else state.held_since
+    changed = msgspec.structs.replace(
+        state, paused=True, held_since=held, offered=(), everyone=False, waits="waits for a person to resume it"
+    )
+    return _note(changed, reason, now)
+
+
+def resume(state: RolloutState, now: float) -> RolloutState:
+    """Go on after `pause`."""
+    return _note(msgspec.structs.replace(state, paused=False, waits="resumed"), "resumed", now)
+
+
+def approve(state: RolloutState, reason: str, now: float) -> RolloutState:
+    """Let the stage that waits for it begin: its times count from now."""
+    changed = msgspec.structs.replace(
+        state, approved=state.stage + 1, stage_started=now, soaking_since=None, held_since=None, held_s=0.0,
+        waits="approved",
+    )  # fmt: skip
+    return _note(changed, reason, now)
+
+
+def awaits_approval(state: RolloutState, plan: RolloutPlan) -> bool:
+    """Whether a person must let the stage begin."""
+    return (
+        state.status == "running"
+        and not state.shadowing
+        and plan.needs_approval(state.stage)
+        and state.approved <= state.stage
+    )
+
+
+# ---- time
 
 
 def advance(state: RolloutState, plan: RolloutPlan, metrics: Sequence[DeviceMetrics], now: float) -> RolloutState:
@@ -171,118 +176,109 @@ def advance(state: RolloutState, plan: RolloutPlan, metrics: Sequence[DeviceMetr
         now: Seconds since the epoch.
     """
     if state.status == "running":
-        return _advance_running(state, plan, metrics, now)
+        found = tuple(readings(plan, metrics, shadowing=state.shadowing))
+        if reason := _failure(plan, metrics, found):
+            return halt(msgspec.structs.replace(state, gates=found), reason, now)
+        return _go_on(msgspec.structs.replace(state, gates=found), plan, metrics, now)
     if state.status == "rolling_back":
         return _advance_rollback(state, plan, metrics, now)
     return state
 
 
-def halt(state: RolloutState, reason: str, now: float) -> RolloutState:
-    """Withdraw the release: nobody new gets it, and devices that run it are told to leave it."""
-    changed = msgspec.structs.replace(state, status="rolling_back", stage_started=now, threshold=0)
-    return _note(changed, reason, now)
-
-
-def failure(plan: RolloutPlan, metrics: Sequence[DeviceMetrics]) -> str | None:
+def failure(plan: RolloutPlan, metrics: Sequence[DeviceMetrics], *, shadowing: bool = False) -> str | None:
     """Why the release must not go on, with the numbers, or None."""
-    return _too_many_failures(plan, metrics) or _too_many_errors(plan, metrics) or _less_accurate(plan, metrics)
+    return _failure(plan, metrics, readings(plan, metrics, shadowing=shadowing))
 
 
-def stage_size(plan: RolloutPlan, stage: int, devices: int) -> int:
-    """How many of `devices` may run the release in a stage."""
-    return min(devices, max(1, -(-devices * plan.stages[stage] // 100)))
+def _failure(plan: RolloutPlan, metrics: Sequence[DeviceMetrics], found: Sequence[Reading]) -> str | None:
+    if reason := _too_many_failures(plan, metrics):
+        return reason
+    return next((reading.reason for reading in found if reading.verdict == "harm"), None)
 
 
-def stage_threshold(plan: RolloutPlan, stage: int, metrics: Sequence[DeviceMetrics]) -> int:
-    """The cohort number below which devices may run the release in a stage.
-
-    Devices that run it already keep their place even when others join before them in the order, so that the
-    stage's size holds.
-    """
-    if plan.stages[stage] == 100:
-        return THRESHOLD_ALL
-    spare = stage_size(plan, stage, len(metrics)) - sum(entry.on_candidate for entry in metrics)
-    threshold = 0
-    for place, on_candidate in sorted((cohort(plan.salt, entry.device), entry.on_candidate) for entry in metrics):
-        if not on_candidate:
-            if spare <= 0:
-                break
-            spare -= 1
-        threshold = place + 1
-    return threshold
-
-
-def desired(
-    *,
-    revision: int,
-    base: Offer | None,
-    candidate: Offer | None,
-    salt: str,
-    threshold: int,
-    revoked: Sequence[int],
-) -> Desired:
-    """What a group is told; `candidate` only counts while `threshold` is above 0."""
-    offered = candidate if threshold > 0 else None
-    return Desired(
-        revision=revision,
-        base=base,
-        candidate=offered,
-        salt=salt if offered else "",
-        threshold=threshold if offered else 0,
-        revoked=sorted(revoked),
-    )
+def _go_on(state: RolloutState, plan: RolloutPlan, metrics: Sequence[DeviceMetrics], now: float) -> RolloutState:
+    """A running rollout in which no gate has failed."""
+    pool = _pool(plan, metrics)
+    running = sum(_has_it(entry, state) for entry in pool)
+    state = msgspec.structs.replace(state, running=running, size=allowed(plan, state, len(pool)))
+    if held := _held(state, plan, now):
+        since = now if state.held_since is None else state.held_since
+        return msgspec.structs.replace(state, held_since=since, offered=(), everyone=False, waits=held)
+    if state.held_since is not None:
+        state = msgspec.structs.replace(state, held_s=state.held_s + now - state.held_since, held_since=None)
+    state = _tell(state, plan, metrics)
+    lacks = _lacks(state, plan, metrics)
+    settled = not lacks
+    if settled and state.soaking_since is None:
+        state = msgspec.structs.replace(state, soaking_since=now)
+    soak = plan.shadow_s if state.shadowing else plan.soak_s
+    until = (state.soaking_since if state.soaking_since is not None else now) + soak
+    if settled and now < until:
+        lacks.append(f"it runs {'in shadow ' if state.shadowing else ''}until {_when(until)}")
+    lacks += [_gate_lacks(reading) for reading in state.gates if reading.verdict == "wait"]
+    if not state.gates:
+        lacks.append("nothing is known of it yet")
+    if not lacks:
+        return _next_stage(state, plan, metrics, now)
+    if now - state.stage_started - state.held_s >= plan.timeout_s:
+        what = "the time in shadow" if state.shadowing else f"stage {state.stage + 1}"
+        return halt(state, f"{what} timed out after {plan.timeout_s:g} s: {'; '.join(lacks)}", now)
+    return msgspec.structs.replace(state, waits="; ".join(lacks))
 
 
-def _advance_running(
-    state: RolloutState, plan: RolloutPlan, metrics: Sequence[DeviceMetrics], now: float
-) -> RolloutState:
-    if reason := failure(plan, metrics):
-        return halt(state, reason, now)
-    threshold = stage_threshold(plan, state.stage, metrics)
-    running = sum(entry.on_candidate for entry in metrics)
+def _held(state: RolloutState, plan: RolloutPlan, now: float) -> str:
+    """Why nothing may go on, or ""."""
+    if state.paused:
+        return "waits for a person to resume it"
+    if awaits_approval(state, plan):
+        return f"waits for a person to approve stage {state.stage + 1}"
+    if (opens := opens_at(plan, now)) > now:
+        return f"waits for its hours, which begin at {_when(opens)}"
+    return ""
+
+
+def _lacks(state: RolloutState, plan: RolloutPlan, metrics: Sequence[DeviceMetrics]) -> list[str]:
+    """Which devices have not followed yet."""
+    told = set(state.told)
+    pool = _pool(plan, metrics)
+    group = pool if state.everyone else [entry for entry in pool if entry.device in told]
+    runs = [entry for entry in pool if _has_it(entry, state)]
+    # a tolerated failure will not come back and must not hold up the others
     missing = [
-        entry.device
-        for entry in metrics
-        # a tolerated failure will not come back and must not hold up the others
-        if cohort(plan.salt, entry.device) < threshold
-        and entry.reachable
-        and not entry.on_candidate
-        and not entry.has_failed
+        entry.device for entry in group if entry.reachable and not _has_it(entry, state) and not entry.has_failed
     ]
-    settled = running > 0 and not missing
-    soaking_since = now if state.soaking_since is None and settled else state.soaking_since
-    labelled = _labelled([entry for entry in metrics if entry.on_candidate])
-    soaked = soaking_since is not None and now - soaking_since >= plan.soak_s
-    if settled and soaked and labelled >= plan.min_labelled:
-        return _next_stage(state, plan, metrics, labelled=labelled, now=now)
-    if now - state.stage_started >= plan.timeout_s:
-        lacks = []
-        if not settled:
-            lacks.append(f"{len(missing)} reachable devices do not run it, {running} do")
-        elif not soaked:
-            lacks.append(f"it has not run for {plan.soak_s:g} s")
-        if labelled < plan.min_labelled:
-            lacks.append(f"{labelled} of {plan.min_labelled} labelled predictions")
-        return halt(state, f"stage {state.stage + 1} timed out after {plan.timeout_s:g} s: {'; '.join(lacks)}", now)
-    return msgspec.structs.replace(state, threshold=threshold, soaking_since=soaking_since)
+    if missing:
+        return [f"{len(missing)} reachable devices do not run it, {len(runs)} do: {_names(missing)}"]
+    return [] if runs else ["no device runs it"]
 
 
-def _next_stage(
-    state: RolloutState, plan: RolloutPlan, metrics: Sequence[DeviceMetrics], *, labelled: int, now: float
-) -> RolloutState:
-    running = sum(entry.on_candidate for entry in metrics)
-    passed = f"stage {state.stage + 1} passed with {running} devices and {labelled} labelled predictions"
+def _gate_lacks(reading: Reading) -> str:
+    if reading.sample < reading.wanted:
+        what = "labelled predictions" if reading.metric == "accuracy" else f"values for {reading.metric}"
+        return f"{reading.sample:.0f} of {reading.wanted} {what}"
+    return f"not shown yet: {reading.reason}"
+
+
+def _next_stage(state: RolloutState, plan: RolloutPlan, metrics: Sequence[DeviceMetrics], now: float) -> RolloutState:
+    running = sum(_has_it(entry, state) for entry in metrics if entry.eligible)
+    labelled = next((reading.sample for reading in state.gates if reading.metric == "accuracy"), 0)
+    what = "the time in shadow" if state.shadowing else f"stage {state.stage + 1}"
+    passed = f"{what} passed with {running} devices and {labelled:.0f} labelled predictions"
+    anew = msgspec.structs.replace(
+        state, stage_started=now, soaking_since=None, told=() if state.shadowing else state.told, offered=(),
+        held_since=None, held_s=0.0, gates=(), shadowing=False,
+    )  # fmt: skip
+    if state.shadowing:
+        return _go_on(_note(anew, f"{passed}; next {_stage_words(plan, 0)}", now), plan, metrics, now)
     if state.stage + 1 == len(plan.stages):
-        return _note(msgspec.structs.replace(state, status="completed", threshold=0), passed, now)
-    following = msgspec.structs.replace(
-        state,
-        stage=state.stage + 1,
-        stage_started=now,
-        baseline_since=state.stage_started,
-        soaking_since=None,
-        threshold=stage_threshold(plan, state.stage + 1, metrics),
-    )
-    return _note(following, f"{passed}; next {plan.stages[state.stage + 1]} % of the group", now)
+        ended = msgspec.structs.replace(
+            anew, status="completed", stage_started=state.stage_started, told=(), everyone=False, waits="",
+            gates=state.gates,
+        )  # fmt: skip
+        return _note(ended, passed, now)
+    following = msgspec.structs.replace(anew, stage=state.stage + 1, baseline_since=state.stage_started)
+    following = _note(following, f"{passed}; next {plan.told_stage(state.stage + 1)}", now)
+    return _go_on(following, plan, metrics, now)
 
 
 def _advance_rollback(
@@ -290,10 +286,79 @@ def _advance_rollback(
 ) -> RolloutState:
     left = [entry.device for entry in metrics if entry.on_candidate]
     if left and now - state.stage_started < plan.timeout_s:
-        return state
+        waits = f"waits for {len(left)} devices to leave it: {_names(left)}"
+        return state if waits == state.waits else msgspec.structs.replace(state, waits=waits)
     # the release stays revoked, so a device that comes back later still leaves it
     rest = f"; {_names(left)} did not report leaving it" if left else ""
-    return _note(msgspec.structs.replace(state, status="rolled_back"), state.reason + rest, now)
+    return _note(msgspec.structs.replace(state, status="rolled_back", waits=""), state.reason + rest, now)
+
+
+# ---- who is told
+
+
+def _tell(state: RolloutState, plan: RolloutPlan, metrics: Sequence[DeviceMetrics]) -> RolloutState:
+    """Tell as many devices as the stage and the limit of parallel downloads allow."""
+    pool = _pool(plan, metrics)
+    last = not state.shadowing and state.stage == len(plan.stages) - 1
+    if last and not (plan.where or plan.held_out or plan.max_parallel):
+        return msgspec.structs.replace(state, everyone=True, offered=())
+    known = {entry.device: entry for entry in pool}
+    limit = plan.max_parallel or len(pool)
+    reached = {entry.device for entry in pool if entry.device in state.told or _has_it(entry, state)}
+    if not state.shadowing:
+        reached |= {entry.device for entry in metrics if entry.on_candidate}
+
+    def waits(name: str) -> bool:
+        """Told and still to install it. While downloads are limited, a device that is away takes nobody's place."""
+        entry = known.get(name)
+        if entry is None or _has_it(entry, state) or entry.has_failed:
+            return False
+        return entry.reachable or not plan.max_parallel
+
+    offered = [name for name in state.offered if waits(name)]
+    new = [name for name in state.told if waits(name) and name not in offered][: limit - len(offered)]
+    again, spare = len(new), allowed(plan, state, len(pool)) - len(reached)
+    barred = {cohort(plan.salt, entry.device) for entry in metrics if entry.device not in known}
+    order = sorted((cohort(plan.salt, entry.device), entry.device) for entry in pool)
+    for number, same in groupby(order, key=lambda item: item[0]):
+        names = [name for _, name in same if name not in reached]
+        if not names or number in barred:  # devices of one number cannot be told apart
+            continue
+        if plan.max_parallel and not all(known[name].reachable for name in names):
+            continue  # their turn comes when they are back
+        if len(names) > spare or len(offered) + len(new) + len(names) > limit:
+            break
+        spare -= len(names)
+        new += names
+    told = (*state.told, *new[again:])
+    # those that are done stay in the message until there are others to tell: every new message goes to all
+    withdrawn = any(not waits(name) and not _is_done(name, known, state) for name in state.offered)
+    if new or withdrawn:
+        state = msgspec.structs.replace(state, told=told, offered=(*offered, *new))
+    return msgspec.structs.replace(state, everyone=False)
+
+
+def _is_done(name: str, known: dict[str, DeviceMetrics], state: RolloutState) -> bool:
+    return name in known and (_has_it(known[name], state) or known[name].has_failed)
+
+
+def allowed(plan: RolloutPlan, state: RolloutState, devices: int) -> int:
+    """How many of the devices that are not held out may run the release now, or run it in shadow."""
+    if state.shadowing:
+        return min(devices, max(1, -(-devices * plan.shadow_percent // 100)))
+    return stage_size(plan, state.stage, devices)
+
+
+def _pool(plan: RolloutPlan, metrics: Sequence[DeviceMetrics]) -> list[DeviceMetrics]:
+    """The devices that the release is for until it is completed."""
+    return [entry for entry in metrics if entry.eligible and not plan.in_control(entry.device)]
+
+
+def _has_it(entry: DeviceMetrics, state: RolloutState) -> bool:
+    return entry.in_shadow if state.shadowing else entry.on_candidate
+
+
+# ---- words
 
 
 def _too_many_failures(plan: RolloutPlan, metrics: Sequence[DeviceMetrics]) -> str | None:
@@ -308,62 +373,19 @@ def _too_many_failures(plan: RolloutPlan, metrics: Sequence[DeviceMetrics]) -> s
     )
 
 
-def _too_many_errors(plan: RolloutPlan, metrics: Sequence[DeviceMetrics]) -> str | None:
-    errors = sum(entry.errors for entry in metrics if entry.on_candidate)
-    tried = errors + sum(entry.predictions for entry in metrics if entry.on_candidate)
-    low, _ = wilson_interval(errors, tried)
-    if low <= plan.max_error_rate:
-        return None
-    return f"{errors} of {tried} predictions on release {plan.release} failed; at most {plan.max_error_rate:.1%} may"
-
-
-def _less_accurate(plan: RolloutPlan, metrics: Sequence[DeviceMetrics]) -> str | None:
-    """Compare the candidate's devices with themselves before, less what happened to the control group meanwhile.
-
-    The control group are the devices still on the old release. In the last stage there are hardly any: then it is
-    those that ran the candidate before the stage, for which nothing has changed but the world either.
-    """
-    least = max(1, plan.min_labelled)
-    scored = [entry for entry in metrics if entry.labelled and entry.labelled_before]
-    treated = [entry for entry in scored if entry.on_candidate]
-    control = [entry for entry in scored if not entry.on_candidate and not entry.has_failed]
-    if _labelled(control) < least:
-        control = [entry for entry in treated if not entry.switched]
-        treated = [entry for entry in treated if entry.switched]
-    if _labelled(treated) < least:
-        return None
-    before, after = _accuracy_before(treated), _accuracy(treated)
-    change = _accuracy(control) - _accuracy_before(control) if _labelled(control) >= least else 0.0
-    # a fleet that got better does not raise the bar; one that got worse lowers it
-    expected = before + min(0.0, change)
-    _, high = wilson_interval(sum(entry.correct for entry in treated), _labelled(treated))
-    if high >= expected - plan.max_accuracy_drop:
-        return None
-    return (
-        f"accuracy on release {plan.release} is {after:.1%} (at most {high:.1%}, {_labelled(treated)} labelled, "
-        f"{len(treated)} devices), before {before:.1%}; control changed by {change:+.1%} "
-        f"({_labelled(control)} labelled, {len(control)} devices); "
-        f"a drop of {plan.max_accuracy_drop:.1%} is tolerated"
-    )
-
-
-def _labelled(entries: Sequence[DeviceMetrics]) -> int:
-    return sum(entry.labelled for entry in entries)
-
-
-def _accuracy(entries: Sequence[DeviceMetrics]) -> float:
-    return sum(entry.correct for entry in entries) / _labelled(entries)
-
-
-def _accuracy_before(entries: Sequence[DeviceMetrics]) -> float:
-    """Accuracy before, with each device weighing as much as it does after: a change of mix is no change."""
-    weighted = sum(entry.labelled * entry.correct_before / entry.labelled_before for entry in entries)
-    return weighted / _labelled(entries)
+def _stage_words(plan: RolloutPlan, stage: int, *, shadowing: bool = False) -> str:
+    if shadowing:
+        return f"in shadow on {plan.shadow_percent} % of the group for {plan.shadow_s:g} s"
+    return f"stage {stage + 1} of {len(plan.stages)}: {plan.told_stage(stage)}"
 
 
 def _names(devices: Sequence[str]) -> str:
     shown = ", ".join(sorted(devices)[:5])
     return shown if len(devices) <= 5 else f"{shown} and {len(devices) - 5} more"
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(math.ceil(seconds / 60) * 60))
 
 
 def _note(state: RolloutState, reason: str, now: float) -> RolloutState:

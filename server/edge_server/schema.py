@@ -232,6 +232,26 @@ def _alerts(db: Database) -> None:
     db.table("deliveries").create_index(["done", "sink", "id"])
 
 
+def _rollouts_by_many_gates(db: Database) -> None:
+    db.table("groups").add_column("mode", str, not_null_default="")
+    db.table("candidates").create(
+        {
+            "digest": str,
+            "name": str,
+            "release": int,
+            "champion": int,
+            "verdict": str,
+            "reason": str,
+            "built": float,
+            "report": str,
+        },
+        pk="digest",
+    )
+    # gates read the summaries that came since the last look
+    db.table("summaries").create_index(["received"])
+    db.table("commands").create_index(["device", "issued"])
+
+
 STEPS: tuple[Callable[[Database], None], ...] = (
     _first_tables,  # 1
     _summaries,  # 2
@@ -239,6 +259,7 @@ STEPS: tuple[Callable[[Database], None], ...] = (
     _summaries_of_every_version,  # 4
     _fleet,  # 5
     _alerts,  # 6
+    _rollouts_by_many_gates,  # 7
 )
 """Step n leads from `user_version` n - 1 to n. Steps are only ever appended, and never changed once they are on main:
 who changes a table, changes it in a step of its own."""

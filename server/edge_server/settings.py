@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import tomllib
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -13,7 +14,7 @@ from edge_sdk.messages import DEFAULT_PREFIX, check_name
 from edge_server.alert_settings import AlertSettings
 from edge_server.fleet_drift import DriftRules
 from edge_server.freshness import CostSettings
-from edge_server.rollout import RolloutRules
+from edge_server.plan import RolloutRules
 
 SETTINGS_NAME = "coordinator.toml"
 
@@ -132,6 +133,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         accept_unknown: Take in devices that were not added with `devices add`.
         durable: Flush every commit to disk before it is acknowledged; False only for simulations.
         rollout_interval_s: Time between two looks at the rollouts.
+        collisions: Whether a rollout for devices that another one is under way for is refused, or queued behind it.
         blocks_per_turn: Most blocks published in one turn.
         max_queued_blocks: Most blocks waiting to be published; devices ask again for the rest.
         repeat_blocks_s: A block of a file of more than 8 is not sent again within this time, for it is on its way to
@@ -144,6 +146,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     accept_unknown: bool = False
     durable: bool = True
     rollout_interval_s: float = 5.0
+    collisions: Literal["refuse", "queue"] = "refuse"
     blocks_per_turn: int = 64
     max_queued_blocks: int = 16384
     repeat_blocks_s: float = 0.5

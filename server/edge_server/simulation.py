@@ -12,7 +12,7 @@ from edge_sdk.clock import Clock
 from edge_sdk.errors import ConfigError
 from edge_sdk.transport import Transport
 from edge_server.coordinator import Coordinator
-from edge_server.rollout import RolloutRules
+from edge_server.plan import RolloutRules
 from edge_server.settings import Settings
 
 

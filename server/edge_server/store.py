@@ -15,12 +15,14 @@ from edge_sdk.database import Database
 from edge_server.schema import STEPS
 from edge_server.store_alerts import AlertStore
 from edge_server.store_audit import AuditStore
+from edge_server.store_candidates import CandidateStore
 from edge_server.store_certificates import CertificateStore
 from edge_server.store_commands import CommandStore
 from edge_server.store_devices import DeviceStore
 from edge_server.store_fleet import FleetStore
 from edge_server.store_groups import GroupStore
 from edge_server.store_ingest import IngestStore
+from edge_server.store_metrics import MetricsStore
 from edge_server.store_releases import ReleaseStore
 from edge_server.store_reports import ReportStore
 from edge_server.store_rollouts import RolloutStore
@@ -51,6 +53,8 @@ class Store(Database):
         self.releases = ReleaseStore(self)
         self.groups = GroupStore(self)
         self.rollouts = RolloutStore(self)
+        self.metrics = MetricsStore(self)
+        self.candidates = CandidateStore(self)
         self.audit = AuditStore(self)
         self.fleet = FleetStore(self)
         self.alerts = AlertStore(self)

@@ -87,6 +87,17 @@ class DeviceStore:
         )
         return [(row[0], row[1]) for row in rows]
 
+    def in_other_modes(self, *, not_told_since: float) -> list[tuple[str, str]]:
+        """(name, mode of its group) of enrolled devices that are online in another mode, and were not told since."""
+        rows = self._db.read(
+            "SELECT d.name, g.mode FROM devices d JOIN groups g ON g.name = d.group_name WHERE g.mode <> ''"
+            " AND d.online AND d.mode <> g.mode AND d.credential IS NOT NULL AND d.revoked IS NULL AND NOT EXISTS"
+            " (SELECT 1 FROM commands c WHERE c.device = d.name AND c.issued > ? AND c.name = 'mode'"
+            " AND json_extract(c.args, '$.mode') = g.mode) ORDER BY d.name",
+            not_told_since,
+        )
+        return [(row[0], row[1]) for row in rows]
+
     def fleet(self) -> FleetRecord:
         """The fleet in numbers."""
         totals = self._db.read(

@@ -15,7 +15,7 @@ class GroupStore:
 
     def all(self) -> list[GroupRecord]:
         """Every group that was ever told something."""
-        rows = self._db.read("SELECT name, revision, base, revoked, desired FROM groups ORDER BY name")
+        rows = self._db.read("SELECT name, revision, base, revoked, desired, mode FROM groups ORDER BY name")
         return [from_row(GroupRecord, row) for row in rows]
 
     def get(self, name: str) -> GroupRecord:
@@ -25,6 +25,6 @@ class GroupStore:
     def save(self, group: GroupRecord) -> None:
         """Store a group. Belongs inside a transaction."""
         self._db.execute(
-            "INSERT OR REPLACE INTO groups (name, revision, base, revoked, desired) VALUES (?, ?, ?, ?, ?)",
-            (group.name, group.revision, group.base, to_json(group.revoked), group.desired),
+            "INSERT OR REPLACE INTO groups (name, revision, base, revoked, desired, mode) VALUES (?, ?, ?, ?, ?, ?)",
+            (group.name, group.revision, group.base, to_json(group.revoked), group.desired, group.mode),
         )

@@ -29,7 +29,9 @@ from edge_sdk.messages import (
     Need,
     Offer,
     Order,
+    Part,
     Report,
+    ShadowTally,
     State,
     Summary,
     Topics,
@@ -43,11 +45,13 @@ from edge_sdk.messages import (
     from_buckets,
     from_cells,
     from_counts,
+    from_places,
     raw,
     to_bitmap,
     to_buckets,
     to_cells,
     to_counts,
+    to_places,
     unpack,
 )
 
@@ -104,6 +108,7 @@ MESSAGES = {
         scores={"accuracy": 0.9167, "f1": 0.875},
         p99_ms=2.5,
         temperature_c=48.5,
+        shadow=[ShadowTally(3, 200, 12, 40, 5, 2, 1)],
     ),
     "summary": Summary(
         start=1_767_225_600.0,
@@ -136,6 +141,10 @@ MESSAGES = {
         salt="r2",
         threshold=2**30,
         revoked=[3],
+        parts=[
+            Part(offer=Offer(4, "ef" * 32, 4096), salt="r4", devices=to_places([5, 70_000]), shadow_s=3600.0),
+            Part(offer=Offer(2, "cd" * 32, 4096), salt="r2", devices=b"", shadow_s=0.0),
+        ],
     ),
     "metadata-set": MetadataSet(root=2, timestamp=300, snapshot=17, targets=16),
     "order": ORDER,
@@ -158,7 +167,9 @@ def test_golden_bytes_still_decode(name, message):
 
 def test_every_message_has_a_golden_file():
     structs = {value for value in vars(messages).values() if isinstance(value, type(Ack))} - {msgspec.Struct}
-    assert structs - {Offer, MonitorState, MetricSummary} == {type(message) for message in MESSAGES.values()}
+    assert structs - {Offer, Part, MonitorState, ShadowTally, MetricSummary} == {
+        type(message) for message in MESSAGES.values()
+    }
 
 
 @named_messages
@@ -182,10 +193,10 @@ def test_the_block_size_has_a_default_for_older_writers():
 
 
 def test_a_report_of_an_older_writer_has_no_scores():
-    fields = msgspec.msgpack.decode(encode(MESSAGES["report"])[1:])[:-5]
+    fields = msgspec.msgpack.decode(encode(MESSAGES["report"])[1:])[:-6]
     report = decode(bytes([WIRE_VERSION]) + msgspec.msgpack.encode(fields), Report)
     assert (report.written_bytes, report.labels, report.confusion, report.scores) == (40_960, [], b"", {})
-    assert (report.p99_ms, report.temperature_c) == (0.0, None)
+    assert (report.p99_ms, report.temperature_c, report.shadow) == (0.0, None, [])
 
 
 def test_an_envelope_carries_its_body_unread():
@@ -441,3 +452,8 @@ def test_a_block_size_that_cannot_be_sent_is_refused(block_bytes):
     fields = [1, None, None, "", 0, [], block_bytes]
     with pytest.raises(ProtocolError, match="block_bytes"):
         decode(bytes([WIRE_VERSION]) + msgspec.msgpack.encode(fields), Desired)
+
+
+@given(st.sets(st.integers(0, 2**32 - 1)))
+def test_places_survive_the_wire_in_order(places):
+    assert from_places(to_places(places)) == sorted(places)

@@ -167,7 +167,7 @@ def test_an_offer_that_is_not_signed_is_not_fetched(fleet, checkpoint, monkeypat
     fleet.coordinator.abort(2)  # group keeps release 1: offer 2 to everyone by hand
     fleet.start()
     fleet.fetch(turns=3)
-    offer = fleet.registry._offer(2)
+    offer = fleet.registry.shipping._offer(2)
     with pytest.raises(UntrustedError, match="release 2 is not signed"):
         fleet.client.authorise(offer, fleet.clock.now())
     assert fleet.client.fetching is None or fleet.client.fetching.release == 1

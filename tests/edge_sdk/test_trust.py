@@ -18,7 +18,7 @@ from edge_sdk.transport import MemoryBroker, MemoryTransport
 from edge_sdk.trust import ROOT_NAME, Listening, Trust, load_trust, target_path
 from edge_server.coordinator import Coordinator
 from edge_server.keys import Published, Repository, _load_secret
-from edge_server.rollout import RolloutRules
+from edge_server.plan import RolloutRules
 from edge_server.settings import Settings, SigningSettings
 
 DAY = 86_400.0

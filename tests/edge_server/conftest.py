@@ -30,6 +30,7 @@ from edge_sdk.messages import (
     cohort,
     decode,
     encode,
+    from_places,
     raw,
     to_bitmap,
     to_counts,
@@ -110,6 +111,7 @@ class ScriptedDevice:
         self.keeps_release = True
         self.desired = None
         self.blocks = {}
+        self.shadows = 0
 
     def connect(self):
         self.transport.connect()
@@ -195,6 +197,14 @@ class ScriptedDevice:
         offer = desired.base
         if desired.candidate is not None and cohort(desired.salt, self.name) < desired.threshold:
             offer = desired.candidate
+        self.shadows = 0
+        for part in desired.parts:
+            if cohort(part.salt, self.name) in from_places(part.devices):
+                if part.shadow_s:
+                    self.shadows = part.offer.release
+                else:
+                    offer = part.offer
+                break
         if offer is None or offer.release <= self.release or offer.release in desired.revoked:
             return
         if not self.keeps_release:
@@ -202,6 +212,26 @@ class ScriptedDevice:
             return
         self.previous, self.release = self.release, offer.release
         self.event("release_activated", release=self.release, previous=self.previous, carried=True)
+
+
+def desired(broker, group="default"):
+    (message,) = broker.retained(f"edge/g/{group}/desired")
+    return decode(message.payload, Desired)
+
+
+def live(coordinator, devices, clock, settle, *, turns=1, seconds=10.0):
+    """Some turns of a fleet's life: everybody obeys, works, reports."""
+    for _ in range(turns):
+        for device in devices:
+            device.obey()
+        start = clock.now()
+        clock.advance(seconds)
+        for device in devices:
+            device.report(start=start)
+        settle(devices)
+        coordinator.advance()
+        for device in devices:
+            device.receive()
 
 
 @pytest.fixture
@@ -314,3 +344,14 @@ def rows(tmp_path):
             return database.execute(sql).fetchall()
 
     return read
+
+
+@pytest.fixture
+def fleet(coordinator, make_device, clock, settle, checkpoint):
+    """Eight devices on release 1 with some history."""
+    coordinator.push(checkpoint(1))
+    devices = [make_device(f"d{i}") for i in range(8)]
+    for device in devices:
+        device.receive()
+    live(coordinator, devices, clock, settle, turns=3)
+    return devices

@@ -11,7 +11,7 @@ from edge_sdk.messages import MonitorState
 from edge_server.alert_settings import AlertSettings, SinkSettings
 from edge_server.alert_sources import Now
 from edge_server.errors import UnknownAlertError
-from edge_server.rollout import RolloutRules
+from edge_server.plan import RolloutRules
 from edge_server.runbook import RUNBOOK
 
 HOUR = 3600.0

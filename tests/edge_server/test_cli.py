@@ -1,12 +1,14 @@
 import json
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from edge_server.cli import main
+from edge_server.registry import Registry
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,12 +108,65 @@ class TestRollout:
         ready("push", checkpoint(1))
         ready("push", checkpoint(2))
         table = ready("rollout", "list").output.splitlines()
-        assert table[0].split()[:4] == ["id", "release", "group", "status"]
-        assert table[1].split()[:4] == ["2", "2", "default", "running"]
+        assert table[0].split()[:5] == ["id", "release", "group", "strategy", "status"]
+        assert table[1].split()[:5] == ["2", "2", "default", "canary", "running"]
         ready("rollout", "abort", "2", "--reason", "wrong labels")
         assert "aborted: wrong labels" in ready("rollout", "show", "2").output
         records = json.loads(ready("rollout", "list", "--json").output)
         assert [record["state"]["status"] for record in records] == ["rolling_back", "completed"]
+
+    def test_a_plan_comes_from_a_file_and_options_go_before_it(self, ready, checkpoint, tmp_path):
+        plan = tmp_path / "plan.toml"
+        plan.write_text('stages = ["3 devices", 100]\nsoak_s = 5.0\n[[gates]]\nmetric = "drift"\nmargin = 1.0\n')
+        ready("push", checkpoint(1))
+        result = ready("push", checkpoint(2), "--plan", plan, "--soak", "7", "--approval", "each", "--json")
+        record = json.loads(result.stdout)
+        assert record["plan"]["stages"] == ["3 devices", 100]
+        assert (record["plan"]["soak_s"], record["plan"]["gates"][0]["metric"]) == (7.0, "drift")
+        assert "approve stage 1" in record["state"]["waits"]
+        plan.write_text("soak = 1")
+        assert "plan.toml" in ready("push", checkpoint(3), "--plan", plan, expect=2).stderr
+        assert "stages must" in ready("push", checkpoint(4), "--stages", "some,100", expect=2).stderr
+
+    def test_approve_pause_and_resume_are_audited(self, ready, checkpoint, rows):
+        ready("push", checkpoint(1))
+        ready("push", checkpoint(2), "--approval", "each")
+        assert "completed" in ready("rollout", "approve", "1", expect=1).stderr
+        assert "rollout 2 is approved" in ready("rollout", "approve", "2", "--reason", "looks good").output
+        assert "waits for no approval" in ready("rollout", "approve", "2", expect=1).stderr
+        assert "rollout 2 is paused" in ready("rollout", "pause", "2", "--reason", "lunch").output
+        assert "paused already" in ready("rollout", "pause", "2", expect=1).stderr
+        assert ready("rollout", "list").output.splitlines()[1].split()[4] == "paused"
+        assert json.loads(ready("rollout", "resume", "2", "--json").output)["state"]["paused"] is False
+        assert "is not paused" in ready("rollout", "resume", "2", expect=1).stderr
+        acts = [(actor, action) for actor, action in rows("SELECT actor, action FROM audit ORDER BY id")][-3:]
+        assert acts == [("cli", f"rollout {what}") for what in ("approved", "paused", "resumed")]
+
+    def test_watch_prints_every_change_until_the_end(self, ready, checkpoint, home, monkeypatch):
+        ready("push", checkpoint(1))
+        ready("push", checkpoint(2))
+        acts = [lambda: None, lambda: ready("rollout", "pause", "2"), lambda: ready("rollout", "abort", "2"), None]
+
+        def sleep(seconds):
+            assert seconds == 1.5
+            if (act := acts.pop(0)) is not None:
+                act()
+            else:
+                with closing(Registry(home)) as registry:
+                    registry.advance()
+
+        monkeypatch.setattr("edge_server.cli_rollouts.time.sleep", sleep)
+        lines = ready("rollout", "watch", "2", "--interval", "1.5", expect=1).output.splitlines()
+        assert lines[0].startswith("stage 1/2 [------------------------] 0 of 0 devices")
+        assert [line.split(":")[0] for line in lines[2:]] == ["rolling back", "rolled back"]
+        assert ready("rollout", "watch", "1").output.startswith("completed")
+
+    def test_groups_are_told_a_mode(self, ready):
+        assert "0 devices are told now" in ready("group", "mode", "lab", "adapt").output, "none is online"
+        assert json.loads(ready("group", "list", "--json").output)[0]["mode"] == "adapt"
+        assert ready("group", "list").output.splitlines()[1].split() == ["lab", "-", "adapt", "-"]
+        ready("group", "mode", "lab", "own")
+        assert json.loads(ready("group", "list", "--json").output)[0]["mode"] == ""
 
     def test_unknown_and_ended_rollouts_are_refused(self, ready, checkpoint):
         ready("push", checkpoint(1))

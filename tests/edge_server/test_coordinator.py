@@ -6,13 +6,14 @@ from sqlite_utils import Database as Tables
 
 from edge_sdk.errors import ConfigError, DiskFullError, IntegrityError, StoreError
 from edge_sdk.files import set_crash_hook
-from edge_sdk.messages import THRESHOLD_ALL, Desired, decode
+from edge_sdk.messages import cohort, from_places
 from edge_server.errors import ReleaseError, RolloutError, UnknownRolloutError
+from edge_server.plan import RolloutPlan, RolloutRules
 from edge_server.registry import Registry
-from edge_server.rollout import RolloutPlan, RolloutRules
 from edge_server.schema import STEPS
 from edge_server.settings import Settings
 from edge_server.store import Store
+from tests.edge_server.conftest import desired, live
 
 QUICK = RolloutRules(stages=(25, 100), soak_s=20.0, timeout_s=600.0, min_labelled=100, max_accuracy_drop=0.05)
 
@@ -21,37 +22,6 @@ QUICK = RolloutRules(stages=(25, 100), soak_s=20.0, timeout_s=600.0, min_labelle
 def crash():
     yield set_crash_hook
     set_crash_hook(None)
-
-
-def desired(broker, group="default"):
-    (message,) = broker.retained(f"edge/g/{group}/desired")
-    return decode(message.payload, Desired)
-
-
-def live(coordinator, devices, clock, settle, *, turns=1, seconds=10.0):
-    """Some turns of a fleet's life: everybody obeys, works, reports."""
-    for _ in range(turns):
-        for device in devices:
-            device.obey()
-        start = clock.now()
-        clock.advance(seconds)
-        for device in devices:
-            device.report(start=start)
-        settle(devices)
-        coordinator.advance()
-        for device in devices:
-            device.receive()
-
-
-@pytest.fixture
-def fleet(coordinator, make_device, clock, settle, checkpoint):
-    """Eight devices on release 1 with some history."""
-    coordinator.push(checkpoint(1))
-    devices = [make_device(f"d{i}") for i in range(8)]
-    for device in devices:
-        device.receive()
-    live(coordinator, devices, clock, settle, turns=3)
-    return devices
 
 
 class TestIngest:
@@ -310,7 +280,8 @@ class TestPush:
 class TestRollouts:
     def test_a_good_release_reaches_all_in_stages(self, coordinator, fleet, clock, settle, checkpoint, broker):
         number = coordinator.push(checkpoint(2), plan=QUICK)
-        assert desired(broker).threshold < THRESHOLD_ALL
+        (part,) = desired(broker).parts
+        assert (part.offer.release, len(from_places(part.devices)), part.shadow_s) == (2, 2, 0.0)
         for device in fleet:
             device.receive()
         live(coordinator, fleet, clock, settle)
@@ -482,11 +453,11 @@ class TestPublishing:
             assert desired(broker).base.release == 1
             number = command_line.push(checkpoint(2))
             coordinator.step()
-            assert desired(broker).candidate is None, "there is no device yet"
+            assert desired(broker).parts[0].devices == b"", "there is no device yet"
             make_device("a")
             clock.advance(10.0)
             coordinator.step()
-            assert desired(broker).candidate.release == 2
+            assert from_places(desired(broker).parts[0].devices) == [cohort("default-2", "a")]
             command_line.abort(number, actor="cli")
             coordinator.step()
             assert desired(broker).revoked == [2]
@@ -527,7 +498,7 @@ class TestStore:
         coordinator.push(checkpoint(2))
         coordinator.abort(2, reason="no")
         actions = rows("SELECT actor, action, detail FROM audit ORDER BY id")
-        assert actions[-1] == ("library", "rollout aborted", '{"rollout":2,"reason":"no"}')
+        assert actions[-1] == ("library", "rollout aborted", '{"rollout":2,"stage":1,"reason":"no"}')
         assert len(actions) == 3
 
     def test_events_are_found_by_device_and_name_and_paged(self, coordinator, make_device):

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from edge_sdk.errors import ConfigError
-from edge_server.rollout import RolloutRules
+from edge_server.plan import RolloutRules
 from edge_server.settings import BrokerSettings, Settings, is_loopback, load_settings
 
 SERVER = Path(__file__).parents[2] / "server"

@@ -46,21 +46,36 @@ def cohort(salt, device):
 
 
 def choose(device, desired, installed, refused, *, can_leave):
-    """[6] What to do about a desired state: ("leave" | "keep" | "fetch" | "refuse", offer)."""
+    """[6] What to do about a desired state: ("leave" | "keep" | "fetch" | "shadow" | "refuse", offer)."""
     _, base, candidate, salt, threshold, revoked = desired[:6]
+    parts = desired[7] if len(desired) > 7 else []
     if installed in revoked and can_leave:
         return "leave", None
     included = candidate is not None and cohort(salt, device) < threshold
-    offers = [candidate if included else None, base]
-    offers = [o for o in offers if o is not None and o[1] not in refused and o[0] not in revoked]
-    if not offers or offers[0][0] == installed:
+    offers = [(part[0], part[3]) for part in parts if cohort(part[1], device) in places(part[2])]
+    offers += [(candidate if included else None, 0), (base, 0)]
+    offers = [(o, s) for o, s in offers if o is not None and o[1] not in refused and o[0] not in revoked]
+    if not offers or offers[0][0][0] == installed:
         return "keep", None
-    offer = offers[0]
+    offer, shadow_s = offers[0]
     if installed is None or offer[0] > installed:
-        return "fetch", offer
-    if candidate is not None and candidate[0] == installed:
+        return "shadow" if shadow_s and installed is not None else "fetch", offer
+    if installed in [o[0] for o in (candidate, *(part[0] for part in parts if not part[3])) if o is not None]:
         return "keep", None
     return "refuse", offer
+
+
+def places(data):
+    """[4] The numbers in a Part: LEB128, each the distance from the one before."""
+    found, number, shift, last = [], 0, 0, 0
+    for byte in data:
+        number |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            last += number
+            found.append(last)
+            number, shift = 0, 0
+    return found
 
 
 class Device:
@@ -183,6 +198,9 @@ class Device:
             self.leave("revoked")
         elif action == "fetch":
             self.fetch(*offer)
+        elif action == "shadow":
+            self.refused.add(offer[1])
+            self.event("release_failed", release=offer[0], reason="this device runs nothing in shadow")
         elif self.wanted is not None:
             self.client.unsubscribe(f"{self.prefix}/b/{self.wanted[0]}/+")
             self.wanted = None
@@ -263,7 +281,7 @@ class Device:
                 if self.hears_acks and ack[0] == self.store_id:
                     self.acks.append(ack[1])
                     self.rows = [row for row in self.rows if row[1] > ack[1]]
-            elif levels[1] == "g" and (desired := unpack(payload, 6)) is not None:
+            elif levels[1] == "g" and (desired := unpack(payload, 8)) is not None:
                 if self.desired is None or desired[0] >= self.desired[0]:
                     self.desired = desired
             elif levels[1] == "b":
@@ -711,17 +729,25 @@ offers = st.none() | st.integers(1, 5).map(lambda number: [number, f"{number:064
     installed=st.none() | st.integers(1, 5),
     refused=st.sets(st.integers(1, 5), max_size=2),
     name=st.sampled_from(["a", "b", "c", "d"]),
+    parts=st.lists(
+        st.tuples(st.integers(1, 5), st.sets(st.sampled_from(["a", "b", "c", "d"])), st.sampled_from([0.0, 60.0])),
+        max_size=2,
+    ),
 )
 def test_the_table_of_decisions_is_what_the_sdk_does(
-    tmp_path_factory, base, candidate, threshold, revoked, installed, refused, name
+    tmp_path_factory, base, candidate, threshold, revoked, installed, refused, name, parts
 ):
     from edge_sdk.config import UpdateConfig
     from edge_sdk.errors import RollbackRefusedError
-    from edge_sdk.messages import Desired, Topics, decode
+    from edge_sdk.messages import Desired, Offer, Topics, decode, to_places
     from edge_sdk.transport import NoTransport
     from edge_sdk.update import UpdateClient
 
-    desired = [1, base, candidate, "salt", threshold, sorted(revoked)]
+    named = [
+        [[number, f"{number:064x}", 100], "s", to_places(cohort("s", other) for other in names), shadow_s]
+        for number, names, shadow_s in parts
+    ]
+    desired = [1, base, candidate, "salt", threshold, sorted(revoked), 65_536, named]
     digests = {f"{number:064x}": "failed" for number in refused}
     action, offer = choose(name, desired, installed, digests, can_leave=False)
 
@@ -734,3 +760,5 @@ def test_the_table_of_decisions_is_what_the_sdk_does(
     else:
         found = client.offered(installed, digests)
         assert (found and [found.release, found.digest, found.size]) == offer
+        if offer and installed is not None:
+            assert bool(client.shadow_s(Offer(*offer))) == (action == "shadow")
