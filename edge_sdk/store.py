@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,8 @@ _ROW_BYTES = 120
 _HISTORY_ROWS = 2_000
 _LINEAGE_ROWS = 500
 _SAMPLE = "key, time, latent, label, role, slot, slice, weight, mass, translated"
-_ROWS_A_STATEMENT = 500
+_SIZES = (128, 8, 1)
+"""Rows or ids to a statement. Not as many as there are: a connection keeps its last 128 statements, of all sizes."""
 _OF_TRUNKS = ("moments", "undo", "buffer", "strata")
 """Kinds of facts that are kept for each trunk, as "kind:first 16 characters of the trunk's id"."""
 
@@ -231,8 +232,10 @@ class Store(Database):
         if self._waiting is not None:
             count, size = self._waiting
             self._waiting = count + len(rows), max([size, *(len(row.latent) for row in rows)])
-        for start in range(0, len(rows), _ROWS_A_STATEMENT):
-            part = rows[start : start + _ROWS_A_STATEMENT]
+        start = 0
+        while start < len(rows):
+            size = next(size for size in _SIZES if size <= len(rows) - start)
+            part, start = rows[start : start + size], start + size
             marks = ", ".join([f"({', '.join('?' * len(LoggedRow._fields))})"] * len(part))
             values = [value for row in part for value in row]
             names = ", ".join(LoggedRow._fields)  # by name: a newer version may have added columns
@@ -241,9 +244,8 @@ class Store(Database):
     def take_rows(self, ids: Sequence[str]) -> dict[str, LoggedRow]:
         """Remove and return the logged predictions among `ids`."""
         found = self.look_at_rows(ids)
-        for start in range(0, len(ids), _ROWS_A_STATEMENT):
-            part = list(ids[start : start + _ROWS_A_STATEMENT])
-            self.execute(f"DELETE FROM rows WHERE id IN ({','.join('?' * len(part))})", part)  # noqa: S608 - marks only
+        for marks, part in _lists(ids):
+            self.execute(f"DELETE FROM rows WHERE id IN ({marks})", part)  # noqa: S608 - marks only
         self._fewer_wait(len(found))
         return found
 
@@ -254,9 +256,7 @@ class Store(Database):
     def look_at_rows(self, ids: Sequence[str]) -> dict[str, LoggedRow]:
         """The logged predictions among `ids`, which stay."""
         found: dict[str, LoggedRow] = {}
-        for start in range(0, len(ids), _ROWS_A_STATEMENT):
-            part = list(ids[start : start + _ROWS_A_STATEMENT])
-            marks = ",".join("?" * len(part))
+        for marks, part in _lists(ids):
             for row in self.execute(f"SELECT * FROM rows WHERE id IN ({marks})", part):  # noqa: S608 - marks only
                 found[row[0]] = LoggedRow(*row)
         return found
@@ -324,9 +324,7 @@ class Store(Database):
     def samples_of(self, ids: Sequence[str]) -> list[tuple[Sample, str]]:
         """The samples of these predictions, each with the trunk of its latent."""
         found: list[tuple[Sample, str]] = []
-        for start in range(0, len(ids), _ROWS_A_STATEMENT):
-            part = list(ids[start : start + _ROWS_A_STATEMENT])
-            marks = ",".join("?" * len(part))
+        for marks, part in _lists(ids):
             rows = self.execute(f"SELECT {_SAMPLE}, trunk FROM samples WHERE id IN ({marks})", part)  # noqa: S608
             found += [(Sample(*row[:-1]), row[-1]) for row in rows]
         return found
@@ -449,9 +447,7 @@ class Store(Database):
     def ids_of(self, keys: Sequence[int]) -> dict[int, str]:
         """The prediction of each of these samples; "" if there was none."""
         found: dict[int, str] = {}
-        for start in range(0, len(keys), _ROWS_A_STATEMENT):
-            part = list(keys[start : start + _ROWS_A_STATEMENT])
-            marks = ",".join("?" * len(part))
+        for marks, part in _lists(keys):
             found.update(self.execute(f"SELECT key, id FROM samples WHERE key IN ({marks})", part).fetchall())  # noqa: S608
         return found
 
@@ -608,6 +604,15 @@ class Store(Database):
             "SELECT time, release, parent, head, outcome, detail FROM lineage ORDER BY key DESC LIMIT ?", (limit,)
         ).fetchall()
         return [Lineage._make((*row[:5], msgspec.json.decode(row[5]))) for row in reversed(rows)]
+
+
+def _lists(values: Sequence[Any]) -> Iterator[tuple[str, list[Any]]]:
+    """Marks and values for IN (...): few sizes of lists, filled up with their last value."""
+    most, few, _ = _SIZES
+    for start in range(0, len(values), most):
+        part = list(values[start : start + most])
+        size = few if len(part) <= few else most
+        yield ",".join("?" * size), part + part[-1:] * (size - len(part))
 
 
 def stack(latents: Sequence[bytes], dim: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -399,6 +399,20 @@ def test_more_rows_than_one_statement_takes_are_taken(store):
     assert waiting(store) == []
 
 
+def test_flushes_of_any_size_are_made_of_few_statements(store, monkeypatch):
+    """A connection keeps its last 128: with one for each size, a database took megabytes more with every hundred."""
+    said, execute = set(), Store.execute
+    monkeypatch.setattr(Store, "execute", lambda self, sql, *more: (said.add(sql), execute(self, sql, *more))[1])
+    for size in range(150):
+        names = [f"{size}-{number}" for number in range(size)]
+        add(store, *map(row, names))
+        with store.transaction():
+            assert store.take_rows(names).keys() == {*names}
+            assert store.samples_of(names) == []
+    assert waiting(store) == []
+    assert len(said) <= 3 + 3 * 2 + 1
+
+
 def test_waiting_ids_are_those_that_the_app_gave(store):
     add(store, row("own-1"), row("order-7"), row("ow"))
     assert sorted(waiting(store)) == ["order-7", "ow"]
