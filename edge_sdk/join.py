@@ -202,10 +202,12 @@ class Joiner:
         never_learned = row.holdout and (self.judges_full or not fair)  # and it cannot judge
         if not (current.manifest.learns and row.latent and weight) or never_learned:
             return 0.0
+        joined.counters.other_trunk += row.trunk != current.manifest.trunk_id
         unseen, says_more = self._supersede(row, truth, joined) if row.guess else (True, True)
         if not says_more:
             return 0.0
-        sample = NewSample(row.time, row.latent, truth, "fresh", row.trunk, row.id, label.source, row.slice, weight)
+        sample = NewSample(row.time, row.latent, truth, "fresh", row.trunk, row.id, label.source, row.slice, weight,
+                           bool(row.translated))  # fmt: skip
         joined.samples.append(self._with_role(sample, row.id, row.holdout) if fair and unseen else sample)
         return weight
 

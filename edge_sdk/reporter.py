@@ -64,6 +64,8 @@ class Counters(msgspec.Struct):
     duplicates: int = 0
     late_truths: int = 0
     """Truths of predictions that a guess had been learned from already."""
+    other_trunk: int = 0
+    """Labels of predictions that another trunk made than that in use now: kept, and learned from only by that one."""
     capped: int = 0
     labels_lost: int = 0
     rows_lost: int = 0

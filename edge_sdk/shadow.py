@@ -329,8 +329,20 @@ class Shadow:
             self._experience.consolidate(self._chosen, fold=True)
         if late:
             self._store.add_samples(self._carry(late, exact))
+        self._carry_waiting(trunk, exact, self._map if personal else None)
         if not personal:
             self._store.delete_trunk(self.manifest.trunk_id, translated=True)
+
+    def _carry_waiting(self, trunk: str, exact: Mapping[str, bytes], latent_map: LatentMap | None) -> None:
+        """Let predictions that wait for their label be learned from by the new trunk, too."""
+        new = self.manifest.trunk_id
+        for part in self._store.waiting_latents(trunk):
+            self._store.move_rows([(name, exact[name]) for name, _ in part if name in exact], new, translated=False)
+            rest = [(name, latent) for name, latent in part if name not in exact and latent]
+            if latent_map is not None and rest:
+                latents = latent_map(stack([latent for _, latent in rest], len(rest[0][1])))
+                moved = [(name, latent.tobytes()) for (name, _), latent in zip(rest, latents, strict=True)]
+                self._store.move_rows(moved, new, translated=True)
 
     def cancel(self) -> None:
         """Stop the training; it can begin again."""

@@ -44,6 +44,8 @@ class LoggedRow(NamedTuple):
     """The app did not act on it."""
     guess: float | None = None
     """What a guess about it counted, that came before any truth; 0: nothing was learned from it; None: none came."""
+    translated: bool = False
+    """The latent was not made by its trunk, but mapped from that of another."""
 
 
 class NewSample(NamedTuple):
@@ -173,7 +175,12 @@ def _fourth(db: Any) -> None:
     )
 
 
-STEPS = (_first, _second, _third, _fourth)
+def _fifth(db: Any) -> None:
+    """Predictions that wait for their label cross over to another trunk, too."""
+    db["rows"].add_column("translated", int, not_null_default=0)
+
+
+STEPS = (_first, _second, _third, _fourth, _fifth)
 
 
 class Store(Database):
@@ -443,6 +450,21 @@ class Store(Database):
             (trunk, after),
         )
         return [NewSample(*row) for row in rows]
+
+    def waiting_latents(self, trunk: str) -> Iterator[list[tuple[str, bytes]]]:
+        """Id and latent of the logged predictions whose latents come from `trunk`, some hundred at a time."""
+        ids = [row[0] for row in self.execute("SELECT id FROM rows WHERE trunk = ?", (trunk,))]
+        for start in range(0, len(ids), _ROWS_A_STATEMENT):
+            part = ids[start : start + _ROWS_A_STATEMENT]
+            yield [(row.id, row.latent) for row in self.look_at_rows(part).values()]
+
+    def move_rows(self, rows: Iterable[tuple[str, bytes]], trunk: str, *, translated: bool) -> None:
+        """Give logged predictions, by id, latents of another trunk."""
+        self._waiting = None
+        self.execute_many(
+            "UPDATE rows SET latent = ?, trunk = ?, translated = ? WHERE id = ?",
+            ((latent, trunk, int(translated), name) for name, latent in rows),
+        )
 
     def ids_of(self, keys: Sequence[int]) -> dict[int, str]:
         """The prediction of each of these samples; "" if there was none."""

@@ -170,6 +170,37 @@ def test_the_status_says_how_long_a_release_in_shadow_waits_still(learned, other
     assert f"decided with {ROWS}, or in {waiting.left_s / 3600:.1f} hours" in shown.output
 
 
+def test_labels_that_come_after_the_change_are_learned_from(learned, other_trunk, digits, clock):
+    device = learned(other_trunk)
+    early = device.predict(digits.life.x[0])  # passes both, too
+    before = device._served.manifest.trunk_id
+    device.step()
+    waiting = [device.predict(x) for x in digits.life.x[100:140]]  # the last of them pass both trunks
+    device.step()
+    shadow(device, digits.life, clock)
+    trunk = device._served.manifest.trunk_id
+    assert (device.status().release, trunk != before) == (2, True)
+    for number, prediction in [(0, early), *enumerate(waiting, 100)]:
+        device.observe(prediction.id, str(digits.life.y[number]))
+    device.step()
+    found = device._store.execute("SELECT id, translated FROM samples WHERE trunk = ?", (trunk,)).fetchall()
+    kinds = dict(found)
+    assert [kinds[one.id] for one in (early, waiting[0], waiting[-1])] == [0, 1, 0]
+    assert all(one.id in kinds for one in waiting)
+    assert device.status().counters.other_trunk == 0
+
+
+def test_labels_of_predictions_that_could_not_cross_over_are_counted(learned, other_trunk, digits, clock):
+    device = learned(None)
+    prediction = device.predict(digits.life.x[0])
+    device.stop()
+    device = learned(other_trunk, shadow_rows=0)
+    device.observe(prediction.id, str(digits.life.y[0]))
+    device.step()
+    assert device.status().counters.other_trunk == 1
+    assert device.status().fresh_rows == 0
+
+
 def test_without_rows_in_shadow_the_learned_head_is_dropped_at_once(learned, other_trunk):
     device = learned(other_trunk, shadow_rows=0)
     assert (device.status().release, device.status().head) == (2, 0)
