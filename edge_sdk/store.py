@@ -454,8 +454,7 @@ class Store(Database):
     def waiting_latents(self, trunk: str) -> Iterator[list[tuple[str, bytes]]]:
         """Id and latent of the logged predictions whose latents come from `trunk`, some hundred at a time."""
         ids = [row[0] for row in self.execute("SELECT id FROM rows WHERE trunk = ?", (trunk,))]
-        for start in range(0, len(ids), _ROWS_A_STATEMENT):
-            part = ids[start : start + _ROWS_A_STATEMENT]
+        for _, part in _lists(ids):
             yield [(row.id, row.latent) for row in self.look_at_rows(part).values()]
 
     def move_rows(self, rows: Iterable[tuple[str, bytes]], trunk: str, *, translated: bool) -> None:

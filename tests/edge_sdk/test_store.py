@@ -215,8 +215,8 @@ def test_a_file_of_an_earlier_form_keeps_its_rows_with_defaults_for_what_is_new(
     old.close()
     store = Store(path)
     assert store.get("key") == b"\x03"
-    (waiting,) = store.waiting_rows(TRUNK, limit=9)
-    assert waiting == LoggedRow("a", 1.0, b"\x01", "3", 1, 0, TRUNK, "", 1.0, False, None, False)
+    (kept,) = store.waiting_rows(TRUNK, limit=9)
+    assert kept == LoggedRow("a", 1.0, b"\x01", "3", 1, 0, TRUNK, "", 1.0, False, None, False)
     for role in ("fresh", "judge", "replay"):
         (kept,) = store.samples(role, TRUNK)
         assert kept[1:] == (2.0, b"\x02", "4", role, 0 if role == "replay" else None, "", 1.0, 0.0, False)
