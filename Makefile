@@ -13,7 +13,7 @@ INPUTS := pyproject.toml constraints.txt
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test check format tools bench-predict bench-forgetting bench-peers bench-drift bench-transport bench-releases bench-fleet clean
+.PHONY: demo test check format tools bench-predict bench-forgetting bench-peers bench-drift bench-transport bench-releases bench-ingest bench-fleet clean
 
 demo: $(VENV)/.demo
 	PYTHONPATH=examples $(BIN)/python -m demo.run
@@ -65,6 +65,10 @@ bench-transport: $(VENV)/.dev
 # A release to 200 receivers beside a plain fan-out, written to benchmarks/releases.*; some minutes, needs mosquitto.
 bench-releases: $(VENV)/.dev
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/releases.py
+
+# From the broker to committed rows, written to benchmarks/ingest.*; five minutes, needs mosquitto.
+bench-ingest: $(VENV)/.dev
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/ingest.py
 
 # Simulated fleets, beside Flower's simulation in an environment of its own (600 MB), written to benchmarks/fleet.*; about
 # a quarter of an hour on two cores. Flower 1.42 does not resolve here: it gets the dependencies of 1.41.

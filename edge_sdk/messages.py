@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -33,18 +34,26 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _INDEX = re.compile(r"[0-9]{1,9}")
 
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""What a database can hold. Checked while it is read, as the two below: no code after that is as fast."""
+Real = Annotated[float, msgspec.Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+"""Finite."""
+Time = Annotated[float, msgspec.Meta(ge=0.0, lt=253_402_300_800.0)]
+"""Seconds since the epoch, before the year 10000, which no calendar function knows."""
+
+
 class State(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Retained on `up/state`: a device's birth and, as last will, its death."""
 
     device: str
     store_id: str
-    time: float
+    time: Time
     online: bool
     reason: str
     """"birth", "stopped", or "lost" (the broker says it for the device)."""
-    boot: int
-    release: int
-    head: int
+    boot: Count
+    release: Count
+    head: Count
     digest: str
     """SHA-256 of the manifest of the release in use."""
     group: str
@@ -56,8 +65,8 @@ class MonitorState(msgspec.Struct, frozen=True, array_like=True):
     """One drift monitor in a report."""
 
     name: str
-    evidence: float
-    threshold: float
+    evidence: Real
+    threshold: Real
     warning: bool
     alarm: bool
 
@@ -88,41 +97,41 @@ class ShadowTally(msgspec.Struct, frozen=True, array_like=True):
 class Report(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """What happened on a device since its last report. Aggregates only; small cells are suppressed."""
 
-    start: float
-    end: float
-    release: int
-    head: int
+    start: Time
+    end: Time
+    release: Count
+    head: Count
     mode: str
-    predictions: int
-    labelled: int
+    predictions: Count
+    labelled: Count
     """Labelled predictions scored in the window; 0 while fewer than `min_count` have come together."""
-    correct: int
-    unmatched: int
+    correct: Count
+    unmatched: Count
     """Labels whose prediction was gone."""
-    rejected_inputs: int
-    errors: int
-    mean_confidence: float
-    p50_ms: float
-    p95_ms: float
-    predicted: dict[str, int]
+    rejected_inputs: Count
+    errors: Count
+    mean_confidence: Real
+    p50_ms: Real
+    p95_ms: Real
+    predicted: dict[str, Count]
     """Predictions per label; cells below `min_count` merged."""
     monitors: list[MonitorState]
-    replay_rows: int
-    fresh_rows: int
-    promotions: int
+    replay_rows: Count
+    fresh_rows: Count
+    promotions: Count
     """Since the store was made, as the four below."""
-    rejections: int
-    rollbacks: int
-    labels_lost: int
-    outbox_dropped: int
-    rss_mb: float
-    written_bytes: int
+    rejections: Count
+    rollbacks: Count
+    labels_lost: Count
+    outbox_dropped: Count
+    rss_mb: Real
+    written_bytes: Count
     """Bytes given to flash since the last report."""
     labels: list[str] = []
     """Those that `confusion` counts."""
     confusion: bytes = b""
     """Labelled predictions by truth and answer, see `to_cells`; cells below `min_count` merged."""
-    scores: dict[str, float] = {}
+    scores: dict[str, Real] = {}
     """Prequential scores: of the labelled predictions so far, older ones faded."""
     p99_ms: float = 0.0
     temperature_c: float | None = None
@@ -135,13 +144,13 @@ class MetricSummary(msgspec.Struct, frozen=True, array_like=True):
     """One of the app's own metrics in a Summary."""
 
     name: str
-    count: int
+    count: Count
     """Values recorded, rounded to a multiple of `unit`."""
-    mean: float
-    std: float
-    low: float
+    mean: Real
+    std: Real
+    low: Real
     """Of all values, rounded away from the mean to within about one `std`; as `high`."""
-    high: float
+    high: Real
     above: bytes
     """Quantile sketch of the values of 0 or more, see `to_buckets`; empty if there was no room, as `below`."""
     below: bytes
@@ -151,17 +160,17 @@ class MetricSummary(msgspec.Struct, frozen=True, array_like=True):
 class Summary(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """How a device's data looked over some time. Counts are rounded at random to multiples of `unit`, without bias."""
 
-    start: float
-    end: float
-    release: int
-    head: int
+    start: Time
+    end: Time
+    release: Count
+    head: Count
     reference: str
     """Names the reference whose quantiles the bins are of; only summaries of one reference can be added."""
-    unit: int
-    rows: int
+    unit: Count
+    rows: Count
     """Predictions, rounded to a multiple of `unit`."""
     features: list[str]
-    bins: int
+    bins: Count
     """By feature; each holds as many rows of the reference."""
     counts: bytes
     """Rows by feature and bin in units, row after row, see `to_counts`; so `missing` by feature."""
@@ -170,7 +179,7 @@ class Summary(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Little-endian float32 [features, 4]: mean, standard deviation, low and high."""
     confidence: bytes
     """Rows in units by 64 equal parts of 0 to 1; empty where the model has no probabilities."""
-    classes: dict[str, int]
+    classes: dict[str, Count]
     """Predictions by label, rounded to multiples of `unit`."""
     latency: bytes
     """Quantile sketch of milliseconds for one prediction, see `to_buckets`; may be empty."""
@@ -182,26 +191,26 @@ class Event(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Something that happened once: `name` is one of those listed in docs/protocol.md."""
 
     name: str
-    release: int
-    head: int
+    release: Count
+    head: Count
     detail: dict[str, str | int | float | bool]
 
 
 class Gap(msgspec.Struct, frozen=True, array_like=True):
     """Rows `first` to `last` were dropped on the device because its outbox was full."""
 
-    first: int
-    last: int
+    first: Count
+    last: Count
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Carries one outbox row. Identity is (device, store_id, seq)."""
 
     store_id: str
-    seq: int
-    oldest: int
+    seq: Count
+    oldest: Count
     """Lowest sequence number this device still holds: nothing below it will ever come."""
-    time: float
+    time: Time
     kind: str
     """"report", "summary", "event" or "gap"; a gap's `seq` is its last row."""
     body: msgspec.Raw
@@ -519,18 +528,29 @@ def from_cells(labels: Sequence[str], data: bytes) -> dict[str, int]:
     Raises:
         ProtocolError: It did not write this.
     """
+    check_cells(labels, data)
+    numbers = from_counts(data)
+    return {
+        "other" if truth == len(labels) else f"{labels[truth]}\t{labels[said]}": count
+        for truth, said, count in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True)
+    }
+
+
+def check_cells(labels: Sequence[str], data: bytes) -> int:
+    """How many counts `from_cells` would give, without making them.
+
+    Raises:
+        ProtocolError: As `from_cells` does.
+    """
     numbers = from_counts(data)
     if len(numbers) % 3:
         raise ProtocolError("a confusion that ends within a cell")
-    cells: dict[str, int] = {}
-    for truth, said, count in zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True):
-        if truth == said == len(labels):
-            cells["other"] = count
-        elif max(truth, said) < len(labels):
-            cells[f"{labels[truth]}\t{labels[said]}"] = count
-        else:
-            raise ProtocolError(f"a confusion of label {max(truth, said)} among {len(labels)}")
-    return cells
+    truths, answers, count = numbers[::3], numbers[1::3], len(labels)
+    if truths and max(*truths, *answers) >= count:
+        for truth, said in zip(truths, answers, strict=True):
+            if max(truth, said) >= count and not truth == said == count:
+                raise ProtocolError(f"a confusion of label {max(truth, said)} among {count}")
+    return len(truths)
 
 
 def to_buckets(indexes: Sequence[int], counts: Sequence[int], zeros: int) -> bytes:

@@ -38,7 +38,7 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
 from paho.mqtt.client import MQTT_CLEAN_START_FIRST_ONLY, Client, MQTTMessage, MQTTMessageInfo
@@ -47,7 +47,7 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 from edge_sdk.errors import ConfigError, NotConnectedError
-from edge_sdk.transport import Message, check_size
+from edge_sdk.transport import Message, Qos, check_size
 
 if TYPE_CHECKING:
     from paho.mqtt.reasoncodes import ReasonCode
@@ -99,6 +99,14 @@ class Tls:
             context.load_cert_chain(str(self.cert_file), None if self.key_file is None else str(self.key_file))
 
 
+class _Receipt(NamedTuple):
+    """By what the broker is told that a message was taken."""
+
+    line: int
+    number: int
+    """0: nothing is to be told."""
+
+
 class MqttTransport:
     """A `Transport` to an MQTT broker. May be used from several threads.
 
@@ -106,11 +114,13 @@ class MqttTransport:
     whether there is no broker, the credentials are refused, or the line breaks; `last_error` says what is
     wrong.
 
-    The inbox is bounded. What arrives while it is full is dropped and counted, although the broker takes it
-    for delivered: publications of this protocol are repeated until their receiver answers with a message of
-    its own, so nothing acknowledged is lost. Holding back the broker instead would only move the loss there,
-    uncounted. Retained messages nobody repeats: once the inbox has been read, the transport subscribes anew
-    and is sent them again.
+    Who reads slowly holds up the broker, and does not grow. Messages are acknowledged when `receive` hands them out,
+    and a broker that keeps to `receive_maximum` sends no more before that. Mosquitto 2.0 loses count under load, and
+    others never knew it: once `max_inbox` messages wait, nothing more is read from the line, for half of `keepalive_s`.
+    Then the reader is taken for stuck. What arrives from then on is dropped and counted, though the broker takes it for
+    delivered: publications of this protocol are repeated until their receiver answers with a message of its own, so
+    nothing acknowledged is lost. Retained messages nobody repeats: once the inbox has been read, the transport
+    subscribes anew and is sent them again.
 
     Example:
         >>> transport = MqttTransport("127.0.0.1", 1883, client_id="pump-1")
@@ -147,7 +157,7 @@ class MqttTransport:
             max_inbox: Most messages held until `receive`; more than there are retained topics.
             tls: None: no encryption.
             session_expiry_s: So long the broker keeps what is sent to us while we are away; 0: nothing is kept.
-            receive_maximum: Most messages that the broker sends before it waits for our answers.
+            receive_maximum: Most messages that the broker sends before it waits for `receive`.
             version: Of MQTT.
 
         Raises:
@@ -179,7 +189,8 @@ class MqttTransport:
         self._last_sent: MQTTMessageInfo | None = None
         # Guards what the network thread tells. Never held while paho is called, which may wait for it.
         self._changed = threading.Condition()
-        self._inbox: deque[Message] = deque()
+        self._inbox: deque[tuple[Message, _Receipt]] = deque()
+        self._line = 0  # which attempt to connect this is
         self._connected = False
         self._accepted = self._refused = False
         self._unsubscribed: set[int] = set()  # subscriptions that the broker has not acknowledged
@@ -262,6 +273,7 @@ class MqttTransport:
             self._client_id,
             clean_session=None if v5 else True,
             protocol=MQTTProtocolVersion.MQTTv5 if v5 else MQTTProtocolVersion.MQTTv311,
+            manual_ack=True,
         )
         if self._ssl is not None:
             client.tls_set_context(self._ssl)
@@ -291,8 +303,13 @@ class MqttTransport:
             properties.SessionExpiryInterval = self._session_expiry_s
         return properties
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False, expires_s: float | None = None) -> None:
-        """Send at QoS 1. With `expires_s` (MQTT v5), the broker no longer delivers it after that time.
+    def publish(
+        self, topic: str, payload: bytes, *, retain: bool = False, expires_s: float | None = None, qos: Qos = 1
+    ) -> None:
+        """Send it. With `expires_s` (MQTT v5), the broker no longer delivers it after that time.
+
+        QoS 0 is for what is said again on demand: paho looks through all publications of QoS 1 that wait for the
+        broker's answer whenever one comes, which takes seconds for some thousands.
 
         Raises:
             NotConnectedError: There is no connection, or the broker no longer answers; nothing was queued.
@@ -306,11 +323,12 @@ class MqttTransport:
         with self._calling:
             if self._client is None or not self._connected:
                 raise NotConnectedError(f"no connection to the broker: {topic} was not sent")
-            sent = self._client.publish(topic, payload, qos=_QOS, retain=retain, properties=properties)
+            sent = self._client.publish(topic, payload, qos=qos, retain=retain, properties=properties)
             if sent.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
                 # the line just broke, or too much is unacknowledged; what paho kept goes before it reconnects
                 raise NotConnectedError(f"{topic} was not sent: {sent.rc.name}")
-            self._last_sent = sent
+            if qos:
+                self._last_sent = sent
 
     def subscribe(self, topic_filter: str) -> None:
         """Receive what matches, `+` and `#` as in MQTT. Remembered across reconnects; twice is once."""
@@ -332,14 +350,18 @@ class MqttTransport:
     def receive(self) -> list[Message]:
         """All messages since the last call, oldest first."""
         with self._changed:
-            messages = list(self._inbox)
+            entries = list(self._inbox)
             self._inbox.clear()
             missed_retained, self._missed_retained = self._missed_retained, False
-        if missed_retained:
-            with self._calling:
-                if self._client is not None and self._connected:
+            self._changed.notify_all()
+        with self._calling:
+            if self._client is not None and self._accepted:
+                for _, receipt in entries:
+                    if receipt.number and receipt.line == self._line:
+                        self._client.ack(receipt.number, _QOS)
+                if missed_retained and self._connected:
                     self._subscribe_all(self._client)
-        return messages
+        return [message for message, _ in entries]
 
     def wait(self, timeout_s: float) -> bool:
         """Sleep until there is something to receive or the state of the connection has changed.
@@ -406,6 +428,7 @@ class MqttTransport:
             if client is self._client:
                 self._connected = self._accepted = self._answered = False
                 self._last_sent = None
+                self._line += 1
                 self._goodbye_written.clear()
             client.drop_out_messages()
         if self._tls is not None and self._ssl is not None:
@@ -414,7 +437,7 @@ class MqttTransport:
             except (OSError, ValueError) as error:  # the one presented so far may do
                 logger.warning("%s: %s cannot be read again: %s", self._client_id, self._tls.cert_file, error)
 
-    def _on_connect(self, client: Client, _userdata: Any, _flags: Any, reason: ReasonCode, _properties: Any) -> None:
+    def _on_connect(self, client: Client, _userdata: Any, flags: Any, reason: ReasonCode, _properties: Any) -> None:
         with self._calling:
             if client is not self._client:
                 return
@@ -424,6 +447,9 @@ class MqttTransport:
                 return
             self._failures = 0
             self._accepted, self._refused = True, False
+            if flags.session_present:  # what was not acknowledged comes again
+                with self._changed:
+                    self._inbox = deque(entry for entry in self._inbox if not entry[1].number)
             for topic_filter in self._given_up:
                 client.unsubscribe(topic_filter)
             self._given_up.clear()
@@ -468,15 +494,23 @@ class MqttTransport:
             if waiting and not self._unsubscribed and self._accepted and not self._connected:
                 self._ready()
 
-    def _on_message(self, _client: Client, _userdata: Any, message: MQTTMessage) -> None:
+    def _on_message(self, client: Client, _userdata: Any, message: MQTTMessage) -> None:
+        number = message.mid if message.qos else 0
         with self._changed:
+            if not self._missed_retained:
+                self._changed.wait_for(
+                    lambda: len(self._inbox) < self._max_inbox or client is not self._client, self._keepalive_s / 2
+                )
             full = len(self._inbox) >= self._max_inbox
             newly_full = full and not self._missed_retained
             if full:
                 self._dropped += 1
                 self._missed_retained = True
             else:
-                self._inbox.append(Message(message.topic, bytes(message.payload), message.retain))
+                received = Message(message.topic, bytes(message.payload), message.retain)
+                self._inbox.append((received, _Receipt(self._line, number)))
                 self._changed.notify_all()
+        if full and number:
+            client.ack(number, _QOS)
         if newly_full:
             logger.warning("%s: the inbox is full at %d messages; dropping", self._client_id, self._max_inbox)

@@ -35,7 +35,7 @@ from edge_sdk.policy import ResourceState
 from edge_sdk.runtime import ModelRuntime, WholeModel
 from edge_sdk.scenario import Scenario
 from edge_sdk.streams import HOUR_S, Pool, ScriptedStream, World
-from edge_sdk.transport import MemoryBroker, MemoryTransport, Message, Transport
+from edge_sdk.transport import MemoryBroker, MemoryTransport, Message, Qos, Transport
 from edge_sdk.types import FloatArray, IndexArray, LatentArray, Prediction
 
 logger = logging.getLogger(__name__)
@@ -167,11 +167,13 @@ class Line:
         if self._online:
             self.inner.connect(will)
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False, expires_s: float | None = None) -> None:
+    def publish(
+        self, topic: str, payload: bytes, *, retain: bool = False, expires_s: float | None = None, qos: Qos = 1
+    ) -> None:
         """As of the connection."""
         if not self._online:
             raise NotConnectedError(f"no network: {topic} was not sent")
-        self.inner.publish(topic, payload, retain=retain, expires_s=expires_s)
+        self.inner.publish(topic, payload, retain=retain, expires_s=expires_s, qos=qos)
         if topic.endswith(("/up/event", "/up/report")):
             self._numbered = max(self._numbered, decode(payload, Envelope).seq)
         self.payload_sent += len(payload)

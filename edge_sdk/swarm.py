@@ -33,7 +33,7 @@ from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 
 from edge_sdk.errors import NotConnectedError, TransportError
-from edge_sdk.transport import Message, allow_connections, check_size
+from edge_sdk.transport import Message, Qos, allow_connections, check_size
 
 if TYPE_CHECKING:
     from paho.mqtt.client import SocketLike
@@ -504,6 +504,7 @@ class SwarmTransport:
         *,
         retain: bool = False,
         expires_s: float | None = None,  # noqa: ARG002 - a swarm plays devices, which send nothing that expires
+        qos: Qos = 1,  # noqa: ARG002 - nor at another QoS
     ) -> None:
         """Send at QoS 1.
 

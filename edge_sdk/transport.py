@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from edge_sdk.errors import NotConnectedError, ProtocolError, TransportError
 from edge_sdk.messages import MAX_MESSAGE_BYTES
 
 _OTHER_FILES = 256
+Qos = Literal[0, 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,10 @@ class Transport(Protocol):
         """Start connecting, and keep reconnecting until `close`. `will` is published for us if we vanish."""
         ...
 
-    def publish(self, topic: str, payload: bytes, *, retain: bool = False, expires_s: float | None = None) -> None:
-        """Send at QoS 1. After `expires_s` a broker that can need no longer deliver it.
+    def publish(
+        self, topic: str, payload: bytes, *, retain: bool = False, expires_s: float | None = None, qos: Qos = 1
+    ) -> None:
+        """Send it. After `expires_s` a broker that can need no longer deliver it. QoS 0: nobody checks that it came.
 
         Raises:
             NotConnectedError: There is no connection; nothing was queued.
@@ -83,6 +86,7 @@ class NoTransport:
         *,
         retain: bool = False,  # noqa: ARG002
         expires_s: float | None = None,  # noqa: ARG002
+        qos: Qos = 1,  # noqa: ARG002
     ) -> None:
         """Always refused.
 
@@ -287,6 +291,7 @@ class MemoryTransport:
         *,
         retain: bool = False,
         expires_s: float | None = None,  # noqa: ARG002 - it is delivered at once
+        qos: Qos = 1,  # noqa: ARG002 - and never lost
     ) -> None:
         """Deliver to every subscriber before returning.
 

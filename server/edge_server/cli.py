@@ -89,7 +89,8 @@ def serve(home: Path, expose_broker: bool) -> None:
 
     from edge_sdk.mqtt import MqttTransport
     from edge_server.broker import EmbeddedBroker
-    from edge_server.coordinator import Coordinator
+    from edge_server.coordinator import RECEIVE_MAXIMUM, Coordinator
+    from edge_server.registry import Registry
     from edge_server.service import listen, run
     from edge_server.settings import SETTINGS_NAME, is_loopback, load_settings
 
@@ -113,17 +114,20 @@ def serve(home: Path, expose_broker: bool) -> None:
             username=broker.username,
             password=_password(home, broker.password_file),
             tls=tls,
+            receive_maximum=RECEIVE_MAXIMUM,
+            max_inbox=2 * RECEIVE_MAXIMUM,
         )
         listener = listen(settings.http)
         stack.callback(listener.close)
         coordinator = Coordinator(home, transport=transport, settings=settings)
+        records = Registry(home, settings=settings)
         host, http_port = listener.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{http_port}/"
 
         def announce() -> None:
             click.echo(f"dashboard {url}  broker {broker.host}:{port}")
 
-        run(coordinator, listener, on_ready=announce)
+        run(coordinator, records, listener, on_ready=announce)
 
 
 def _password(home: Path, name: str | None) -> str | None:

@@ -16,13 +16,19 @@ from edge_server.plan import RolloutRules
 from edge_server.records import DeviceRecord, EventRecord, RolloutRecord
 from edge_server.registry import Registry
 from edge_server.releases import BlockServer
+from edge_server.retention import tend
 from edge_server.settings import Settings
 from edge_server.sinks import Courier, open_sinks
 
 logger = logging.getLogger(__name__)
+BATCH_ROWS = 1000
+"""Most messages committed together: more cost as much each, and hold up whoever else writes."""
+RECEIVE_MAXIMUM = 2 * BATCH_ROWS
+"""Most messages that the broker sends ahead: one batch is committed while the next arrives. The rest waits there."""
 _COMMAND_AGAIN_S = 60.0
 _CERTIFICATES_S = 3600.0
 _RENEW_S = 60.0
+_TEND_S = 10.0
 _LAG_DEVICES = 3
 """Of fewer, one whose clock is slow would look like a coordinator that is."""
 
@@ -70,6 +76,7 @@ class Coordinator:
         self._commanded: dict[str, dict[str, float]] = {}
         self._advanced_at: float | None = None
         self._renewed_at: float | None = None
+        self._tended_at: float | None = None
         self._problem = ""
         self._metadata: dict[str, bytes] = {}
         self._metadata_stamp: tuple[int, int] | None = None
@@ -107,6 +114,9 @@ class Coordinator:
             self._advanced_at = now
             self.advance()
         self.watch()
+        due = self._tended_at is None or abs(now - self._tended_at) >= _TEND_S
+        if due and not tend(self.registry.store, self._settings.retention, now):
+            self._tended_at = now
         if self._certified_at is None or abs(now - self._certified_at) >= _CERTIFICATES_S:
             self._certified_at = now
             if renewed := self.registry.identities.renew():
@@ -124,8 +134,9 @@ class Coordinator:
             StoreError: Nothing of this turn was stored or acknowledged; the devices send it again.
         """
         messages = self._transport.receive()
-        if told := [message for message in messages if not self._courier.hear(message.topic, message.payload)]:
-            self._ingest(told)
+        told = [message for message in messages if not self._courier.hear(message.topic, message.payload)]
+        for batch in range(0, len(told), BATCH_ROWS):
+            self._ingest(told[batch : batch + BATCH_ROWS])
         self._send_commands()
         sent = self._blocks.serve(self._transport, self._settings.blocks_per_turn, self._clock.now())
         self._publish_desired()
@@ -215,17 +226,19 @@ class Coordinator:
         parsed = [self._topics.parse_up(message.topic) for message in messages]
         devices = {entry[0] for entry in parsed if entry is not None}
         with store.transaction():
+            known = store.ingest.load(devices)
             turn = Turn(
                 topics=self._topics,
-                positions=store.ingest.positions(devices),
-                known=store.ingest.known(devices),
+                positions=known.positions,
+                known=known.devices,
                 accept_unknown=self._settings.accept_unknown,
                 now=self._clock.now(),
-                revoked=store.ingest.revoked(devices),
+                revoked=known.revoked,
             )
             for message in messages:
                 turn.read(message)
             store.ingest.write(turn)
+        store.ingest.committed(turn)
         if len(turn.latest) >= _LAG_DEVICES:
             lag_s = turn.now - max(row.time for row in turn.latest.values())
             self._lag_s = lag_s if self._lag_s is None else min(lag_s, self._lag_s)
@@ -240,7 +253,8 @@ class Coordinator:
                 self._commanded.pop(device, None)  # whatever it was sent before, it may not have been there
         try:
             for device, ack in turn.acks:
-                self._transport.publish(self._topics.down(device, "ack"), encode(ack))
+                # one that is lost is said again when the device sends again
+                self._transport.publish(self._topics.down(device, "ack"), encode(ack), qos=0)
         except NotConnectedError:
             logger.debug("acknowledgements not sent: the devices will send again and be answered then")
         for need in turn.needs:

@@ -197,6 +197,36 @@ class FleetRecord(msgspec.Struct, frozen=True, kw_only=True):
         return self.correct / self.labelled if self.labelled else None
 
 
+class RollupRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Sums over a minute, an hour or a day.
+
+    Attributes:
+        device: Empty for all together.
+        span: Seconds.
+        start: Seconds since the epoch, a multiple of `span`.
+        release: The release that made the predictions.
+        reports: Those that began within the span.
+        alarmed: Reports in which a drift monitor raised an alarm.
+        warned: Reports in which one warned.
+        received_bytes: Of these reports as they came.
+        latency: Quantile sketch of milliseconds, see `edge_sdk.messages.to_buckets`; of hours and days, from summaries.
+    """
+
+    device: str
+    span: int
+    start: int
+    release: int
+    reports: int
+    predictions: int
+    errors: int
+    labelled: int
+    correct: int
+    alarmed: int
+    warned: int
+    received_bytes: int
+    latency: bytes
+
+
 def as_json(record: msgspec.Struct) -> dict[str, Any]:
     """A record with field names, and its computed properties where it has them."""
     fields: dict[str, Any] = msgspec.to_builtins(record)

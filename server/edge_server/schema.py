@@ -252,6 +252,35 @@ def _rollouts_by_many_gates(db: Database) -> None:
     db.table("commands").create_index(["device", "issued"])
 
 
+def _reports_in_columns(db: Database) -> None:
+    # so that they can be rolled up without being read one by one
+    reports = db.table("reports")
+    reports.add_column("mode", str, not_null_default="")
+    reports.add_column("alarms", int, not_null_default=0)
+    reports.add_column("warnings", int, not_null_default=0)
+
+
+def _rollups(db: Database) -> None:
+    counts = ("reports", "predictions", "errors", "labelled", "correct", "alarmed", "warned", "received_bytes")
+    db.table("rollups").create(
+        {
+            "id": int,
+            "device": str,
+            "span": int,
+            "start": int,
+            "release": int,
+            **dict.fromkeys(counts, int),
+            "latency": bytes,
+        },
+        pk="id",
+        not_null={"device", "span", "start", "release", "latency"},
+        defaults=dict.fromkeys(counts, 0),
+    )
+    db.table("rollups").create_index(["device", "span", "start", "release"], unique=True)
+    db.table("rollups").create_index(["span", "start"])
+    db.table("rolled_up").create({"name": str, "last": int}, pk="name")
+
+
 STEPS: tuple[Callable[[Database], None], ...] = (
     _first_tables,  # 1
     _summaries,  # 2
@@ -260,6 +289,8 @@ STEPS: tuple[Callable[[Database], None], ...] = (
     _fleet,  # 5
     _alerts,  # 6
     _rollouts_by_many_gates,  # 7
+    _reports_in_columns,  # 8
+    _rollups,  # 9
 )
 """Step n leads from `user_version` n - 1 to n. Steps are only ever appended, and never changed once they are on main:
 who changes a table, changes it in a step of its own."""

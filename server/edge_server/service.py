@@ -1,23 +1,28 @@
-"""One process that runs the coordinator's loop and the web application side by side, on one thread."""
+"""One process: a thread that takes in what devices send, the only one that does, and the web application beside it.
+
+The two have a connection to the database each. In WAL mode neither waits for the other to read.
+"""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import signal
 import socket
+import threading
+import time
 from collections.abc import Callable
 
 import uvicorn
 
 from edge_sdk.errors import StoreError, TransportError
 from edge_server.app import create_app
-from edge_server.coordinator import Coordinator
+from edge_server.coordinator import BATCH_ROWS, Coordinator
+from edge_server.registry import Registry
 from edge_server.settings import HttpSettings
 
 logger = logging.getLogger(__name__)
-_IDLE_S = 0.02
+COMMIT_S = 0.05
+"""What arrives within this time is committed together."""
 _RETRY_S = 1.0
 
 
@@ -32,6 +37,7 @@ def listen(settings: HttpSettings) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((settings.host, settings.port))
+        listener.listen()  # who comes before the application runs waits
     except OSError as error:
         listener.close()
         raise TransportError(
@@ -40,51 +46,57 @@ def listen(settings: HttpSettings) -> socket.socket:
     return listener
 
 
-def run(coordinator: Coordinator, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
+def run(coordinator: Coordinator, records: Registry, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
     """Serve until SIGTERM or SIGINT, then stop cleanly.
 
     Args:
         coordinator: Not started yet; closed at the end.
+        records: The same fleet's, for the web application; closed at the end.
         listener: Of `listen`; closed at the end.
-        on_ready: Called once both loops are about to run.
+        on_ready: Called once both are about to run.
     """
-    config = uvicorn.Config(
-        create_app(coordinator.registry), log_config=None, access_log=False, lifespan="off", server_header=False
-    )
+    config = uvicorn.Config(create_app(records), log_config=None, access_log=False, lifespan="off", server_header=False)
     server = uvicorn.Server(config)
     # uvicorn catches the signals while it runs and raises them again when it is done: end quietly then
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
+    stop = threading.Event()
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            turn_by_turn(coordinator, stop)
+        except BaseException as error:  # noqa: BLE001 - it is raised below, on the thread that waits
+            failed.append(error)
+        finally:
+            server.should_exit = True
+
+    thread = threading.Thread(target=work, name="edge-ingest")
     try:
         coordinator.start()
         on_ready()
-        asyncio.run(_both(coordinator, server, listener))
+        thread.start()
+        server.run(sockets=[listener])
     finally:
+        stop.set()
+        if thread.is_alive():
+            thread.join()
         coordinator.close()
+        records.close()
         listener.close()
+    if failed:
+        raise failed[0]
 
 
-async def _both(coordinator: Coordinator, server: uvicorn.Server, listener: socket.socket) -> None:
-    turns = asyncio.create_task(_turns(coordinator, server))
-    try:
-        await server.serve(sockets=[listener])
-    finally:
-        turns.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await turns
-
-
-async def _turns(coordinator: Coordinator, server: uvicorn.Server) -> None:
-    try:
-        while True:
-            pause = 0.0
-            try:
-                if coordinator.step() == 0:
-                    pause = _IDLE_S
-            except StoreError:
-                # nothing was acknowledged: the devices keep it and send it again
-                logger.exception("this turn could not be stored")
-                pause = _RETRY_S
-            await asyncio.sleep(pause)
-    finally:
-        server.should_exit = True
+def turn_by_turn(coordinator: Coordinator, stop: threading.Event) -> None:
+    """Take in what arrives, a batch at a time, until told to stop."""
+    while not stop.is_set():
+        began = time.monotonic()
+        try:
+            handled, pause = coordinator.step(), COMMIT_S
+        except StoreError:
+            # nothing was acknowledged: the devices keep it and send it again
+            logger.exception("this turn could not be stored")
+            handled, pause = 0, _RETRY_S
+        if handled < BATCH_ROWS:
+            stop.wait(max(0.0, pause - (time.monotonic() - began)))

@@ -125,6 +125,27 @@ class SigningSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
             raise ValueError(f"patches_from must be 0 or more, got {self.patches_from}")
 
 
+class RetentionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How long rows are kept; days, 0 for ever. Sums over days are always kept.
+
+    Attributes:
+        reports_days: Reports as they came. Rollouts are judged by them: longer than any stage lasts.
+        events_days: Events.
+        minutes_days: Sums over minutes.
+        hours_days: Sums over hours.
+    """
+
+    reports_days: float = 7.0
+    events_days: float = 365.0
+    minutes_days: float = 2.0
+    hours_days: float = 31.0
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            if not 0 <= getattr(self, name) <= 36_500:
+                raise ValueError(f"{name} must lie in 0 to 36500, got {getattr(self, name)}")
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything the coordinator can be told.
 
@@ -155,6 +176,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     broker: BrokerSettings = BrokerSettings()
     http: HttpSettings = HttpSettings()
     signing: SigningSettings = SigningSettings()
+    retention: RetentionSettings = RetentionSettings()
     rollout: RolloutRules = RolloutRules()
     fleet: DriftRules = DriftRules()
     costs: CostSettings = CostSettings()

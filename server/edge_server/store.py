@@ -26,6 +26,10 @@ from edge_server.store_metrics import MetricsStore
 from edge_server.store_releases import ReleaseStore
 from edge_server.store_reports import ReportStore
 from edge_server.store_rollouts import RolloutStore
+from edge_server.store_rollups import RollupStore
+
+_CACHE_KB = 16_384
+_CHECKPOINT_PAGES = 4000
 
 
 class Store(Database):
@@ -45,6 +49,9 @@ class Store(Database):
 
     def __init__(self, path: Path, *, durable: bool = True) -> None:
         super().__init__(path, STEPS, durable=durable)
+        # each device's part of every index is written to in turn: what is at hand is neither read nor written twice
+        self.conn.execute(f"PRAGMA cache_size = {-_CACHE_KB}")
+        self.conn.execute(f"PRAGMA wal_autocheckpoint = {_CHECKPOINT_PAGES}")
         self.ingest = IngestStore(self)
         self.reports = ReportStore(self)
         self.devices = DeviceStore(self)
@@ -55,6 +62,7 @@ class Store(Database):
         self.rollouts = RolloutStore(self)
         self.metrics = MetricsStore(self)
         self.candidates = CandidateStore(self)
+        self.rollups = RollupStore(self)
         self.audit = AuditStore(self)
         self.fleet = FleetStore(self)
         self.alerts = AlertStore(self)

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
+from typing import Any
 
 from edge_sdk.database import Database
-from edge_sdk.messages import Report
 from edge_server.ingest import WILL, EventRow, RejectedRow, ReportRow, Turn
 from edge_server.rows import to_json
 
 _MAX_UNKNOWN = 1000
 _MAX_SUMMARIES = 31 * 24
 """So many of a device are kept: of 8 kB each, usually one an hour."""
+_SEEN = (
+    "UPDATE devices SET last_seen = ?1, row_release = coalesce(?2, row_release), row_head = coalesce(?3, row_head),"
+    " row_time = CASE WHEN ?4 IS NULL THEN row_time ELSE max(coalesce(row_time, 0), ?4) END,"
+    " store_id = coalesce(?5, store_id), predictions = coalesce(?6, predictions), errors = coalesce(?7, errors),"
+    " alarms = coalesce(?8, alarms), warnings = coalesce(?9, warnings), mode = coalesce(?10, mode),"
+    " labelled = coalesce(?11, labelled), correct = coalesce(?12, correct) WHERE name = ?13"
+)
+"""One statement a device: each costs as much as a row."""
 _OUTCOMES = ("done", "failed", "expired", "interrupted")
+
+
+class Known:
+    """What the next turn is judged by.
+
+    Attributes:
+        devices: Names of registered ones.
+        revoked: Those of all that are turned away.
+        positions: Last committed sequence number by (device, store id), of `devices`.
+    """
+
+    def __init__(self) -> None:
+        self.devices: set[str] = set()
+        self.revoked: set[str] = set()
+        self.positions: dict[tuple[str, str], int] = {}
 
 
 class IngestStore:
@@ -20,29 +43,38 @@ class IngestStore:
 
     def __init__(self, db: Database) -> None:
         self._db = db
+        self._version = -1
+        self._loaded = Known()
 
-    def known(self, devices: Collection[str]) -> set[str]:
-        """Those of `devices` that are registered."""
-        rows = self._db.read(
-            "SELECT name FROM devices WHERE name IN (SELECT value FROM json_each(?))", to_json(devices)
-        )
-        return {row[0] for row in rows}
+    def load(self, devices: Iterable[str]) -> Known:
+        """What is known of these devices, at least. Belongs inside the transaction that writes the turn.
 
-    def revoked(self, devices: Collection[str]) -> set[str]:
-        """Those of `devices` that were revoked."""
-        rows = self._db.read(
-            "SELECT name FROM devices WHERE revoked IS NOT NULL AND name IN (SELECT value FROM json_each(?))",
-            to_json(devices),
-        )
-        return {row[0] for row in rows}
+        Rows of this connection change nothing here that `committed` is not told; those of others empty it.
+        """
+        version = self._db.read("PRAGMA data_version")[0][0]
+        if version != self._version:
+            self._version, self._loaded = version, Known()
+        loaded = self._loaded
+        if missing := set(devices) - loaded.devices:
+            names = to_json(missing)
+            loaded.devices.update(
+                row[0]
+                for row in self._db.read(
+                    "SELECT name FROM devices WHERE name IN (SELECT value FROM json_each(?))", names
+                )
+            )
+            rows = self._db.read(
+                "SELECT device, store_id, last_seq FROM positions WHERE device IN (SELECT value FROM json_each(?))",
+                names,
+            )
+            loaded.positions.update(((row[0], row[1]), row[2]) for row in rows)
+        loaded.revoked = {row[0] for row in self._db.read("SELECT name FROM devices WHERE revoked IS NOT NULL")}
+        return loaded
 
-    def positions(self, devices: Collection[str]) -> dict[tuple[str, str], int]:
-        """Last committed sequence number by (device, store id)."""
-        rows = self._db.read(
-            "SELECT device, store_id, last_seq FROM positions WHERE device IN (SELECT value FROM json_each(?))",
-            to_json(devices),
-        )
-        return {(row[0], row[1]): row[2] for row in rows}
+    def committed(self, turn: Turn) -> None:
+        """What `write` wrote is in the database from now on."""
+        self._loaded.devices |= turn.joined
+        self._loaded.positions |= turn.positions
 
     def write(self, turn: Turn) -> None:
         """Store all that one turn brought. Belongs inside a transaction."""
@@ -51,15 +83,7 @@ class IngestStore:
             "INSERT OR IGNORE INTO devices (name, group_name, registered) VALUES (?, 'default', ?)",
             [(device, now) for device in turn.joined],
         )
-        many(
-            "INSERT INTO reports (device, store_id, seq, time, received, start, release, head, predictions,"
-            " errors, labelled, correct, body) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            [
-                (*_identity(row), now, r.start, r.release, r.head, *_counts(r), row.body)
-                for row in turn.reports
-                for r in [row.report]
-            ],
-        )
+        self.write_reports(turn.reports)
         many(
             "INSERT INTO events (device, store_id, seq, time, received, name, release, head, subject, detail)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -103,6 +127,15 @@ class IngestStore:
                 [(_MAX_UNKNOWN,)],
             )
 
+    def write_reports(self, rows: Iterable[ReportRow]) -> None:
+        """Nearly all that comes. Belongs inside a transaction."""
+        self._db.execute_many(
+            "INSERT INTO reports (device, store_id, seq, time, received, start, release, head, mode, predictions,"
+            " errors, labelled, correct, alarms, warnings, body)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            rows,
+        )
+
     def _write_answers(self, turn: Turn) -> None:
         answers = [
             (*(str(row.event.detail.get(key, "")) for key in ("outcome", "reason", "result", "id")), row.device)
@@ -141,33 +174,7 @@ class IngestStore:
 
     def _write_devices(self, turn: Turn) -> None:
         many = self._db.execute_many
-        many(
-            "UPDATE devices SET row_release = ?, row_head = ?, row_time = max(coalesce(row_time, 0), ?),"
-            " store_id = ? WHERE name = ?",
-            [
-                (body.release, body.head, row.time, row.store_id, device)
-                for device, row in turn.latest.items()
-                for body in [row.report if isinstance(row, ReportRow) else row.event]
-            ],
-        )
-        many(
-            "UPDATE devices SET predictions = ?, errors = ?, alarms = ?, warnings = ?, mode = ? WHERE name = ?",
-            [
-                (
-                    row.report.predictions,
-                    row.report.errors,
-                    sum(monitor.alarm for monitor in row.report.monitors),
-                    sum(monitor.warning for monitor in row.report.monitors),
-                    row.report.mode,
-                    row.device,
-                )
-                for row in turn.reports
-            ],
-        )
-        many(
-            "UPDATE devices SET labelled = ?, correct = ? WHERE name = ?",
-            [(row.report.labelled, row.report.correct, row.device) for row in turn.reports if row.report.labelled],
-        )
+        many(_SEEN, [(turn.now, *last, device) for device, last in _last_words(turn).items()])
         many(
             # the group of an enrolled device is what the person said who added it
             "UPDATE devices SET online = ?, reason = ?, boot = ?, digest = ?, mode = ?, sdk = ?,"
@@ -197,12 +204,20 @@ class IngestStore:
             "UPDATE devices SET online = ?, reason = ?, last_seen = coalesce(last_seen, min(?, ?)) WHERE name = ?",
             [(s.online, s.reason, s.time, turn.now, name) for name, s in turn.states.items() if s.reason == WILL],
         )
-        many("UPDATE devices SET last_seen = ? WHERE name = ?", [(turn.now, device) for device in turn.seen])
 
 
-def _identity(row: ReportRow | EventRow | RejectedRow) -> tuple[str, str, int, float]:
+def _identity(row: EventRow | RejectedRow) -> tuple[str, str, int, float]:
     return row.device, row.store_id, row.seq, row.time
 
 
-def _counts(report: Report) -> tuple[int, int, int, int]:
-    return report.predictions, report.errors, report.labelled, report.correct
+def _last_words(turn: Turn) -> dict[str, list[Any]]:
+    """What each device that sent something said last, in the order of `_SEEN`; None where it said nothing."""
+    words: dict[str, list[Any]] = {device: [None] * 11 for device in turn.seen}
+    for device, row in turn.latest.items():
+        body = row if isinstance(row, ReportRow) else row.event
+        words[device][:4] = body.release, body.head, row.time, row.store_id
+    for device, report in {row.device: row for row in turn.reports}.items():
+        words[device][4:9] = report.predictions, report.errors, report.alarms, report.warnings, report.mode
+    for device, report in {row.device: row for row in turn.reports if row.labelled}.items():
+        words[device][9:] = report.labelled, report.correct
+    return words

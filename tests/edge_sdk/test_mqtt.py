@@ -445,7 +445,7 @@ def test_wait_returns_on_a_message_a_change_or_the_time_limit(make, embedded_bro
 @pytest.mark.mosquitto
 def test_a_full_inbox_drops_counts_and_recovers_what_is_retained(make, mosquitto, caplog):
     sender = connected(make(mosquitto, "sender"))
-    reader = subscribed(make(mosquitto, "reader", max_inbox=3), "t/#")
+    reader = subscribed(make(mosquitto, "reader", max_inbox=3, keepalive_s=1), "t/#")
     for i in range(5):
         sender.publish(f"t/{i}", b"x", retain=i == 4)
     until(reader, lambda: reader.dropped == 2)
@@ -454,6 +454,63 @@ def test_a_full_inbox_drops_counts_and_recovers_what_is_retained(make, mosquitto
     assert [message.topic for message in reader.receive()] == ["t/0", "t/1", "t/2"]
     assert receive(reader, 1) == [Message("t/4", b"x", retain=True)]
     assert reader.dropped == 2
+
+
+@pytest.mark.mosquitto
+def test_the_broker_sends_no_more_than_was_asked_for_until_it_is_taken(make, mosquitto):
+    sender = connected(make(mosquitto, "sender"))
+    reader = subscribed(make(mosquitto, "reader", receive_maximum=4), "t")
+    marker = subscribed(make(mosquitto, "marker"), "done")
+    for i in range(20):
+        sender.publish("t", bytes([i]))
+    sender.publish("done", b"x")
+    assert receive(marker, 1, probes=False)  # so the broker has them all
+    took = []
+    while len(took) < 20:
+        until(reader, lambda: len(reader._inbox) > 0)
+        messages = reader.receive()
+        assert len(messages) <= 4
+        took += [message.payload[0] for message in messages if message.payload]
+    assert took == list(range(20))
+    assert reader.dropped == 0
+
+
+@pytest.mark.mosquitto
+def test_nothing_is_read_from_the_line_while_the_inbox_is_full(make, mosquitto):
+    sender = connected(make(mosquitto, "sender"))
+    reader = subscribed(make(mosquitto, "reader", max_inbox=2, receive_maximum=65_535), "t")
+    for i in range(9):
+        sender.publish("t", bytes([i]))
+    took = []
+    while len(took) < 9:
+        until(reader, lambda: len(reader._inbox) > 0)
+        messages = reader.receive()
+        assert len(messages) <= 2
+        took += [message.payload[0] for message in messages if message.payload]
+    assert took == list(range(9))
+    assert reader.dropped == 0
+
+
+@pytest.mark.mosquitto
+def test_a_full_inbox_does_not_hold_up_close(make, mosquitto):
+    sender = connected(make(mosquitto, "sender"))
+    reader = subscribed(make(mosquitto, "reader", max_inbox=1, keepalive_s=600), "t")
+    for _ in range(3):
+        sender.publish("t", b"x")
+    until(reader, lambda: len(reader._inbox) == 1)
+    reader.close()  # ends long before the five minutes
+
+
+@pytest.mark.mosquitto
+def test_what_was_not_taken_when_the_line_broke_comes_once(make, mosquitto):
+    sender = connected(make(mosquitto, "sender"))
+    reader = subscribed(make(mosquitto, "reader", session_expiry_s=60), "t")
+    sender.publish("t", b"1")
+    until(reader, lambda: len(reader._inbox) == 1)
+    cut(reader)
+    until(reader, lambda: reader.connections == 2)
+    sender.publish("t", b"2")
+    assert [message.payload for message in receive(reader, 2, probes=False)] == [b"1", b"2"]
 
 
 def test_threads_that_publish_while_the_broker_restarts_do_not_hang(make):

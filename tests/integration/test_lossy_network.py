@@ -34,7 +34,7 @@ class BadLine(MemoryTransport):
         self.rng, self.loss, self.twice, self.late = rng, loss, twice, late
         self.held_in, self.held_out = [], []
 
-    def publish(self, topic, payload, *, retain=False, expires_s=None):
+    def publish(self, topic, payload, *, retain=False, expires_s=None, qos=1):
         if not self.connected:
             raise NotConnectedError("no line")
         for _ in range(2 if self.rng.random() < self.twice else 1):
