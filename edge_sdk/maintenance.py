@@ -310,10 +310,10 @@ class Maintenance:
             if self.adaptation is not None:
                 self.adaptation.see(joined.live, now, predictions=len(joined.rows), errors=joined.errors)
             self.upgrade.see([row.correct for row in joined.live], predictions=len(joined.rows), errors=joined.errors)
-            self.upgrade.see_labels(joined.live)
             self.monitoring.see(joined)
             if inputs:
                 self._show_inputs(joined, inputs)
+            self.upgrade.see_labels(joined.live)  # a label may come with its prediction
         self._set_inputs()
         self.metrics.fold()
         with self._flushed:

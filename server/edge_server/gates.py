@@ -213,14 +213,13 @@ def read(
     """
     sample = sum(entry.sums(gate.metric)[0].count for entry in treated)
     wanted = gate.min_sample
-    least = max(_LEAST_JUDGED, wanted)
     direct = paired or gate.metric in ("errors", *_EVENTS)
-    control, treated = _groups(gate, treated, control, least=least, direct=direct)
+    control, treated = _groups(gate, treated, control, direct=direct)
     one = _arm(gate, treated, direct=direct)
-    if one is None or one.values < least:
+    if one is None or one.values < _LEAST_JUDGED:
         return _undecided(gate, sample, wanted)
     other = _arm(gate, control, direct=direct)
-    if other is not None and other.values < least:
+    if other is not None and other.values < _LEAST_JUDGED:
         other = None
     sign = -1.0 if gate.higher_is_better else 1.0
     gone = sign * other.change if other is not None else 0.0
@@ -245,16 +244,22 @@ def read(
 
 
 def _groups(
-    gate: Gate, treated: Sequence[DeviceMetrics], control: Sequence[DeviceMetrics], *, least: float, direct: bool
+    gate: Gate, treated: Sequence[DeviceMetrics], control: Sequence[DeviceMetrics], *, direct: bool
 ) -> tuple[list[DeviceMetrics], list[DeviceMetrics]]:
     """(control, treated) as far as both sides of a comparison are known for each device."""
-    known = [
-        [entry for entry in group if entry.sums(gate.metric)[0].count and (direct or entry.sums(gate.metric)[1].count)]
-        for group in (control, treated)
-    ]
-    if direct or sum(entry.sums(gate.metric)[0].count for entry in known[0]) >= least:
-        return known[0], known[1]
-    return [e for e in known[1] if not e.switched], [e for e in known[1] if e.switched]
+
+    def known(group: Sequence[DeviceMetrics]) -> list[DeviceMetrics]:
+        pairs = [(entry, entry.sums(gate.metric)) for entry in group]
+        return [entry for entry, (after, before) in pairs if after.count and (direct or before.count)]
+
+    def values(group: Sequence[DeviceMetrics]) -> float:
+        return sum(entry.sums(gate.metric)[0].count for entry in group)
+
+    others, on_it = known(control), known(treated)
+    earlier = [entry for entry in on_it if not entry.switched]
+    if direct or values(others) >= max(_LEAST_JUDGED, gate.min_sample) or values(others) >= values(earlier):
+        return others, on_it
+    return earlier, [entry for entry in on_it if entry.switched]
 
 
 def _arm(gate: Gate, entries: Sequence[DeviceMetrics], *, direct: bool) -> Arm | None:

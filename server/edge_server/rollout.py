@@ -324,8 +324,8 @@ def _tell(state: RolloutState, plan: RolloutPlan, metrics: Sequence[DeviceMetric
         names = [name for _, name in same if name not in reached]
         if not names or number in barred:  # devices of one number cannot be told apart
             continue
-        if plan.max_parallel and not all(known[name].reachable for name in names):
-            continue  # their turn comes when they are back
+        if not all(known[name].reachable for name in names):
+            continue  # their turn comes when they are back: a canary that is off says nothing
         if len(names) > spare or len(offered) + len(new) + len(names) > limit:
             break
         spare -= len(names)

@@ -454,7 +454,9 @@ class TestPublishing:
             number = command_line.push(checkpoint(2))
             coordinator.step()
             assert desired(broker).parts[0].devices == b"", "there is no device yet"
-            make_device("a")
+            device = make_device("a")
+            device.report()
+            device.send()
             clock.advance(10.0)
             coordinator.step()
             assert from_places(desired(broker).parts[0].devices) == [cohort("default-2", "a")]

@@ -63,8 +63,9 @@ class TestAccuracy:
         assert failure(PLAN, scored(earlier, 0.9, 0.6) + later) is None
         assert "control changed by -5.0%" in failure(PLAN, scored(earlier, 0.9, 0.85) + later)
 
-    def test_too_few_labels_decide_nothing(self):
-        assert failure(PLAN, scored(fleet(on=2)[:2], 0.9, 0.0, labelled=40)) is None
+    def test_too_few_labels_decide_nothing_and_harm_does_not_wait_for_the_sample(self):
+        assert failure(PLAN, scored(fleet(on=2)[:2], 0.9, 0.0, labelled=4)) is None
+        assert failure(PLAN, scored(fleet(on=2)[:2], 0.9, 0.0, labelled=40)) is not None, "100 are wanted to pass"
 
     def test_a_change_of_mix_is_no_change(self):
         good, bad = fleet(on=2)[:2]

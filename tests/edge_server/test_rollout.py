@@ -108,8 +108,16 @@ class TestStages:
         assert [step.status for step in state.history] == ["running", "running", "completed"]
 
     def test_an_unreachable_device_holds_nobody_up(self):
-        metrics = changed(fleet(on=1), (1,), reachable=False)
-        assert advance(running(metrics, plan=HEALTH), HEALTH, metrics, 1.0).stage == 1
+        state = running(fleet(), plan=HEALTH)
+        assert advance(state, HEALTH, changed(fleet(on=1), (1,), reachable=False), 1.0).stage == 1
+
+    def test_a_device_that_is_away_is_told_once_it_is_back(self):
+        metrics = changed(fleet(), (0,), reachable=False)
+        state = running(metrics)
+        assert state.told == (metrics[1].device, metrics[2].device)
+        later = msgspec.structs.replace(PLAN, stages=("2 devices", "5 devices", 100))
+        state = advance(msgspec.structs.replace(state, stage=1), later, fleet(), 1.0)
+        assert metrics[0].device in state.told
 
     def test_a_stage_in_which_nobody_runs_it_does_not_pass(self):
         metrics = fleet(on=0, reachable=False)
