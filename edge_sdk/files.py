@@ -65,6 +65,8 @@ def flush(descriptor: int) -> None:
 
 def fsync_folder(folder: Path) -> None:
     """Flush a folder's entries, so that a rename in it survives a power cut."""
+    if not _flushes:
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         flush(descriptor)
