@@ -352,6 +352,8 @@ class DeviceConfig(_Section, frozen=True):
     """Its name: letters, digits, "_", "." and "-"."""
     group: str = "default"
     """Which releases it gets."""
+    hardware: Annotated[str, Meta(max_length=64)] = ""
+    """What it runs on, for the coordinator to choose devices by (`hw=pi4`); empty: as the machine calls itself."""
     prefix: str = DEFAULT_PREFIX
     """First level of every topic."""
     command_key: str = ""

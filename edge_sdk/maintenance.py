@@ -38,7 +38,7 @@ from edge_sdk.pending import Pending
 from edge_sdk.policy import ResourceState
 from edge_sdk.progress import saved_state
 from edge_sdk.reporter import Identity, Reporter
-from edge_sdk.resources import ResourceReader
+from edge_sdk.resources import SafeReader
 from edge_sdk.selftest import read_choice
 from edge_sdk.serving import Served, load_served
 from edge_sdk.shadow import A_FLUSH, as_stored
@@ -83,7 +83,7 @@ class Maintenance:
         transport: Transport,
         clock: Clock,
         executor: LearnExecutor,
-        resources: ResourceReader,
+        resources: SafeReader,
         trunks: Trunks,
         rng: np.random.Generator | None,
     ) -> None:
@@ -129,6 +129,7 @@ class Maintenance:
             transport=transport,
             clock=clock,
             config=self._config,
+            hardware=self._resources.hardware(),
         )
         emit = self.reporter.emit
         if (current := self._slots.pointer.current) is not None:

@@ -59,6 +59,8 @@ class State(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     group: str
     mode: str
     sdk: str
+    hardware: str = ""
+    """What the device runs on: as configured, or as the machine calls itself."""
 
 
 class MonitorState(msgspec.Struct, frozen=True, array_like=True):
@@ -74,18 +76,18 @@ class MonitorState(msgspec.Struct, frozen=True, array_like=True):
 class ShadowTally(msgspec.Struct, frozen=True, array_like=True):
     """How a release in shadow did on inputs of the window that the release in use answered, too."""
 
-    release: int
-    rows: int
+    release: Count
+    rows: Count
     """Inputs both answered."""
-    disagreed: int
+    disagreed: Count
     """Of them, those answered differently."""
-    labelled: int
+    labelled: Count
     """Of them, those whose label came in the window; 0 while fewer than `min_count` have come together."""
-    won: int
+    won: Count
     """Of these, right by the release in shadow alone."""
-    lost: int
+    lost: Count
     """Of these, right by the release in use alone."""
-    errors: int
+    errors: Count
     """Inputs that the release in shadow failed on."""
 
     @classmethod
@@ -133,8 +135,8 @@ class Report(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Labelled predictions by truth and answer, see `to_cells`; cells below `min_count` merged."""
     scores: dict[str, Real] = {}
     """Prequential scores: of the labelled predictions so far, older ones faded."""
-    p99_ms: float = 0.0
-    temperature_c: float | None = None
+    p99_ms: Real = 0.0
+    temperature_c: Real | None = None
     """Hottest sensor; None: there is none."""
     shadow: list[ShadowTally] = []
     """Of the release that runs beside the one in use because the coordinator asked for it; empty if none does."""

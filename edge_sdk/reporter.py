@@ -160,11 +160,21 @@ class Reporter:
         transport: Connection to the broker.
         clock: Source of time.
         config: Of the device.
+        hardware: What it runs on, unless the settings say.
     """
 
     def __init__(
-        self, store: Store, *, store_id: str, boot: int, transport: Transport, clock: Clock, config: DeviceConfig
+        self,
+        store: Store,
+        *,
+        store_id: str,
+        boot: int,
+        transport: Transport,
+        clock: Clock,
+        config: DeviceConfig,
+        hardware: str = "",
     ) -> None:
+        self._hardware = config.hardware or hardware
         self._store, self._store_id, self._boot = store, store_id, boot
         self._transport, self._clock, self._config = transport, clock, config
         self._networked = not isinstance(transport, NoTransport)
@@ -365,6 +375,7 @@ class Reporter:
             group=self._config.group,
             mode=self.mode,
             sdk=__version__,
+            hardware=self._hardware,
         )
         return Message(self.topics.up(self._config.device, "state"), encode(state), retain=True)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
@@ -15,6 +18,8 @@ from edge_sdk.policy import ResourceState
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+_MAX_HARDWARE = 64
+_CALLED = (Path("/proc/device-tree/model"), Path("/sys/class/dmi/id/product_name"))
 
 
 class ResourceReader(Protocol):
@@ -30,7 +35,15 @@ class ResourceReader(Protocol):
 
 
 class PsutilReader:
-    """Reads battery, temperature, memory and load through psutil."""
+    """Reads battery, temperature, memory and load through psutil, and from Linux what the machine is."""
+
+    def hardware(self) -> str:
+        """What the board or the machine calls itself, or else its processor's architecture; 64 characters at most."""
+        for path in _CALLED:
+            with suppress(OSError, UnicodeDecodeError):
+                if name := " ".join(path.read_text("utf-8").replace("\0", " ").split()):
+                    return name[:_MAX_HARDWARE]
+        return platform.machine()[:_MAX_HARDWARE]
 
     def read(self) -> ResourceState:
         """The state now; what the platform does not tell is None."""
@@ -93,6 +106,10 @@ class SafeReader:
     def rss_mb(self) -> float:
         """Memory of this process, in MB; 0 if the reader raises."""
         return self._ask(self._reader.rss_mb, 0.0)
+
+    def hardware(self) -> str:
+        """What the machine is; empty if the reader does not tell."""
+        return self._ask(getattr(self._reader, "hardware", str), "")
 
     def _ask(self, read: Callable[[], T], unknown: T) -> T:
         try:

@@ -29,20 +29,39 @@ def devices_add(name: str, home: Path, group: str, out: Path | None) -> None:
 
 @devices.command("list")
 @home_option
+@click.option("--where", help="Only those that a label query is true of, such as: site=berlin and hw!=pi3")
 @json_option
-def devices_list(home: Path, as_json: bool) -> None:
+def devices_list(home: Path, where: str | None, as_json: bool) -> None:
     """List all devices."""
     with open_registry(home) as registry:
         records = registry.devices()
-    columns = ("device", "group", "health", "release", "head", "accuracy", "alarms", "last seen (UTC)")
+        if where is not None:
+            wanted = set(registry.matching(where))
+            records = [record for record in records if record.name in wanted]
+    columns = ("device", "group", "health", "release", "head", "accuracy", "alarms", "last seen (UTC)", "labels")
     rows = [
         (
             *(r.name, r.group, r.health, dash(r.release), dash(r.head)),
             *("-" if r.accuracy is None else f"{r.accuracy:.1%}", r.alarms, when(r.last_seen)),
+            " ".join(f"{key}={value}" for key, value in r.labels.items()),
         )
         for r in records
     ]
     print_records(records, columns, rows, as_json=as_json)
+
+
+@devices.command("label")
+@click.argument("name")
+@click.argument("labels", nargs=-1, required=True, metavar="KEY=VALUE|KEY-...")
+@home_option
+def devices_label(name: str, labels: tuple[str, ...], home: Path) -> None:
+    """Set labels of a device; KEY- takes one away. Queries choose devices by them: site=berlin and hw!=pi3."""
+    from edge_server.labels import parse_label
+
+    changes = dict(parse_label(label) for label in labels)
+    with open_registry(home) as registry:
+        has = registry.label(name, changes, actor="cli")
+    click.echo(f"{name}: {' '.join(f'{key}={value}' for key, value in has.items()) or 'no labels'}")
 
 
 @devices.command("replace")

@@ -46,6 +46,10 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     warnings: int
     is_revoked: bool = False
     """Turned away, whatever it says."""
+    hardware: str = ""
+    """What it runs on, as it says."""
+    labels: dict[str, str] = {}
+    """Set by people."""
 
     @property
     def health(self) -> Health:

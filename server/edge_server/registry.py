@@ -6,21 +6,21 @@ run stores the new desired state in the same transaction; whoever holds the conn
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from edge_sdk.clock import Clock, SystemClock
-from edge_sdk.errors import ConfigError
 from edge_sdk.files import storage_error
 from edge_sdk.messages import as_json
 from edge_server.alert_sources import Sources
 from edge_server.alerting import Alerting
 from edge_server.enrol import Bundle, enrol, password_file
-from edge_server.errors import UnknownDeviceError
+from edge_server.errors import DeviceError, UnknownDeviceError
 from edge_server.identity import Identities
 from edge_server.insight import Insight
 from edge_server.keys import Repository
+from edge_server.labels import MAX_LABELS, Is, Several, parse
 from edge_server.modes import Modes
 from edge_server.plan import RolloutPlan, RolloutRules
 from edge_server.power import Power
@@ -81,9 +81,41 @@ class Registry:
 
     def _select(self, group: str, where: str) -> Collection[str] | None:
         """Names of a group's devices with the labels of a query; None: all of them."""
-        if where:
-            raise ConfigError(f"where = {where!r}: the devices of {group} have no labels")
-        return None
+        if not where:
+            return None
+        return set(self.store.labels.matching(Several((Is("group", (group,)), parse(where)), all_of=True)))
+
+    # ---- labels
+
+    def label(self, name: str, changes: Mapping[str, str | None], *, actor: str) -> dict[str, str]:
+        """Set labels of a device, None takes one away; returns those it has then.
+
+        Args:
+            name: Of the device.
+            changes: By key, as `labels.parse_label` reads them.
+            actor: Who asks, for the audit.
+
+        Raises:
+            UnknownDeviceError: There is no such device.
+            DeviceError: It would have more than `MAX_LABELS`.
+            StoreError: Nothing changed.
+        """
+        with self.store.transaction():
+            self.device(name)
+            self.store.labels.set(name, changes)
+            labels = self.store.labels.of(name)
+            if len(labels) > MAX_LABELS:
+                raise DeviceError(f"{name} would have {len(labels)} labels; at most {MAX_LABELS} are kept")
+            self.store.audit.add(self.clock.now(), actor, "device labelled", {"device": name, "labels": dict(changes)})
+        return labels
+
+    def matching(self, query: str) -> list[str]:
+        """Names of the devices that a label query is true of; see `labels`.
+
+        Raises:
+            ConfigError: It is no query.
+        """
+        return self.store.labels.matching(parse(query))
 
     # ---- releases and rollouts
 

@@ -281,6 +281,15 @@ def _rollups(db: Database) -> None:
     db.table("rolled_up").create({"name": str, "last": int}, pk="name")
 
 
+def _labels(db: Database) -> None:
+    db.table("devices").add_column("hardware", str, not_null_default="")
+    # asked for with every batch, and few
+    db.execute("CREATE INDEX idx_devices_revoked ON devices (revoked) WHERE revoked IS NOT NULL")
+    db.table("labels").create({"device": str, "key": str, "value": str}, pk=("device", "key"), not_null={"value"})
+    db.table("labels").create_index(["key", "value"])
+    db.table("audit").create_index(["time"])
+
+
 STEPS: tuple[Callable[[Database], None], ...] = (
     _first_tables,  # 1
     _summaries,  # 2
@@ -291,6 +300,7 @@ STEPS: tuple[Callable[[Database], None], ...] = (
     _rollouts_by_many_gates,  # 7
     _reports_in_columns,  # 8
     _rollups,  # 9
+    _labels,  # 10
 )
 """Step n leads from `user_version` n - 1 to n. Steps are only ever appended, and never changed once they are on main:
 who changes a table, changes it in a step of its own."""

@@ -22,6 +22,7 @@ from edge_server.store_devices import DeviceStore
 from edge_server.store_fleet import FleetStore
 from edge_server.store_groups import GroupStore
 from edge_server.store_ingest import IngestStore
+from edge_server.store_labels import LabelStore
 from edge_server.store_metrics import MetricsStore
 from edge_server.store_releases import ReleaseStore
 from edge_server.store_reports import ReportStore
@@ -55,6 +56,7 @@ class Store(Database):
         self.ingest = IngestStore(self)
         self.reports = ReportStore(self)
         self.devices = DeviceStore(self)
+        self.labels = LabelStore(self)
         self.certificates = CertificateStore(self)
         self.commands = CommandStore(self)
         self.releases = ReleaseStore(self)

@@ -9,7 +9,8 @@ from edge_server.rows import from_row
 _DEVICE = """
     name, group_name, credential IS NOT NULL, online, reason, coalesce(row_release, state_release),
     coalesce(row_head, state_head), mode, sdk, last_seen, predictions, errors, labelled, correct, alarms,
-    warnings, revoked IS NOT NULL
+    warnings, revoked IS NOT NULL, hardware,
+    (SELECT json_group_object(l.key, l.value) FROM labels l WHERE l.device = devices.name)
 """
 
 

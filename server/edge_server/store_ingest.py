@@ -177,7 +177,7 @@ class IngestStore:
         many(_SEEN, [(turn.now, *last, device) for device, last in _last_words(turn).items()])
         many(
             # the group of an enrolled device is what the person said who added it
-            "UPDATE devices SET online = ?, reason = ?, boot = ?, digest = ?, mode = ?, sdk = ?,"
+            "UPDATE devices SET online = ?, reason = ?, boot = ?, digest = ?, mode = ?, sdk = ?, hardware = ?,"
             " state_release = ?, state_head = ?, last_seen = max(coalesce(last_seen, 0), min(?, ?)),"
             " group_name = CASE WHEN credential IS NULL THEN ? ELSE group_name END WHERE name = ?",
             [
@@ -188,6 +188,7 @@ class IngestStore:
                     s.digest,
                     s.mode,
                     s.sdk,
+                    s.hardware,
                     s.release,
                     s.head,
                     s.time,

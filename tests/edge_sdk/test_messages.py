@@ -76,6 +76,7 @@ MESSAGES = {
         group="plant-a",
         mode="adapt",
         sdk="0.1.0",
+        hardware="pi4",
     ),
     "report": Report(
         start=1_767_225_600.0,
