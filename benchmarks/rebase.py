@@ -183,14 +183,14 @@ Rerun: `python benchmarks/rebase.py`; `rebase.json` has each seed with the reaso
 """
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Run it all."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--cache", type=Path, default=Path("build/forgetting"))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--digits", action="store_true", help="on the stand-in")
     parser.add_argument("--output", type=Path, default=HERE)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     logging.disable(logging.WARNING)
     source = fashion.load(digits=arguments.digits)
     cache = arguments.cache / ("digits" if arguments.digits else "fashion")
