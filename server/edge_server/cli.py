@@ -14,6 +14,7 @@ import click
 
 from edge_sdk.errors import ArtifactError, ConfigError, EdgeError, TransportError
 from edge_server.cli_alerts import alerts
+from edge_server.cli_build import build, candidates
 from edge_server.cli_commands import command, commands
 from edge_server.cli_common import home_option, open_registry
 from edge_server.cli_devices import broker_files, devices
@@ -140,5 +141,19 @@ def _password(home: Path, name: str | None) -> str | None:
 
 
 # the commands of each family are in its `cli_*.py`, which imports nothing heavy before one of them runs
-for family in (push, rollout, group, devices, releases, fleet, alerts, keys, broker_files, command, commands):
+for family in (
+    build,
+    candidates,
+    push,
+    rollout,
+    group,
+    devices,
+    releases,
+    fleet,
+    alerts,
+    keys,
+    broker_files,
+    command,
+    commands,
+):
     main.add_command(family)
