@@ -62,9 +62,10 @@ def compose(
     for entry in kept:
         if entry.release in revoked or (base is not None and entry.release <= base):
             continue
-        devices = _devices(entry.missing[:MAX_TOLD], entry.salt)
+        # a part comes before the candidate: while that is for everyone, nobody is told the older one
+        devices = b"" if candidate is not None else _devices(entry.missing[:MAX_TOLD], entry.salt)
         old = known.get(entry.salt)
-        if old is not None and not old.shadow_s and set(from_places(devices)) <= set(from_places(old.devices)):
+        if candidate is None and old is not None and not old.shadow_s and set(from_places(devices)) <= set(from_places(old.devices)):
             devices = old.devices
         parts.append(Part(offer=offers[entry.release], salt=entry.salt, devices=devices, shadow_s=0.0))
     return Desired(

@@ -131,6 +131,17 @@ def parse(text: str) -> Query:
     return _Parser(text).whole()
 
 
+def keys_of(query: Query) -> set[str]:
+    """The labels and fields that a query asks about."""
+    match query:
+        case Several(queries):
+            return set().union(*map(keys_of, queries))
+        case Not(inner):
+            return keys_of(inner)
+        case _:
+            return {query.key}
+
+
 def parse_label(text: str) -> tuple[str, str | None]:
     """(key, value) of `key=value`; the value is None for `key-`, which takes a label away.
 

@@ -21,6 +21,7 @@ from edge_server.desired import Kept, changed, compose
 from edge_server.errors import ReleaseError, RolloutError, UnknownRolloutError
 from edge_server.gates import DeviceMetrics
 from edge_server.keys import Repository
+from edge_server.labels import keys_of, parse
 from edge_server.plan import RolloutPlan, RolloutRules
 from edge_server.power import Power, power_of
 from edge_server.records import ReleaseRecord, RolloutRecord
@@ -28,6 +29,8 @@ from edge_server.releases import BlobStore, describe, take_in
 from edge_server.settings import Settings
 from edge_server.store import Store
 
+_MOVING = {"release", "mode"}
+"""What of a device a rollout itself may change: it would lose those that it was for."""
 Select = Callable[[str, str], Collection[str] | None]
 """Names of a group's devices with the labels of a query; None: all of them."""
 
@@ -150,6 +153,10 @@ class Shipping:
     # ---- rollouts
 
     def _start(self, plan: RolloutPlan, actor: str, force: str) -> int:
+        if plan.where and (moving := keys_of(parse(plan.where)) & _MOVING):
+            raise ConfigError(
+                f"where = {plan.where!r}: {', '.join(sorted(moving))} changes while a rollout goes on; choose by labels"
+            )
         now, group = self._clock.now(), self._store.groups.get(plan.group)
         if plan.strategy == "ab" and group.base is None:
             raise RolloutError(f"group {plan.group!r} has no release yet: there is nothing to compare with")

@@ -5,6 +5,7 @@ import itertools
 import msgspec
 import pytest
 
+from edge_sdk.errors import ConfigError
 from edge_sdk.messages import MetricSummary, ShadowTally, cohort, from_places, to_buckets
 from edge_sdk.sketch import QuantileSketch
 from edge_server.errors import ReleaseError, RolloutError
@@ -140,6 +141,73 @@ class TestCollisions:
         number = coordinator.registry.push(folder, actor="ann", force="the old one is illegal now")
         assert state_of(coordinator, number).status == "running"
         assert "the old one is illegal now" in rows("SELECT detail FROM audit ORDER BY id DESC LIMIT 1")[0][0]
+
+
+class TestLabels:
+    NORTH = msgspec.structs.replace(QUICK, where="site=north", stages=(50, 100))
+
+    @pytest.fixture
+    def label(self, coordinator):
+        def label(devices, site):
+            for device in devices:
+                coordinator.registry.label(device.name, {"site": site}, actor="ann")
+
+        return label
+
+    def test_only_devices_with_the_labels_get_it_and_those_that_are_given_them_later(
+        self, coordinator, fleet, clock, settle, ship, label, broker
+    ):
+        north, others = fleet[:4], fleet[4:]
+        label(north, "north")
+        number = ship(self.NORTH)
+        live(coordinator, fleet, clock, settle, turns=2)
+        assert sum(device.release == 2 for device in north) == 2
+        live(coordinator, fleet, clock, settle, turns=10)
+        assert state_of(coordinator, number).status == "completed"
+        assert [device.release for device in fleet] == [2] * 4 + [1] * 4
+        assert desired(broker).base.release == 1
+        revision = coordinator.desired_revision()
+        live(coordinator, fleet, clock, settle, turns=3)
+        assert coordinator.desired_revision() == revision, "nobody has to be told anew"
+        label(others[:1], "north")
+        live(coordinator, fleet, clock, settle, turns=3)
+        assert [device.release for device in fleet] == [2] * 5 + [1] * 3
+
+    def test_when_the_base_is_as_new_nothing_is_left_of_it(
+        self, coordinator, fleet, clock, settle, ship, label, broker
+    ):
+        label(fleet[:4], "north")
+        ship(self.NORTH)
+        live(coordinator, fleet, clock, settle, turns=14)
+        assert len(desired(broker).parts) == 1
+        number = ship()
+        live(coordinator, fleet, clock, settle, turns=14)
+        assert state_of(coordinator, number).status == "completed", state_of(coordinator, number)
+        assert (desired(broker).base.release, desired(broker).parts) == (3, [])
+        assert all(device.release == 3 for device in fleet)
+
+    def test_rollouts_for_different_devices_go_side_by_side_and_others_collide(
+        self, coordinator, fleet, clock, settle, ship, label
+    ):
+        label(fleet[:4], "north")
+        label(fleet[4:], "south")
+        first = ship(self.NORTH)
+        second = ship(msgspec.structs.replace(self.NORTH, where="site=south"))
+        live(coordinator, fleet, clock, settle)
+        assert [device.release for device in fleet].count(2) == 2
+        assert [device.release for device in fleet].count(3) == 2
+        with pytest.raises(RolloutError, match="busy"):
+            ship(msgspec.structs.replace(self.NORTH, where="site in (south, east)"))
+        with pytest.raises(RolloutError, match="busy"):
+            ship()
+        live(coordinator, fleet, clock, settle, turns=14)
+        assert [state_of(coordinator, number).status for number in (first, second)] == ["completed"] * 2
+        assert [device.release for device in fleet] == [2] * 4 + [3] * 4
+
+    @pytest.mark.parametrize("where", ["release=1", "site=north and not mode=adapt", "site=", "(site"])
+    def test_a_query_that_is_none_or_that_moves_is_refused(self, ship, where):
+        with pytest.raises(ConfigError, match=r"where|label query"):
+            ship(msgspec.structs.replace(QUICK, where=where))
 
 
 class TestLate:
