@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import shutil
+import ssl
 import tempfile
 import threading
 import time
@@ -188,7 +189,7 @@ class Fleet:
 
     Args:
         prepared: The scenario.
-        broker: URL of an MQTT broker, mqtt://user:password@host:port; "": in process.
+        broker: URL of an MQTT broker, mqtt://user:password@host:port, or mqtts:// for TLS; "": in process.
         workers: Processes over which devices are spread, in process. The result is the same for any number; None: by
             the size of the fleet and the machine.
         coordinator: Opens one; None: the installed one if there are releases, else one that only acknowledges.
@@ -409,9 +410,9 @@ class Fleet:
         from edge_sdk.swarm import Swarm  # noqa: PLC0415 - only with a broker
 
         assert self._url is not None
-        host, port, username, password = self._url
+        host, port, username, password, tls = self._url
         count = len(self.prepared.devices)
-        self._swarm, self._login = Swarm(host, port), {"username": username, "password": password}
+        self._swarm, self._login = Swarm(host, port, tls=tls), {"username": username, "password": password}
 
         def transport(name: str) -> Transport:
             made: Transport = self._swarm.transport(f"{self._prefix}-{name}", **self._login)
@@ -570,21 +571,21 @@ def _with_prefix(prepared: Prepared, prefix: str) -> Prepared:
     return replace(prepared, devices=devices)
 
 
-def _read_url(url: str) -> tuple[str, int, str | None, str | None]:
-    """Host, port, user and password.
+def _read_url(url: str) -> tuple[str, int, str | None, str | None, ssl.SSLContext | None]:
+    """Host, port, user, password, and with mqtts:// whom to trust: the system's authorities, or those of SSL_CERT_FILE.
 
     Raises:
-        ConfigError: It is no mqtt:// URL.
+        ConfigError: It is neither an mqtt:// nor an mqtts:// URL.
     """
     try:
         parts = urlsplit(url)
-        port = parts.port or 1883
+        port = parts.port or {"mqtts": 8883}.get(parts.scheme, 1883)
     except ValueError as error:
         raise ConfigError(f"{url!r} is no broker's URL: {error}") from error
-    if parts.scheme != "mqtt" or not parts.hostname or parts.path not in ("", "/"):
+    if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path not in ("", "/"):
         raise ConfigError(f"{url!r} is no broker's URL; write mqtt://host:1883 or mqtt://user:password@host:1883")
     user, password = (unquote(text) if text else None for text in (parts.username, parts.password))
-    return parts.hostname, port, user, password
+    return parts.hostname, port, user, password, ssl.create_default_context() if parts.scheme == "mqtts" else None
 
 
 def _number(release: Release) -> int:

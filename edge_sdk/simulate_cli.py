@@ -50,7 +50,7 @@ def simulate() -> None:
 @click.option(
     "--workers", type=click.IntRange(1), help="Processes, this one among them; the result is the same.  [by size]"
 )
-@click.option("--broker", default="", metavar="URL", help="mqtt://host:port: each device a connection of its own.")
+@click.option("--broker", default="", metavar="URL", help="mqtt(s)://host:port: each device a connection of its own.")
 @click.option("--quiet", is_flag=True, help="No progress and no summary; expectations that are not met are told.")
 def run(
     scenario: Path,

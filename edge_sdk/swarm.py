@@ -23,6 +23,7 @@ import os
 import random
 import selectors
 import socket
+import ssl
 import threading
 import time
 from collections import deque
@@ -81,6 +82,7 @@ class Swarm:
         max_connecting: int = 64,
         retry_s: tuple[float, float] = (0.5, 60.0),
         rng: random.Random | None = None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         """Describe the connections; nothing is sent before a transport's `connect`.
 
@@ -92,6 +94,7 @@ class Swarm:
             max_connecting: Most connections that come about at a time: a broker's queue of new ones is short.
             retry_s: Longest pause after the first failure, which doubles with each further one, and the longest of all.
             rng: Where the pauses' chance comes from.
+            tls: Encrypts every connection, and says whom to trust; None: no encryption.
 
         Raises:
             ValueError: An argument is out of range.
@@ -106,6 +109,7 @@ class Swarm:
         self.host, self.port = host, port
         self.keepalive_s, self.max_inbox = keepalive_s, max_inbox
         self._max_connecting, self._retry_s = max_connecting, retry_s
+        self._tls = tls
         self._rng = rng or random.Random()  # noqa: S311 - it spreads load
         self._selector = selectors.DefaultSelector()
         self._wake_reader, self._wake_writer = socket.socketpair()
@@ -394,6 +398,12 @@ class Swarm:
     def _dialled(self, member: SwarmTransport, line: _Line) -> None:
         if error := line.error():
             self._fail(member, f"cannot reach {self.broker}: {error}")
+            return
+        try:
+            if self._tls is not None and not line.shake_hands(self._tls, self.host):
+                return  # there is more to be read or written first
+        except (OSError, ValueError) as failure:  # ssl's errors are OSErrors
+            self._fail(member, f"no encrypted connection to {self.broker}: {failure}")
             return
         line.watch(write=False)
         member.client = client = member.new_client(line)
@@ -685,18 +695,51 @@ class _Line:
             owner = self._selector.get_key(self._socket).data
             self._selector.modify(self._socket, wanted, owner)
 
+    def shake_hands(self, context: ssl.SSLContext, host: str) -> bool:
+        """Go on with agreeing on encryption; whether that is done.
+
+        Raises:
+            OSError: The broker is not whom we trust, or does not speak TLS.
+        """
+        if not isinstance(self._socket, ssl.SSLSocket):
+            owner = self._selector.unregister(self._socket).data
+            try:
+                self._socket = context.wrap_socket(self._socket, server_hostname=host, do_handshake_on_connect=False)
+            finally:
+                self._selector.register(self._socket, self._watched, owner)
+        wanted = selectors.EVENT_READ
+        try:
+            self._socket.do_handshake()
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLWantWriteError:
+            wanted = selectors.EVENT_WRITE
+        else:
+            return True
+        if wanted != self._watched:
+            self._watched = wanted
+            self._selector.modify(self._socket, wanted, self._selector.get_key(self._socket).data)
+        return False
+
+    def _decrypted(self) -> bool:
+        """Whether there is something to read of which the selector knows nothing."""
+        return isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
+
     @property
     def holds_more(self) -> bool:
         """Whether bytes were read that paho has not asked for."""
-        return self._at < len(self._buffer)
+        return self._at < len(self._buffer) or self._decrypted()
 
     def recv(self, buffer_size: int) -> bytes:
         """Bytes from memory; the socket is asked once for each time that the selector found it readable."""
         if self._at == len(self._buffer):
-            if not self.may_read:
+            if not self.may_read and not self._decrypted():
                 raise BlockingIOError
             self.may_read = False
-            self._buffer, self._at = self._socket.recv(_READ_BYTES), 0
+            try:
+                self._buffer, self._at = self._socket.recv(_READ_BYTES), 0
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+                raise BlockingIOError from error
             self.bytes_received += len(self._buffer)
         piece = self._buffer[self._at : self._at + buffer_size]
         self._at += len(piece)
@@ -706,7 +749,10 @@ class _Line:
 
     def send(self, buffer: bytes | bytearray) -> int:
         """As a socket does."""
-        count = self._socket.send(buffer)
+        try:
+            count = self._socket.send(buffer)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+            raise BlockingIOError from error
         self.bytes_sent += count
         return count
 

@@ -22,6 +22,7 @@ from edge_sdk.identity import renew
 from edge_sdk.messages import Ack, Envelope, Event, State, Topics, decode, encode, raw
 from edge_sdk.mqtt import MqttTransport, Tls
 from edge_sdk.store import Store
+from edge_sdk.swarm import Swarm
 from edge_server.coordinator import Coordinator
 from edge_server.registry import Registry
 from edge_server.settings import BrokerSettings, Settings
@@ -341,3 +342,28 @@ def test_a_certificate_for_another_key_changes_nothing(fleet, add):
         renew(device.home, device.config.broker, (other.home / "tls" / "device.pem").read_text())
     assert (device.home / "tls" / "device.pem").read_text() == before
     assert decode(encode(Ack("s", 1)), Ack).seq == 1
+
+
+def test_a_swarm_talks_encrypted(fleet):
+    with Swarm("127.0.0.1", fleet.port, tls=fleet.tls.context()) as swarm:
+        transports = [swarm.transport(f"one-{number}") for number in range(5)]
+        for transport in transports:
+            transport.subscribe(TOPICS.desired("all"))
+            transport.connect()
+        assert swarm.until(lambda: swarm.connected == 5, DEADLINE_S)
+        payload = bytes(range(256)) * 400  # several records of TLS
+        for _ in range(20):
+            transports[0].publish(TOPICS.desired("all"), payload)
+        heard = {transport: [] for transport in transports}
+        for transport in transports:
+            fleet.until(lambda own=heard[transport], ear=transport: own.extend(ear.receive()) or len(own) == 20)
+        assert all(message.payload == payload for own in heard.values() for message in own)
+
+
+def test_a_swarm_does_not_talk_to_a_broker_that_it_does_not_trust(fleet):
+    with Swarm("127.0.0.1", fleet.port, tls=ssl.create_default_context()) as swarm:
+        transport = swarm.transport("one")
+        transport.connect()
+        assert swarm.until(lambda: transport.last_error is not None, DEADLINE_S)
+        assert not transport.connected
+        assert "CERTIFICATE_VERIFY_FAILED" in transport.last_error
