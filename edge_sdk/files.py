@@ -143,7 +143,7 @@ def lock_folder(folder: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise StoreError(f"{folder} is in use by another process; a device's folder has one owner") from error
+        raise StoreError(f"{folder} is in use by another process; it has one owner at a time") from error
     return file
 
 

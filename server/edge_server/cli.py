@@ -17,6 +17,7 @@ from edge_server.cli_alerts import alerts
 from edge_server.cli_build import build, candidates
 from edge_server.cli_commands import command, commands
 from edge_server.cli_common import home_option, open_registry
+from edge_server.cli_data import audit, backup, export, restore, upgrade
 from edge_server.cli_devices import broker_files, devices
 from edge_server.cli_fleet import fleet
 from edge_server.cli_groups import group
@@ -88,6 +89,7 @@ def serve(home: Path, expose_broker: bool) -> None:
     import logging
     from contextlib import ExitStack
 
+    from edge_sdk.files import lock_folder
     from edge_sdk.mqtt import MqttTransport
     from edge_server.broker import EmbeddedBroker
     from edge_server.coordinator import RECEIVE_MAXIMUM, Coordinator
@@ -106,6 +108,7 @@ def serve(home: Path, expose_broker: bool) -> None:
     with open_registry(home) as registry:
         tls = registry.identities.tls()
     with ExitStack() as stack:
+        stack.enter_context(lock_folder(home))
         if broker.embedded:
             port = stack.enter_context(EmbeddedBroker(host=broker.host, port=broker.port)).port
         transport = MqttTransport(
@@ -155,5 +158,10 @@ for family in (
     broker_files,
     command,
     commands,
+    export,
+    audit,
+    backup,
+    restore,
+    upgrade,
 ):
     main.add_command(family)

@@ -5,6 +5,7 @@ EdgeError
     ├─ DeviceError
     │   ├─ UnknownDeviceError   no device of that name is registered
     │   └─ DeviceExistsError    the name is taken
+    ├─ BackupError              nothing was backed up or restored: what it would be written over, or what it is
     ├─ SigningError             keys are missing, too few, or expired; the message says which command helps
     ├─ ReleaseError             the release cannot be taken in: its number or its content conflicts
     ├─ RolloutError             the rollout cannot start or change now
@@ -31,6 +32,10 @@ class UnknownDeviceError(DeviceError):
 
 class DeviceExistsError(DeviceError):
     """The device name is taken."""
+
+
+class BackupError(CoordinatorError):
+    """Nothing was backed up or restored; the message says what stands in the way."""
 
 
 class ReleaseError(CoordinatorError):

@@ -27,8 +27,8 @@ from edge_server.store import Store
 if TYPE_CHECKING:
     from edge_server.authority import Authority
 
-_SECRET_NAME = "commands.key"  # noqa: S105 - the name of a file
-_CA_FOLDER = "ca"
+SECRET_NAME = "commands.key"  # noqa: S105 - the name of a file
+CA_FOLDER = "ca"
 _DAY_S = 86_400.0
 _RENEWAL_S = 14 * _DAY_S
 """So long a new certificate is offered to a device before another is made."""
@@ -59,7 +59,7 @@ class Identities:
             from edge_server.authority import Authority  # noqa: PLC0415 - only with TLS
         except ImportError as error:
             raise MissingExtraError("certificates", "server") from error
-        authority = Authority(self._home / _CA_FOLDER)
+        authority = Authority(self._home / CA_FOLDER)
         authority.make(self._clock.now())
         return authority
 
@@ -218,7 +218,7 @@ class Identities:
         return "\n".join(blocks)
 
     def _write_crl(self) -> Path:
-        path = self._home / _CA_FOLDER / "crl.pem"
+        path = self._home / CA_FOLDER / "crl.pem"
         if self._settings.broker.tls and self._settings.broker.ca_file is None:
             now = self._clock.now()
             return self.authority.write_crl(self._store.certificates.revoked(now=now), now)
@@ -328,10 +328,10 @@ class Identities:
         return hmac.new(self._secret, f"{enrolment}/{device}".encode(), hashlib.sha256).digest()
 
     def _load_secret(self) -> bytes:
-        path = self._home / _SECRET_NAME
+        path = self._home / SECRET_NAME
         try:
             if not path.exists():
-                temporary = path.with_name(f"{_SECRET_NAME}.{os.getpid()}")
+                temporary = path.with_name(f"{SECRET_NAME}.{os.getpid()}")
                 replace_file(temporary, os.urandom(KEY_BYTES).hex().encode(), mode=0o600)
                 try:
                     os.link(temporary, path)  # whoever comes first makes it, for all

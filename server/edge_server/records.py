@@ -201,6 +201,17 @@ class FleetRecord(msgspec.Struct, frozen=True, kw_only=True):
         return self.correct / self.labelled if self.labelled else None
 
 
+class AuditRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A change of state that somebody asked for."""
+
+    id: int
+    time: float
+    """Seconds since the epoch."""
+    actor: str
+    action: str
+    detail: dict[str, Any]
+
+
 class RollupRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Sums over a minute, an hour or a day.
 

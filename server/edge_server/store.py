@@ -9,9 +9,11 @@ A new family of tables: append a step to `schema.py`, put the queries into a cla
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
-from edge_sdk.database import Database
+from edge_sdk.database import Database, copy_database
 from edge_server.schema import STEPS
 from edge_server.store_alerts import AlertStore
 from edge_server.store_audit import AuditStore
@@ -49,6 +51,8 @@ class Store(Database):
     """
 
     def __init__(self, path: Path, *, durable: bool = True) -> None:
+        self.kept = _keep_before_upgrade(path)
+        """The copy that was made because the file is of an earlier form; None: it was not."""
         super().__init__(path, STEPS, durable=durable)
         # each device's part of every index is written to in turn: what is at hand is neither read nor written twice
         self.conn.execute(f"PRAGMA cache_size = {-_CACHE_KB}")
@@ -68,3 +72,19 @@ class Store(Database):
         self.audit = AuditStore(self)
         self.fleet = FleetStore(self)
         self.alerts = AlertStore(self)
+
+
+def _keep_before_upgrade(path: Path) -> Path | None:
+    if not path.exists():
+        return None
+    with closing(sqlite3.connect(path)) as connection:
+        try:
+            form = connection.execute("PRAGMA user_version").fetchone()[0]
+        except sqlite3.Error:  # not a database: opening it says so
+            return None
+    if not 0 < form < len(STEPS):
+        return None
+    copy = path.with_name(f"{path.name}.form-{form}")
+    part = copy.with_name(f"{copy.name}.part")
+    copy_database(path, part)
+    return part.replace(copy)

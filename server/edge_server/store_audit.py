@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import sqlite3
 from typing import Any
 
 from edge_sdk.database import Database
-from edge_server.rows import to_json
+from edge_server.records import AuditRecord
+from edge_server.rows import from_row, to_json
+
+
+def last_change(connection: sqlite3.Connection) -> float:
+    """When the last row of any kind came, seconds since the epoch; 0 for an empty database. Of any form."""
+    newest = [
+        connection.execute(f"SELECT coalesce(max({column}), 0) FROM {table}").fetchone()[0]  # noqa: S608 - constants
+        for table, column in (
+            ("reports", "received"),
+            ("events", "received"),
+            ("audit", "time"),
+            ("devices", "last_seen"),
+        )
+    ]
+    return float(max(newest))
 
 
 class AuditStore:
@@ -20,3 +36,12 @@ class AuditStore:
             "INSERT INTO audit (time, actor, action, detail) VALUES (?, ?, ?, ?)",
             (now, actor, action, to_json(detail)),
         )
+
+    def find(self, *, before: int | None = None, limit: int = 1000) -> list[AuditRecord]:
+        """Entries with a number below `before`, newest first."""
+        rows = self._db.read(
+            "SELECT id, time, actor, action, detail FROM audit WHERE (?1 IS NULL OR id < ?1) ORDER BY id DESC LIMIT ?2",
+            before,
+            limit,
+        )
+        return [from_row(AuditRecord, row) for row in rows]
