@@ -96,6 +96,8 @@ def restore(folder: Path, home: Path, force: bool) -> None:
     from edge_server.backup import restore as put_back
 
     found = put_back(folder, home, force=force)
+    with open_registry(home) as registry:
+        registry.note("cli", "backup restored", {"created": found.created, "forced": force})
     click.echo(
         f"restored: what the coordinator knew at {when(found.changed)} UTC; start it with: edge-coordinator serve"
     )

@@ -61,6 +61,7 @@ def keys_init(home: Path, away: Path, count: int, threshold: int, passphrase: st
     with open_registry(home) as registry:
         registry.repository.init(away, count=count, threshold=threshold, passphrase=secret)
         signed = registry.sign_all()
+        registry.note("cli", "keys made", {"count": count, "threshold": threshold})
     click.echo(
         f"{count} root keys are in {away}: take them away, to {count} places; any {threshold} of them sign together"
     )
@@ -95,6 +96,7 @@ def keys_rotate(
     secret = _passphrase(passphrase, no_passphrase, new=new is not None)
     with open_registry(home) as registry:
         version = registry.repository.rotate(role, away, passphrase=secret, new=new)
+        registry.note("cli", "keys rotated", {"role": role, "root": version})
     click.echo(f"root {version}: role {role} has new keys" + (f", in {new}: take them away" if role == "root" else ""))
 
 
@@ -110,6 +112,7 @@ def keys_revoke(
     secret = _passphrase(passphrase, no_passphrase, new=new is not None)
     with open_registry(home) as registry:
         version = registry.repository.revoke(key, away, passphrase=secret, new=new)
+        registry.note("cli", "key revoked", {"key": key, "root": version})
     click.echo(f"root {version}: {key} is revoked; devices refuse what it signed once they have this root")
 
 
@@ -121,4 +124,5 @@ def keys_renew(home: Path, away: tuple[Path, ...], passphrase: str | None, no_pa
     secret = _passphrase(passphrase, no_passphrase, new=False)
     with open_registry(home) as registry:
         version = registry.repository.renew_root(away, passphrase=secret)
+        registry.note("cli", "root renewed", {"root": version})
     click.echo(f"root {version} is signed")

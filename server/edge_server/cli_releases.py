@@ -27,6 +27,22 @@ def releases_list(home: Path, as_json: bool) -> None:
     print_records(records, ("release", "name", "digest", "signed", "pushed (UTC)"), rows, as_json=as_json)
 
 
+@releases.command("show")
+@click.argument("number", type=int)
+@home_option
+@json_option
+def releases_show(number: int, home: Path, as_json: bool) -> None:
+    """Show what a release was made from, and its model card."""
+    with open_registry(home) as registry:
+        found = registry.release(number)
+    rows = [(str(r.release), r.name, r.digest[:12], when(r.pushed)) for r in (found.release, *found.lineage)]
+    if found.origin is not None:
+        rows.append(("-", "not taken in here", found.origin[:12], "-"))
+    print_records(found, ("release", "name", "digest", "pushed (UTC)"), rows, as_json=as_json)
+    if not as_json:
+        click.echo(f"\n{found.card}", nl=False)
+
+
 @releases.command("verify")
 @home_option
 @json_option

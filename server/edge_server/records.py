@@ -114,6 +114,21 @@ class ReleaseRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds since the epoch."""
 
 
+class ReleaseDetail(msgspec.Struct, frozen=True, kw_only=True):
+    """A release, where it comes from, and what its makers say of it.
+
+    Attributes:
+        lineage: The releases it was made from, the nearest first; those that were taken in here.
+        origin: Digest of what the last of them was made from, which is not here; None: from nothing.
+        card: Its model card, Markdown.
+    """
+
+    release: ReleaseRecord
+    lineage: list[ReleaseRecord]
+    origin: str | None
+    card: str
+
+
 class CandidateRecord(msgspec.Struct, frozen=True, kw_only=True):
     """How a candidate did against the release in use on held-out rows.
 

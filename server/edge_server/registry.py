@@ -12,11 +12,12 @@ from typing import Any
 
 from edge_sdk.clock import Clock, SystemClock
 from edge_sdk.files import storage_error
+from edge_sdk.manifest import CARD, parse_manifest
 from edge_sdk.messages import as_json
 from edge_server.alert_sources import Sources
 from edge_server.alerting import Alerting
 from edge_server.enrol import Bundle, enrol, password_file
-from edge_server.errors import DeviceError, UnknownDeviceError
+from edge_server.errors import DeviceError, ReleaseError, UnknownDeviceError
 from edge_server.identity import Identities
 from edge_server.insight import Insight
 from edge_server.keys import Repository
@@ -28,6 +29,7 @@ from edge_server.records import (
     DeviceRecord,
     EventRecord,
     FleetRecord,
+    ReleaseDetail,
     ReleaseRecord,
     RolloutRecord,
 )
@@ -237,6 +239,25 @@ class Registry:
     def releases(self, *, before: int | None = None, limit: int = 1000) -> list[ReleaseRecord]:
         """Releases below `before`, newest first."""
         return self.store.releases.find(before=before, limit=limit)
+
+    def release(self, number: int) -> ReleaseDetail:
+        """A release with its lineage and its model card.
+
+        Raises:
+            ReleaseError: There is none of that number.
+            StoreError: Its files cannot be read.
+        """
+        line = self.store.releases.lineage(number)
+        if not line:
+            raise ReleaseError(f"there is no release {number}")
+        manifest = parse_manifest(self.blobs.read(line[0].digest))
+        card = self.blobs.read(manifest.files[CARD].sha256).decode("utf-8", "replace")
+        return ReleaseDetail(release=line[0], lineage=line[1:], origin=line[-1].parent, card=card)
+
+    def note(self, actor: str, action: str, detail: dict[str, Any]) -> None:
+        """Write to the audit log what was done outside of the database."""
+        with self.store.transaction():
+            self.store.audit.add(self.clock.now(), actor, action, detail)
 
     def rollouts(self, *, before: int | None = None, limit: int = 1000) -> list[RolloutRecord]:
         """Rollouts below `before`, newest first."""

@@ -9,8 +9,8 @@ from edge_server.settings import RetentionSettings
 from edge_server.store import Store
 from edge_server.store_rollups import HOUR, MINUTE
 
-REPORTS = 2_000
-"""Most rows of a call: some 50 ms."""
+REPORTS = 1_000
+"""Most rows of a call, which takes some tens of milliseconds."""
 _SUMMARIES = 200
 _DAY_S = 86_400.0
 

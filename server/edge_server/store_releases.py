@@ -6,6 +6,8 @@ from edge_sdk.database import Database
 from edge_server.records import ReleaseRecord
 from edge_server.rows import from_row, to_json
 
+_MAX_LINEAGE = 100
+
 
 class ReleaseStore:
     """Releases. Writes belong inside a transaction."""
@@ -30,5 +32,19 @@ class ReleaseStore:
             number,
             before,
             limit,
+        )
+        return [from_row(ReleaseRecord, row) for row in rows]
+
+    def lineage(self, number: int) -> list[ReleaseRecord]:
+        """The release, what it was made from, what that was made from, and so on; as far as it is known here."""
+        rows = self._db.read(
+            "WITH RECURSIVE line (digest, step) AS ("
+            " SELECT digest, 0 FROM releases WHERE release = ?"
+            " UNION SELECT r.parent, step + 1 FROM line JOIN releases r ON r.digest = line.digest"
+            " WHERE r.parent IS NOT NULL AND step < ?)"
+            " SELECT release, name, r.digest, size, parent, labels, metrics, pushed"
+            " FROM line JOIN releases r ON r.digest = line.digest ORDER BY step",
+            number,
+            _MAX_LINEAGE,
         )
         return [from_row(ReleaseRecord, row) for row in rows]

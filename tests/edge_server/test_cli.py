@@ -1,4 +1,5 @@
 import json
+import sqlite3
 import subprocess
 import sys
 from contextlib import closing
@@ -241,3 +242,31 @@ def test_exported_names_resolve():
     assert dir(edge_server) == edge_server.__all__
     with pytest.raises(AttributeError):
         edge_server.nothing  # noqa: B018
+
+
+class TestReleaseDetail:
+    def test_it_shows_what_a_release_was_made_from_and_its_card(self, ready, checkpoint, home):
+        ready("push", checkpoint(1))
+        ready("push", checkpoint(2), "--group", "other")
+        connection = sqlite3.connect(home / "coordinator.db")
+        connection.execute(
+            "UPDATE releases SET parent = (SELECT digest FROM releases WHERE release = 1) WHERE release = 2"
+        )
+        connection.execute("UPDATE releases SET parent = 'cafe' WHERE release = 1")
+        connection.commit()
+        connection.close()
+        told = ready("releases", "show", 2).output
+        assert "card.md of 2" in told
+        assert [line.split()[0] for line in told.splitlines()[1:4]] == ["2", "1", "-"]
+        found = json.loads(ready("releases", "show", 2, "--json").output)
+        assert ([entry["release"] for entry in found["lineage"]], found["origin"]) == ([1], "cafe")
+
+    def test_a_release_that_is_not_there_is_told(self, ready):
+        assert "there is no release 7" in ready("releases", "show", 7, expect=1).stderr
+
+    def test_the_audit_log_is_shown_newest_first(self, ready, tmp_path):
+        for name in ("a", "b"):
+            ready("devices", "add", name, "--out", tmp_path / f"{name}.json")
+        entries = json.loads(ready("audit", "--json").output)
+        assert [entry["detail"]["device"] for entry in entries] == ["b", "a"]
+        assert "device added" in ready("audit", "--limit", 1).output
