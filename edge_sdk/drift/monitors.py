@@ -96,13 +96,14 @@ class DriftMonitors:
             )  # fmt: skip
         if name == "latent":
             return Watched(r.latent_mean, r.latent_std, rows=r.rows, run_length=self._run_length)
-        mean, std, levels = r.output_mean, r.output_std, r.output_levels
+        mean, std, levels, cuts = r.output_mean, r.output_std, r.output_levels, r.output_cuts
         if len(mean) != self._widths[name]:  # labels were learned since: `rereference` is due
             mean, std = np.full(self._widths[name], 0.5), np.full(self._widths[name], 0.5)
             levels = np.repeat((np.arange(1, LEVELS + 1) / (LEVELS + 1))[None], self._widths[name], axis=0)
+            cuts = levels.astype(np.float32)
         return Watched(
             mean, std, rows=r.rows, run_length=self._run_length,
-            levels=levels, step_run_length=self._steps.get(name, math.inf),
+            levels=levels, cuts=cuts, step_run_length=self._steps.get(name, math.inf),
         )  # fmt: skip
 
     def _judge(self, accuracy: float, labelled: int) -> PerformanceMonitor:

@@ -177,21 +177,24 @@ def unit_change(reference: Reference, quantiles: AnyArray) -> str | None:
     count = live.shape[1]
     bins = reference.edges.shape[1] + 1
     levels = np.arange(1, count + 1) / (count + 1)
-    best, words = 1.0, None
-    for name, edges, seen in zip(reference.names, reference.edges, live, strict=True):
-        usual = np.interp(levels, np.arange(1, bins) / bins, edges)
-        if not np.isfinite(seen).all() or not usual.std() or _misfit(usual, seen) < _CHANGED:
-            continue
-        about_zero = abs(usual.mean()) < usual.std()
-        for before, after, factor, offset in _MAPS:
-            if about_zero and not offset and 1 / _FAR < factor < _FAR:
-                continue
-            misfit = _misfit(factor * usual + offset, seen)
-            if misfit < min(best, _EXPLAINED_WITH_OFFSET if offset else _EXPLAINED):
-                best, words = misfit, f"{name}: values look like {after}, no longer like {before}"
-    return words
+    usual = np.stack([np.interp(levels, np.arange(1, bins) / bins, edges) for edges in reference.edges])
+    told = np.isfinite(live).all(axis=1) & (usual.std(axis=1) > 0)
+    told &= _misfit(usual[:, None], live)[:, 0] >= _CHANGED
+    factors, offsets = (np.array([unit[i] for unit in _MAPS], dtype=np.float64) for i in (2, 3))
+    misfits = _misfit(factors[:, None] * usual[:, None] + offsets[:, None], live)
+    about_zero = np.abs(usual.mean(axis=1)) < usual.std(axis=1)
+    little = (offsets == 0) & (factors > 1 / _FAR) & (factors < _FAR)
+    fits = misfits < np.where(offsets, _EXPLAINED_WITH_OFFSET, _EXPLAINED)
+    fits &= told[:, None] & ~(about_zero[:, None] & little)
+    if not fits.any():
+        return None
+    feature, unit = np.unravel_index(np.where(fits, misfits, np.inf).argmin(), fits.shape)
+    before, after = _MAPS[unit][:2]
+    return f"{reference.names[feature]}: values look like {after}, no longer like {before}"
 
 
-def _misfit(expected: DoubleArray, seen: DoubleArray) -> float:
-    """Distance of two sets of quantiles, in the larger of their spreads."""
-    return float(np.sqrt(np.mean((seen - expected) ** 2)) / max(expected.std(), seen.std()))
+def _misfit(expected: DoubleArray, seen: DoubleArray) -> DoubleArray:
+    """Distance of quantiles [F, M, Q] from those seen, [F, Q], in the larger of their spreads: [F, M]."""
+    with np.errstate(invalid="ignore", divide="ignore"):  # of features that are left out
+        apart = np.sqrt(np.mean((seen[:, None] - expected) ** 2, axis=2))
+        return np.asarray(apart / np.maximum(expected.std(axis=2), seen.std(axis=1)[:, None]))

@@ -16,7 +16,7 @@ from edge_sdk.drift.estimate import fit_confidence
 from edge_sdk.drift.features import OUTPUT_SUMMARY, input_features, names_of
 from edge_sdk.drift.latent import MAX_DIM, LatentChannels
 from edge_sdk.drift.ranks import Ranker, rank_channels, with_spread
-from edge_sdk.drift.steps import LEVELS, levels_of
+from edge_sdk.drift.steps import LEVELS, cuts_of, levels_of
 from edge_sdk.errors import IntegrityError
 from edge_sdk.files import load_npz, npz_bytes
 from edge_sdk.stats import entropy
@@ -67,7 +67,8 @@ class Reference:
         class_means: float32 [C, F + K + R]: mean of the input, output and latent channels where it was.
         confidence_table: float32 [2, T]: of `estimate.estimate`.
         input_levels: float16 [F, 31]: how the ranks are distributed, `steps.levels_of`.
-        output_levels: float16 [K, 31]: the same of the output channels.
+        output_cuts: float32 [K, 31]: quantiles of the output channels, many of which crowd at 0 and 1; `steps.cuts_of`.
+        output_levels: float16 [K, 31]: how the output channels are distributed over these.
         loss_scale: 0.95 quantile of a regression's loss; NaN otherwise.
         loss_mean: Mean of that loss, clipped at the scale and divided by it; NaN otherwise.
     """
@@ -99,6 +100,7 @@ class Reference:
     class_means: FloatArray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
     confidence_table: FloatArray = field(default_factory=lambda: np.zeros((2, 0), np.float32))
     input_levels: AnyArray = field(default_factory=lambda: np.zeros((0, LEVELS), np.float16))
+    output_cuts: FloatArray = field(default_factory=lambda: np.zeros((0, LEVELS), np.float32))
     output_levels: AnyArray = field(default_factory=lambda: np.zeros((0, LEVELS), np.float16))
     loss_scale: float = float("nan")
     loss_mean: float = float("nan")
@@ -159,7 +161,8 @@ class Reference:
             output_edges=output_edges,
             output_mean=outputs.mean(axis=0),
             output_std=outputs.std(axis=0),
-            output_levels=levels_of(outputs),
+            output_cuts=(cuts := cuts_of(outputs)),
+            output_levels=levels_of(outputs, cuts),
             accuracy=float(np.mean(correct)) if len(correct) else float("nan"),
             labelled=len(correct),
             **optional,
@@ -255,14 +258,16 @@ _BY_FEATURE = (
 )  # fmt: skip
 _OUTPUTS = ("output_edges", "output_mean", "output_std")
 _OPTIONAL = (
-    "latent_mean", "latent_std", "class_share", "class_means", "confidence_table", "input_levels", "output_levels",
+    "latent_mean", "latent_std", "class_share", "class_means", "confidence_table", "input_levels", "output_cuts",
+    "output_levels",
 )  # fmt: skip
 
 
 def _check_shapes(arrays: Mapping[str, AnyArray]) -> None:
     """Raise ValueError or KeyError if arrays of a file do not fit each other."""
     alike = [_BY_FEATURE, ("output_mean", "output_std")]
-    alike += [(f"{what}_mean", f"{what}_levels") for what in ("input", "output") if f"{what}_levels" in arrays]
+    if "input_levels" in arrays:
+        alike += [("input_mean", "input_levels"), ("output_mean", "output_cuts", "output_levels")]
     if "latent.signs" in arrays:
         alike.append(("latent_mean", "latent_std", "latent.scale", "latent.phase"))
     for names in alike:

@@ -20,16 +20,32 @@ _TINY = 1e-300
 _EDGES = np.arange(1, _BINS) / _BINS
 
 
-def levels_of(channels: DoubleArray) -> AnyArray:
-    """How rows, float64 [N, K] in [0, 1], are distributed: share below 1/32, 2/32, ... 31/32, float16 [K, 31]."""
-    return np.stack([(channels < level).mean(axis=0) for level in _EDGES], axis=1).astype(np.float16)
+def cuts_of(channels: DoubleArray) -> FloatArray:
+    """Values that part rows, float64 [N, K], into 32 of about equal size: float32 [K, 31], ascending."""
+    cuts: FloatArray = np.quantile(channels, _EDGES, axis=0).T.astype(np.float32)
+    return cuts
 
 
-def binned(channels: DoubleArray) -> AnyArray:
-    """Rows, float64 [N, K] in [0, 1], counted by 32 equal parts of that range, int64 [K, 32]."""
+def binned(channels: DoubleArray, cuts: FloatArray | None = None) -> AnyArray:
+    """Rows counted by 32 parts of their range: int64 [K, 32].
+
+    Args:
+        channels: float64 [N, K] in [0, 1].
+        cuts: float32 [K, 31], from `cuts_of`; None: at 1/32, 2/32, ... 31/32.
+    """
     width = channels.shape[1]
-    bins = np.minimum((channels * _BINS).astype(np.int64), LEVELS) + _BINS * np.arange(width)
+    if cuts is None:
+        bins = np.minimum((channels * _BINS).astype(np.int64), LEVELS)
+    else:
+        bins = (channels[:, :, None] >= cuts).sum(axis=2)
+    bins += _BINS * np.arange(width)
     return np.bincount(bins.ravel(), minlength=_BINS * width).reshape(width, _BINS)
+
+
+def levels_of(channels: DoubleArray, cuts: FloatArray | None = None) -> AnyArray:
+    """How rows are distributed: the share of them below each cut, float16 [K, 31]. Arguments as in `binned`."""
+    counts = np.cumsum(binned(channels, cuts), axis=1)[:, :-1]
+    return (counts / max(1, len(channels))).astype(np.float16)
 
 
 class StepDetector(DriftDetector):
@@ -43,6 +59,7 @@ class StepDetector(DriftDetector):
         levels: float [K, 31], of the reference: `levels_of`.
         rows: Independent rows that these are of.
         run_length: Rows between two false alarms.
+        cuts: float32 [K, 31], that the levels are at, for channels that crowd together in parts of [0, 1].
 
     Raises:
         ValueError: An argument has the wrong shape or lies out of range.
@@ -57,18 +74,20 @@ class StepDetector(DriftDetector):
         True
     """
 
-    def __init__(self, levels: AnyArray, *, rows: float, run_length: float) -> None:
+    def __init__(self, levels: AnyArray, *, rows: float, run_length: float, cuts: FloatArray | None = None) -> None:
         levels = np.asarray(levels, dtype=np.float64)
         if levels.ndim != 2 or levels.shape[1] != LEVELS or not len(levels):
             raise ValueError(f"the reference needs {LEVELS} levels a channel, got shape {levels.shape}")
         if not (levels.min() >= 0 and levels.max() <= 1):
             raise ValueError("the levels of the reference are shares")
+        if cuts is not None and cuts.shape != levels.shape:
+            raise ValueError(f"cuts of shape {cuts.shape} for levels of {levels.shape}")
         if rows < 1:
             raise ValueError(f"at least one row is needed in the reference, got {rows}")
         if run_length <= 1 or not math.isfinite(run_length):
             raise ValueError(f"the run length must be a number above 1, got {run_length}")
         self._levels: FloatArray = levels.astype(np.float32)
-        self._rows, self._run_length = rows, run_length
+        self._rows, self._run_length, self._cuts = rows, run_length, cuts
         self.ignored: BoolArray = np.zeros(len(levels), dtype=bool)
         """bool [K]: channels not tested. Of one that a season was taken out of, the reference's levels say nothing."""
         self._every = 1
@@ -99,7 +118,7 @@ class StepDetector(DriftDetector):
         while begin < len(taken):
             rows = taken[begin : begin + WINDOW - self._filled]
             begin += len(rows)
-            self._counts += binned(rows).astype(np.uint8)
+            self._counts += binned(rows, self._cuts).astype(np.uint8)
             self._filled += len(rows)
             if self._filled == WINDOW:
                 self._look()
@@ -157,7 +176,7 @@ class StepDetector(DriftDetector):
         """Channels by the distance of the last full window from the reference, with the shift of their mean in it."""
         distance = np.where(self.ignored, 0, self._distance(self._below, WINDOW))
         order = np.argsort(-distance, kind="stable")[:count]
-        # a mean is the area above its distribution function
+        # a mean is the area above its distribution function; with cuts it is that of the ranks
         shift = (self._levels - self._below / WINDOW).sum(axis=1) / _BINS
         return [(int(i), float(shift[i])) for i in order]
 

@@ -12,7 +12,7 @@ from edge_sdk.drift.ranks import with_spread
 from edge_sdk.drift.season import Season
 from edge_sdk.drift.steps import LEVELS, StepDetector, binned
 from edge_sdk.drift.thin import Thinner
-from edge_sdk.types import AnyArray, DoubleArray
+from edge_sdk.types import AnyArray, DoubleArray, FloatArray
 
 _Z = 2.0
 """How many standard errors of the reference the band forgives; see ADR 14."""
@@ -38,6 +38,7 @@ class Watched:
             have 2 K values.
         levels: float [K, 31] of the reference, `levels_of`: whole windows are tested as well. None or no rows: not.
         step_run_length: Rows between two false alarms of these tests.
+        cuts: float32 [K, 31] that the levels are at; None: at equal parts.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class Watched:
         spread: bool = False,
         levels: AnyArray | None = None,
         step_run_length: float = math.inf,
+        cuts: FloatArray | None = None,
     ) -> None:
         self._run_length, self._step_run_length, self._spread = run_length, step_run_length, spread
+        self._cuts = cuts
         self._channels = len(mean) // 2 if spread else len(mean)
         self.season, self.thinner = Season(self._channels), Thinner(self._channels)
         self._sums: DoubleArray = np.zeros((2, len(mean)))
@@ -66,7 +69,7 @@ class Watched:
         means = EDetector(self.mean, self._slack, run_length=self._run_length, stride=_STRIDE)
         steps = None
         if len(levels):
-            steps = StepDetector(self.levels, rows=max(1.0, rows), run_length=self._step_run_length)
+            steps = StepDetector(self.levels, rows=max(1.0, rows), run_length=self._step_run_length, cuts=self._cuts)
             steps.take(self._sparseness)
         self.detector = Both(means, steps, channels=self._channels, spread=self._spread)
         self._allow_for_season()
@@ -107,7 +110,7 @@ class Watched:
     def collect(self, block: DoubleArray, times: DoubleArray | None = None) -> int:
         """Sum rows up for a new reference; returns how many there are so far."""
         channels = self._without_season(block, times)
-        counted = binned(channels).astype(np.uint32)
+        counted = binned(channels, self._cuts).astype(np.uint32)
         self._binned = self._binned + counted if len(self._binned) else counted
         channels = with_spread(channels) if self._spread else channels
         self._sums += [channels.sum(axis=0), (channels**2).sum(axis=0)]

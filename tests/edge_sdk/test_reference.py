@@ -261,7 +261,7 @@ def test_a_reference_of_64_features_and_a_latent_of_128_is_small(rng):
     latents = rng.integers(0, 256, (300, 128), dtype=np.uint8)
     scores = rng.dirichlet(np.ones(10), 300).astype(np.float32)
     x = rng.normal(size=(300, 64)).astype(np.float32)
-    assert len(Reference.build(x, scores, np.ones(300, bool), latents=latents).to_bytes()) <= 41_000
+    assert len(Reference.build(x, scores, np.ones(300, bool), latents=latents).to_bytes()) <= 43_000
 
 
 # ---- inputs with missing values

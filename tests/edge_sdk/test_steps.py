@@ -8,7 +8,7 @@ import pytest
 from edge_sdk.checks import check_detector
 from edge_sdk.drift.both import Both
 from edge_sdk.drift.edetector import EDetector
-from edge_sdk.drift.steps import LEVELS, WINDOW, StepDetector, binned, levels_of
+from edge_sdk.drift.steps import LEVELS, WINDOW, StepDetector, binned, cuts_of, levels_of
 from edge_sdk.drift.watched import Watched
 
 
@@ -102,6 +102,20 @@ def test_a_smaller_change_shows_in_two_windows_together(rng):
     assert raised == [False, True]
 
 
+def test_cuts_show_what_happens_where_a_channel_crowds(rng):
+    """Confidences above 0.97 as a rule: equal parts of 0 to 1 would put nearly all into the last one."""
+    known = 1 - 0.01 * rng.random((1000, 2)) ** 3
+    plain = StepDetector(levels_of(known), rows=1000, run_length=10_000.0)
+    cuts = cuts_of(known)
+    cut = StepDetector(levels_of(known, cuts), rows=1000, run_length=10_000.0, cuts=cuts)
+    for detector in (plain, cut):
+        detector.update(1 - 0.01 * rng.random((20 * WINDOW, 2)) ** 3)
+        assert not detector.drift_detected
+        detector.update(1 - 0.01 * rng.random((WINDOW, 2)))
+    assert not plain.drift_detected
+    assert cut.drift_detected
+
+
 def test_an_ignored_channel_raises_no_alarm(rng):
     detector = make(rng, 3)
     detector.ignored = np.array([False, True, False])
@@ -128,6 +142,7 @@ def test_one_row_in_two_is_taken_and_a_window_begins_when_that_changes(rng):
         (np.zeros((2, 7)), {}, "31 levels"),
         (np.zeros((0, LEVELS)), {}, "31 levels"),
         (np.full((2, LEVELS), 1.5), {}, "shares"),
+        (np.zeros((2, LEVELS)), {"cuts": np.zeros((3, LEVELS))}, "cuts of shape"),
         (np.zeros((2, LEVELS)), {"rows": 0}, "at least one row"),
         (np.zeros((2, LEVELS)), {"run_length": math.inf}, "run length"),
     ],
@@ -149,6 +164,8 @@ def test_a_state_of_other_channels_or_of_an_impossible_window_is_refused(rng):
 
 def test_levels_and_bins_tell_the_same(rng):
     rows = rng.integers(0, 65, (500, 3)) / 64
+    equal = np.tile(np.arange(1, LEVELS + 1) / (LEVELS + 1), (3, 1)).astype(np.float32)
+    assert np.array_equal(binned(rows), binned(rows, equal))
     assert np.allclose(np.cumsum(binned(rows), axis=1)[:, :-1] / 500, levels_of(rows), atol=1e-3)
 
 
