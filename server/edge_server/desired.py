@@ -58,14 +58,16 @@ def compose(
                 shadow_s=plan.shadow_s if state.shadowing else 0.0,
             )
         )
-    known = {part.salt: part for part in before.parts} if before is not None else {}
+    under_way = {part.salt for part in parts}
+    known = {part.salt: part for part in before.parts if part.salt not in under_way} if before is not None else {}
     for entry in kept:
         if entry.release in revoked or (base is not None and entry.release <= base):
             continue
         # a part comes before the candidate: while that is for everyone, nobody is told the older one
         devices = b"" if candidate is not None else _devices(entry.missing[:MAX_TOLD], entry.salt)
         old = known.get(entry.salt)
-        if candidate is None and old is not None and not old.shadow_s and set(from_places(devices)) <= set(from_places(old.devices)):
+        named = set(from_places(old.devices)) if old is not None and not old.shadow_s else set()
+        if candidate is None and old is not None and named.issuperset(from_places(devices)):
             devices = old.devices
         parts.append(Part(offer=offers[entry.release], salt=entry.salt, devices=devices, shadow_s=0.0))
     return Desired(

@@ -244,28 +244,33 @@ def broker():
     return MemoryBroker()
 
 
+def make_checkpoint(parent, release, *, trunk=b"trunk", name="digits"):
+    """A checkpoint folder of a release: valid as far as the coordinator looks."""
+    folder = parent / f"checkpoint-{release}-{len(trunk)}"
+    folder.mkdir()
+    for file in REQUIRED:
+        (folder / file).write_bytes(f"{file} of {release}".encode())
+    (folder / "trunk.int8.onnx").write_bytes(trunk)
+    manifest = Manifest(
+        name=name,
+        release=release,
+        created="2026-01-01",
+        labels=["a", "b"],
+        input=InputSpec(shape=[4]),
+        latent=LatentSpec(4, 0.1, 0),
+        head=HeadSpec(),
+        files=describe_folder(folder, REQUIRED),
+    )
+    (folder / MANIFEST_NAME).write_bytes(manifest_bytes(manifest))
+    return folder
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Makes a checkpoint folder of a release: valid as far as the coordinator looks."""
+    """Makes a checkpoint folder of a release."""
 
-    def make(release, *, trunk=b"trunk", name="digits"):
-        folder = tmp_path / f"checkpoint-{release}-{len(trunk)}"
-        folder.mkdir()
-        for file in REQUIRED:
-            (folder / file).write_bytes(f"{file} of {release}".encode())
-        (folder / "trunk.int8.onnx").write_bytes(trunk)
-        manifest = Manifest(
-            name=name,
-            release=release,
-            created="2026-01-01",
-            labels=["a", "b"],
-            input=InputSpec(shape=[4]),
-            latent=LatentSpec(4, 0.1, 0),
-            head=HeadSpec(),
-            files=describe_folder(folder, REQUIRED),
-        )
-        (folder / MANIFEST_NAME).write_bytes(manifest_bytes(manifest))
-        return folder
+    def make(release, **options):
+        return make_checkpoint(tmp_path, release, **options)
 
     return make
 
