@@ -13,7 +13,7 @@ INPUTS := pyproject.toml constraints.txt
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test check format tools bench-predict bench-forgetting bench-peers bench-drift bench-transport bench-releases bench-ingest bench-fleet clean
+.PHONY: demo test check format tools bench-predict bench-forgetting bench-peers bench-drift bench-transport bench-releases bench-ingest bench-fleet bench-alerts clean
 
 demo: $(VENV)/.demo
 	PYTHONPATH=examples $(BIN)/python -m demo.run
@@ -69,6 +69,10 @@ bench-releases: $(VENV)/.dev
 # From the broker to committed rows, written to benchmarks/ingest.*; five minutes, needs mosquitto.
 bench-ingest: $(VENV)/.dev
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/ingest.py
+
+# Noise and delay of the coordinator's alerts, written to benchmarks/alerts.*; ten minutes on one core.
+bench-alerts: $(VENV)/.dev
+	PYTHONPATH=examples:benchmarks $(BIN)/python benchmarks/alerts.py
 
 # Simulated fleets, beside Flower's simulation in an environment of its own (600 MB), written to benchmarks/fleet.*; about
 # a quarter of an hour on two cores. Flower 1.42 does not resolve here: it gets the dependencies of 1.41.

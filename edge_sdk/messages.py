@@ -416,6 +416,10 @@ class Topics:
         """Signed metadata: name is "set", "timestamp", "snapshot", "targets" or "3.root"; "+" to subscribe to all."""
         return f"{self.prefix}/tuf/{name}"
 
+    def alerts(self, sink: str) -> str:
+        """Where the coordinator tells people's tools."""
+        return f"{self.prefix}/alerts/{sink}"
+
     def parse_metadata(self, topic: str) -> str | None:
         """The name of a topic made by `metadata`, or None."""
         parts = topic.split("/")

@@ -243,7 +243,8 @@ def test_every_topic_is_documented():
     assert {"report", "event", "need", "state"} <= up
     assert "ack" in down
     made = {topics.up("{device}", kind) for kind in up} | {topics.down("{device}", kind) for kind in down}
-    made |= {topics.desired("{group}"), topics.block("{digest}", "{index}"), topics.metadata("{name}")}
+    made |= {topics.desired("{group}"), topics.block("{digest}", "{index}"), topics.metadata("{name}"),
+             topics.alerts("{sink}")}  # fmt: skip
     documented = {code(row[0])[0] for row in tables(section("2. Topics")) if code(row[0])}
     assert documented == {topic.replace("P/", "{prefix}/", 1) for topic in made}
 

@@ -21,20 +21,21 @@ def fleet() -> None:
 @fleet.command("show")
 @home_option
 @click.option("--by", default="all", show_default=True, metavar="WHAT",
-              help="all, hour, day, device, group, release, hardware, or the name of a label.")  # fmt: skip
+              help="all, hour, day, device, group, release, hw, or a label.")  # fmt: skip
 @click.option(
     "--hours", type=click.FloatRange(0, min_open=True), default=24.0, show_default=True, help="Back from now."
 )
-@click.option("--where", multiple=True, metavar="KEY=VALUE", help="Only devices with it, such as group=default.")
+@click.option("--where", default="", metavar="QUERY", help="Only devices with labels such as: site=berlin and hw!=pi3")
+@click.option("--sample", type=click.IntRange(1), default=1000, show_default=True, help="At most so many devices.")
 @json_option
-def fleet_show(home: Path, by: str, hours: float, where: tuple[str, ...], as_json: bool) -> None:
+def fleet_show(home: Path, by: str, hours: float, where: str, sample: int, as_json: bool) -> None:
     """Add up the devices' summaries and compare them with the reference, feature by feature."""
-    pairs = [text.partition("=") for text in where]
-    if wrong := [text for text, (_, equals, _) in zip(where, pairs, strict=True) if not equals]:
-        raise click.BadParameter(f"{wrong[0]!r} is no KEY=VALUE", param_hint="--where")
     with open_registry(home) as registry:
         views = registry.insight.view(
-            by=by, since=registry.clock.now() - hours * 3600, where={key: value for key, _, value in pairs}
+            by=by,
+            since=registry.clock.now() - hours * 3600,
+            where=where,
+            sample=sample,
         )
     columns = ("group", "devices", "feature", "rows", "mean", "median", "psi", "ks", "shift", "up", "down", "t")
     rows = [

@@ -83,9 +83,7 @@ class Coordinator:
         self._looked_at: float | None = None
         self._lag_s: float | None = None
         alerts = self._settings.alerts
-        sinks = open_sinks(
-            alerts.sinks, home=home, transport=transport, prefix=self._settings.prefix, clock=self._clock
-        )
+        sinks = open_sinks(alerts.sinks, home=home, transport=transport, topics=self._topics, clock=self._clock)
         self._courier = Courier(self.registry.store, sinks, clock=self._clock, give_up_s=alerts.give_up_s)
 
     def start(self) -> None:

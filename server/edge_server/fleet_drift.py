@@ -39,6 +39,9 @@ _AGREE = 2 / 3
 _SHARE = 0.5
 _FEW = 3
 _EXAMPLES = 10
+_SEVERAL = 2
+_SEVERAL_SHARE = 0.05
+_MAX_SHARED = 64
 _MAX_NAMED = 200
 _OVER = 0.5
 
@@ -52,7 +55,7 @@ class DriftRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         local_per_day: So often, at least, a device may drift by itself, for each monitor; more is learned.
         correlation: How much devices may have in common within a window without a drift of the fleet. With 0.01, and
             many devices, about a tenth of them has to raise an alarm in one window.
-        cohorts: What devices are told apart by: "group", "release", "hardware", or the name of a label.
+        cohorts: What devices are told apart by: "group", "release", "hw", or a label.
         min_devices: Smaller cohorts are not tested by themselves.
         max_cohorts: Of the largest.
         look_back: Windows that evidence and words are told of.
@@ -62,7 +65,7 @@ class DriftRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     window_s: Annotated[float, Meta(gt=0)] = 3600.0
     local_per_day: Annotated[float, Meta(ge=0)] = 0.02
     correlation: Annotated[float, Meta(ge=0, lt=1)] = 0.01
-    cohorts: tuple[str, ...] = ("group", "hardware", "release")
+    cohorts: tuple[str, ...] = ("group", "hw", "release")
     min_devices: Annotated[int, Meta(ge=2)] = 5
     max_cohorts: Annotated[int, Meta(ge=1)] = 32
     look_back: Annotated[int, Meta(ge=1)] = 24
@@ -135,6 +138,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """As most of the devices say: quality, covariate, prior, concept, or nothing."""
     features: tuple[str, ...]
     """Features, outputs or labels that carry it, strongest first, with "+" or "-" for the direction."""
+    shared: tuple[str, ...] = ()
+    """All that several devices name, most often named first."""
     raised: float
     """Seconds since the epoch, as the next."""
     since: float
@@ -337,6 +342,7 @@ def describe(cohort: str, monitor: str, windows: Sequence[Tally], *, found: floa
     alarmed, at_risk = sum(w.alarmed for w in windows), max(w.at_risk for w in windows)
     order = sorted(named, key=lambda name: (-(leading[name] + named[name]), name))
     features = tuple(name for name in order if named[name] >= _SHARE * named[order[0]])[:_FEW]
+    several = max(_SEVERAL, _SEVERAL_SHARE * alarmed)
     agreement, p = 0.0, 1.0
     if features:
         same, other = named[features[0]], named[_opposite(features[0])]
@@ -349,6 +355,7 @@ def describe(cohort: str, monitor: str, windows: Sequence[Tally], *, found: floa
         scope="fleet" if agreement >= _AGREE else "scattered",
         kind=kinds.most_common(1)[0][0] if kinds else "",
         features=features,
+        shared=tuple(name for name in order if named[name] >= several)[:_MAX_SHARED],
         raised=windows[-1].end,
         since=windows[0].end,
         alarmed=alarmed,

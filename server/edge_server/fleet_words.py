@@ -58,7 +58,7 @@ class Local(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def local_drift(onsets: Iterable[Onset], state: FleetDrift, members: Mapping[str, tuple[str, ...]]) -> Local:
-    """The alarms that no drift of the fleet explains.
+    """The alarms of devices of which no alarm is explained by a drift of the fleet.
 
     Args:
         onsets: Of the windows that `state` remembers.
@@ -72,12 +72,13 @@ def local_drift(onsets: Iterable[Onset], state: FleetDrift, members: Mapping[str
         return any(
             finding.cohort in cohorts
             and finding.scope == "fleet"
-            and (finding.monitor == onset.monitor or set(finding.features) & set(onset.suspects))
-            and (not onset.suspects or not finding.features or bool(set(finding.features) & set(onset.suspects)))
+            and (set(finding.shared) & set(onset.suspects) if onset.suspects else finding.monitor == onset.monitor)
             for finding in findings
         )
 
-    own = sorted((onset for onset in onsets if not explained(onset)), key=lambda onset: (-onset.time, onset.device))
+    told = list(onsets)
+    taken = {onset.device for onset in told if explained(onset)}  # its other monitors see the same in other words
+    own = sorted((onset for onset in told if onset.device not in taken), key=lambda onset: (-onset.time, onset.device))
     expected = sum(w.budget for name, stream in state.streams.items() if name.startswith(f"{ALL}\t")
                    for w in stream.windows)  # fmt: skip
     return Local(onsets=tuple(own), expected=expected)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated
 
@@ -25,9 +25,6 @@ AGES = (0.0, 1.0, 2.0, 4.0, 7.0, 14.0, 30.0, 60.0, 90.0, 180.0, math.inf)
 _DAY_S = 86_400.0
 _Z = 1.96
 _HORIZON_DAYS = 30.0
-
-Version = tuple[str, int, int]
-"""Device, release, head."""
 
 
 class Cell(msgspec.Struct, frozen=True):
@@ -123,7 +120,6 @@ class Freshness(msgspec.Struct, frozen=True, kw_only=True):
 def freshness(
     cells: Sequence[Cell],
     *,
-    began: Mapping[Version, float],
     built: Mapping[int, float],
     release_bytes: int,
     devices: int,
@@ -133,8 +129,7 @@ def freshness(
     """The report.
 
     Args:
-        cells: See `Cell`.
-        began: When each version began to serve, seconds since the epoch.
+        cells: From the beginning of each version.
         built: When each release was taken in.
         release_bytes: Size of the newest release's files.
         devices: That a release would be shipped to.
@@ -142,16 +137,13 @@ def freshness(
         now: Seconds since the epoch.
     """
     judged = [cell for cell in cells if cell.labelled]
-    first_of_release: dict[tuple[str, int], float] = {}
-    for (device, release, _), at in began.items():
-        key = (device, release)
-        first_of_release[key] = min(at, first_of_release.get(key, math.inf))
+    released, began = (_began(cells, key) for key in (_release, _version))
 
     def release_age(cell: Cell) -> float:
-        return cell.start - first_of_release.get((cell.device, cell.release), cell.start)
+        return cell.start - released[_release(cell)]
 
     def version_age(cell: Cell) -> float:
-        return cell.start - began.get((cell.device, cell.release, cell.head), cell.start)
+        return cell.start - began[_version(cell)]
 
     based = [cell for cell in judged if cell.release in built]
     lost = _lost(judged, release_age, lambda cell: (cell.release,), now)
@@ -177,6 +169,22 @@ def freshness(
         right_per_mb=None if more.value is None or not ship_bytes else more.value * _HORIZON_DAYS / (ship_bytes / 1e6),
         advice=_advice(lost),
     )
+
+
+def _release(cell: Cell) -> Hashable:
+    return cell.device, cell.release
+
+
+def _version(cell: Cell) -> Hashable:
+    return cell.device, cell.release, cell.head
+
+
+def _began(cells: Iterable[Cell], key: Callable[[Cell], Hashable]) -> dict[Hashable, float]:
+    """When each release or version began to serve on its device."""
+    began: dict[Hashable, float] = {}
+    for cell in cells:
+        began[key(cell)] = min(cell.start, began.get(key(cell), math.inf))
+    return began
 
 
 def by_age(cells: Iterable[Cell], age_s: Callable[[Cell], float]) -> list[AgeBin]:

@@ -13,20 +13,21 @@ from edge_sdk.errors import ArtifactError, ConfigError
 from edge_sdk.manifest import REFERENCE_NPZ, Manifest, parse_manifest
 from edge_sdk.messages import Report
 from edge_sdk.messages import Summary as SummaryMessage
+from edge_sdk.stats import share_of
 from edge_server.fleet import Baseline, merge_summaries
 from edge_server.fleet_drift import ALL, Finding, FleetDrift, Observed, Onset, advance, parse_suspects
 from edge_server.fleet_views import FleetView
 from edge_server.fleet_words import Local, advice, in_words, local_drift
-from edge_server.freshness import Freshness, freshness
+from edge_server.freshness import Cell, Freshness, freshness
+from edge_server.labels import FIELDS, parse
 from edge_server.releases import BlobStore
 from edge_server.settings import Settings
 from edge_server.store import Store
 
 ROWS_A_TURN = 5_000
 """Reports read in one turn: so many take about 50 ms."""
-_DAY_S = 86_400.0
 _STATE = "drift"
-_LONG_DAYS = 400.0
+_DAY_S = 86_400.0
 
 
 class _Kept(msgspec.Struct):
@@ -74,6 +75,7 @@ class Window:
         self._budget: dict[str, dict[str, float]] = {}
         self._up: dict[str, frozenset[str]] = {}
         self._onsets: dict[str, list[Onset]] = {}
+        self._cells: dict[tuple[str, int, int, int], Cell] = {}
 
     def add_report(self, device: str, report: Report) -> None:
         """Count what the report allows of false alarms."""
@@ -83,10 +85,25 @@ class Window:
             if monitor.threshold > 0:
                 budget[monitor.name] = budget.get(monitor.name, 0.0) + report.predictions / monitor.threshold
         self._up[device] = frozenset(monitor.name for monitor in report.monitors if monitor.alarm)
+        if report.release:
+            key = (device, report.release, report.head, int(report.start // _DAY_S))
+            cell = self._cells.get(key) or Cell(*key, 0, 0, 0, report.start)
+            self._cells[key] = Cell(
+                *key,
+                cell.predictions + report.predictions,
+                cell.labelled + report.labelled,
+                cell.correct + report.correct,
+                min(cell.start, report.start),
+            )
 
     def add_onset(self, onset: Onset) -> None:
         """Count an alarm."""
         self._onsets.setdefault(onset.device, []).append(onset)
+
+    @property
+    def cells(self) -> list[Cell]:
+        """What versions did on a day."""
+        return list(self._cells.values())
 
     def observed(self, cohorts: Mapping[str, tuple[str, ...]]) -> Iterator[Observed]:
         """Every device that is known and was heard of."""
@@ -146,6 +163,7 @@ class Insight:
         with self._store.transaction():
             kept.drift = advance(kept.drift, window.observed(self._cohorts()), self._rules, end=now)
             kept.event = events
+            self._store.fleet.add_cells(window.cells)
             self._store.fleet.keep(_STATE, msgspec.json.encode(kept))
         self._ended = now
         return True
@@ -169,7 +187,7 @@ class Insight:
         """Of each device, such as "group=default"."""
         return {
             device: tuple(f"{name}={told[name]}" for name in self._rules.cohorts if told.get(name))
-            for device, told in self._store.fleet.members()
+            for device, told in self._store.fleet.members().items()
         }
 
     def drift(self) -> DriftReport:
@@ -187,39 +205,43 @@ class Insight:
     # ---- the data
 
     def view(
-        self, *, by: str = ALL, since: float, until: float | None = None, where: Mapping[str, str] | None = None
+        self,
+        *,
+        by: str = ALL,
+        since: float,
+        until: float | None = None,
+        where: str = "",
+        sample: int | None = None,
     ) -> list[FleetView]:
         """The fleet's summaries added up, by group and reference.
 
         Args:
-            by: "all", "hour", "day", "device", "release", or what cohorts are told apart by.
+            by: "all", "hour", "day", "device", "release", "group", "hw", or a label.
             since: Seconds since the epoch.
             until: The same; None: now.
-            where: Only devices with these values, such as {"group": "default"}.
+            where: Only devices of which this label query is true; "": all.
+            sample: At most so many devices, always the same ones: a summary takes a quarter of a millisecond.
 
         Raises:
-            ConfigError: Nobody is told apart by that.
+            ConfigError: Nobody is told apart by that, or it is no query.
         """
-        members = dict(self._store.fleet.members())
-        known = {ALL, "hour", "day", "device", "group", "release", "hardware", *self._rules.cohorts}
-        known |= {name for told in members.values() for name in told}
-        if wrong := ({by, *(where or {})} - known):
-            raise ConfigError(f"devices cannot be told apart by {min(wrong)!r}; there are {', '.join(sorted(known))}")
+        members = self._store.fleet.members()
+        known = {ALL, "hour", "day", "device", *FIELDS, *(name for told in members.values() for name in told)}
+        if by not in known:
+            raise ConfigError(f"devices cannot be told apart by {by!r}; there are {', '.join(sorted(known))}")
         until = self._clock.now() if until is None else until
-
-        def chosen() -> Iterator[tuple[str, SummaryMessage]]:
-            for device, message in self._store.fleet.summaries(since=since, until=until):
-                told = members.get(device)
-                if told is not None and all(told.get(name) == value for name, value in (where or {}).items()):
-                    yield device, message
-
+        query = parse(where) if where else None
+        chosen = [name for name, told in members.items() if query is None or query.matches(told)]
+        if sample is not None:
+            chosen = sorted(chosen, key=lambda name: share_of(name, "fleet view"))[:sample]
         baselines: dict[str, Baseline] = {}
 
         def baseline(reference: str, release: int) -> Baseline:
             baselines[reference] = self._baseline(reference, release)
             return baselines[reference]
 
-        found = merge_summaries(chosen(), _grouping(by, members), baseline)
+        summaries = self._store.fleet.summaries(chosen, since=since, until=until)
+        found = merge_summaries(summaries, _grouping(by, members), baseline)
         return [found[key].view(key[0], baselines[key[1]]) for key in sorted(found)]
 
     def _baseline(self, reference: str, release: int) -> Baseline:
@@ -248,8 +270,7 @@ class Insight:
         manifest = self._manifest(newest[0].release) if newest else None
         size = newest[0].size + sum(entry.size for entry in manifest.files.values()) if manifest else 0
         return freshness(
-            self._store.fleet.cells(since=now - _LONG_DAYS * _DAY_S),
-            began=self._store.fleet.began(),
+            self._store.fleet.cells(),
             built={record.release: record.pushed for record in self._store.releases.find(limit=1_000)},
             release_bytes=size,
             devices=len(self._store.fleet.members()),

@@ -290,6 +290,19 @@ def _labels(db: Database) -> None:
     db.table("audit").create_index(["time"])
 
 
+def _version_days(db: Database) -> None:
+    db.table("version_days").create(
+        {"device": str, "release": int, "head": int, "day": int, "start": float, "predictions": int, "labelled": int,
+         "correct": int},
+        pk=("device", "release", "head", "day"),
+    )  # fmt: skip
+    db.execute(
+        "INSERT INTO version_days SELECT device, release, head, CAST(start / 86400 AS INTEGER) AS day, min(start),"
+        " sum(predictions), sum(labelled), sum(correct) FROM reports WHERE release > 0"
+        " GROUP BY device, release, head, day"
+    )
+
+
 STEPS: tuple[Callable[[Database], None], ...] = (
     _first_tables,  # 1
     _summaries,  # 2
@@ -301,6 +314,7 @@ STEPS: tuple[Callable[[Database], None], ...] = (
     _reports_in_columns,  # 8
     _rollups,  # 9
     _labels,  # 10
+    _version_days,  # 11
 )
 """Step n leads from `user_version` n - 1 to n. Steps are only ever appended, and never changed once they are on main:
 who changes a table, changes it in a step of its own."""

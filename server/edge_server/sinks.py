@@ -26,6 +26,7 @@ import msgspec
 from edge_sdk import __version__
 from edge_sdk.clock import Clock
 from edge_sdk.errors import ConfigError, NotConnectedError
+from edge_sdk.messages import Topics
 from edge_sdk.transport import Transport
 from edge_server.alert_settings import SinkSettings
 from edge_server.store import Store
@@ -274,7 +275,7 @@ def wait_s(attempts: int) -> float:
 
 
 def open_sinks(
-    settings: Mapping[str, SinkSettings], *, home: Path, transport: Transport, prefix: str, clock: Clock
+    settings: Mapping[str, SinkSettings], *, home: Path, transport: Transport, topics: Topics, clock: Clock
 ) -> dict[str, Sink]:
     """The sinks of the settings.
 
@@ -286,7 +287,7 @@ def open_sinks(
         if sink.kind == "log":
             return LogSink()
         if sink.kind == "mqtt":
-            return TopicSink(transport, topic_of(prefix, name))
+            return TopicSink(transport, topics.alerts(name))
         try:
             secret = (home / sink.secret_file).read_bytes().strip()
         except OSError as error:
@@ -296,8 +297,3 @@ def open_sinks(
         return WebhookSink(sink.url, secret=secret, timeout_s=sink.timeout_s, clock=clock)
 
     return {name: opened(name, sink) for name, sink in settings.items()}
-
-
-def topic_of(prefix: str, name: str) -> str:
-    """Where a sink of kind mqtt publishes."""
-    return f"{prefix}/alerts/{name}"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator
+
+import msgspec
 
 from edge_sdk.database import Database
 from edge_sdk.errors import ProtocolError
 from edge_sdk.messages import Report, Summary, unpack
 from edge_server.freshness import Cell
-from edge_server.rows import from_row
-
-_DAY_S = 86_400
+from edge_server.labels import FIELDS
 
 
 class FleetStore:
@@ -20,27 +19,33 @@ class FleetStore:
     def __init__(self, db: Database) -> None:
         self._db = db
 
-    def members(self) -> list[tuple[str, dict[str, str]]]:
-        """Devices that were not revoked, with their group and release, by name."""
-        rows = self._db.read(
-            "SELECT name, group_name, coalesce(row_release, state_release) FROM devices WHERE revoked IS NULL"
-            " ORDER BY name"
-        )
-        return [(row[0], {"group": row[1]} | ({"release": str(row[2])} if row[2] else {})) for row in rows]
+    def members(self) -> dict[str, dict[str, str]]:
+        """Devices that were not revoked, by name: their labels, and what is known of themselves (`labels.FIELDS`)."""
+        columns = ", ".join(FIELDS.values())
+        rows = self._db.read(f"SELECT {columns} FROM devices d WHERE d.revoked IS NULL ORDER BY d.name")  # noqa: S608
+        facts = {row[0]: {key: value for key, value in zip(FIELDS, row, strict=True) if value} for row in rows}
+        for device, key, value in self._db.read("SELECT device, key, value FROM labels"):
+            if device in facts:
+                facts[device].setdefault(key, value)
+        for known in facts.values():
+            if known.get("release") == "0":
+                del known["release"]
+        return facts
 
-    def summaries(self, *, since: float, until: float) -> Iterator[tuple[str, Summary]]:
-        """Devices and their summaries that ended in (since, until], by device and time; without unreadable ones."""
-        rows = self._db.execute(
-            "SELECT device, body FROM summaries WHERE hour >= ? AND hour <= ? ORDER BY device, hour, start",
-            (int(since // 3600), int(until // 3600)),
-        )
-        for device, body in rows:
-            try:
-                message = unpack(body, Summary)
-            except ProtocolError:
-                continue
-            if since < message.end <= until:
-                yield device, message
+    def summaries(self, devices: Collection[str], *, since: float, until: float) -> Iterator[tuple[str, Summary]]:
+        """Summaries of these devices that ended in (since, until], by device and time; without unreadable ones."""
+        for device in sorted(devices):  # one by one, so that nothing has to be sorted
+            rows = self._db.execute(
+                "SELECT body FROM summaries WHERE device = ? AND hour >= ? AND hour <= ? ORDER BY hour, start",
+                (device, int(since // 3600), int(until // 3600)),
+            )
+            for (body,) in rows:
+                try:
+                    message = unpack(body, Summary)
+                except ProtocolError:
+                    continue
+                if since < message.end <= until:
+                    yield device, message
 
     def marks(self) -> tuple[int, int]:
         """Numbers of the newest report and the newest event."""
@@ -79,20 +84,20 @@ class FleetStore:
         """Keep something. Belongs inside a transaction."""
         self._db.execute("INSERT OR REPLACE INTO fleet_state (name, body) VALUES (?, ?)", (name, body))
 
-    def cells(self, *, since: float) -> list[Cell]:
-        """Labelled predictions by device, version and day (UTC), of reports that began from then on."""
-        rows = self._db.read(
-            "SELECT device, release, head, CAST(start / ?2 AS INTEGER) AS day, sum(predictions), sum(labelled),"
-            " sum(correct), min(start) FROM reports WHERE start >= ?1 AND release > 0"
-            " GROUP BY device, release, head, day ORDER BY device, release, head, day",
-            since,
-            _DAY_S,
+    def add_cells(self, cells: Iterable[Cell]) -> None:
+        """Add to what versions did on a day. Belongs inside a transaction."""
+        self._db.execute_many(
+            "INSERT INTO version_days (device, release, head, day, predictions, labelled, correct, start)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (device, release, head, day) DO UPDATE SET"
+            " predictions = predictions + excluded.predictions, labelled = labelled + excluded.labelled,"
+            " correct = correct + excluded.correct, start = min(start, excluded.start)",
+            map(msgspec.structs.astuple, cells),
         )
-        return [from_row(Cell, row) for row in rows]
 
-    def began(self) -> dict[tuple[str, int, int], float]:
-        """When each version first told of itself, by device, release and head."""
-        rows: list[tuple[Any, ...]] = self._db.read(
-            "SELECT device, release, head, min(start) FROM reports WHERE release > 0 GROUP BY device, release, head"
+    def cells(self) -> list[Cell]:
+        """What every version did on every day."""
+        rows = self._db.read(
+            "SELECT device, release, head, day, predictions, labelled, correct, start FROM version_days"
+            " ORDER BY device, release, head, day"
         )
-        return {(row[0], row[1], row[2]): row[3] for row in rows}
+        return [Cell(*row) for row in rows]

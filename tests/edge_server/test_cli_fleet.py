@@ -53,7 +53,7 @@ def test_show_adds_up_the_summaries(run, fleet):
 
 def test_show_refuses_what_it_does_not_know(run, fleet):
     assert "colour" in run("fleet", "show", "--by", "colour", expect=2)
-    assert "KEY=VALUE" in run("fleet", "show", "--where", "group", expect=2)
+    run("fleet", "show", "--where", "group=(", expect=2)
 
 
 def test_drift_says_what_happened_with_which_evidence_and_what_to_do(run, fleet):

@@ -130,13 +130,16 @@ class TestFleetDrift:
         assert strongest.cohort == "hardware=old"
         assert {finding.episode for finding in found} == {1}, "one cause"
 
-    def test_alarms_that_a_drift_of_the_fleet_explains_are_not_local(self):
+    def test_devices_that_a_drift_of_the_fleet_explains_are_not_local(self):
         fleet = Numbers(40)
         for _ in range(3):
-            fleet.window(drifts=lambda i: ("load+",))
-        own = Onset("d5", "input", fleet.hour * 3600.0, "covariate", ("acc_y-",))
-        local = local_drift([*fleet.onsets, own], fleet.state, {})
+            fleet.window(drifts=lambda i: ("load+",) if i < 35 else None)
+        now = fleet.hour * 3600.0
+        same = Onset("d5", "latent", now, "covariate", ("latent 3-",))
+        own = Onset("d39", "input", now, "covariate", ("acc_y-",))
+        local = local_drift([*fleet.onsets, same, own], fleet.state, {})
         assert own in local.onsets
+        assert same not in local.onsets, "another monitor of a device that drifts with the fleet"
         assert all("load+" not in onset.suspects for onset in local.onsets)
 
     def test_late_devices_do_not_undo_what_was_found(self):

@@ -14,7 +14,7 @@ NOW = 200 * DAY
 def cells(*, devices=12, days=60, loss_per_day=0.0, seed=0, labels=30, releases=((140, 1),), heads=(), spread=0.05):
     """Devices that differ in level; accuracy falls with the age of what they run."""
     rng = np.random.default_rng(seed)
-    found, began = [], {}
+    found = []
     for i in range(devices):
         level = rng.normal(0.85, spread)
         for day in range(200 - days, 200):
@@ -24,19 +24,18 @@ def cells(*, devices=12, days=60, loss_per_day=0.0, seed=0, labels=30, releases=
             since = max([since, *[at for at in heads if at <= day]])
             if not release:
                 continue
-            began.setdefault((f"d{i}", release, head), since * DAY)
             p = min(0.99, max(0.01, level - loss_per_day * (day - since)))
             found.append(Cell(f"d{i}", release, head, day, 100, labels, int(rng.binomial(labels, p)), day * DAY))
-    return found, began
+    return found
 
 
-def report(found, began, *, built=None, **changes):
+def report(found, *, built=None, **changes):
     facts = {"release_bytes": 2_000_000, "devices": 12, "costs": CostSettings(), "now": NOW}
-    return freshness(found, began=began, built=built or {1: 140 * DAY, 2: 170 * DAY}, **{**facts, **changes})
+    return freshness(found, built=built or {1: 140 * DAY, 2: 170 * DAY}, **{**facts, **changes})
 
 
 def test_accuracy_falls_with_the_age_of_the_base_and_the_slope_says_how_fast():
-    told = report(*cells(loss_per_day=0.004))
+    told = report(cells(loss_per_day=0.004))
     values = [entry.accuracy.value for entry in told.by_base_age]
     assert values == sorted(values, reverse=True)
     assert [entry.from_days for entry in told.by_base_age] == [0, 1, 2, 4, 7, 14, 30]
@@ -44,7 +43,7 @@ def test_accuracy_falls_with_the_age_of_the_base_and_the_slope_says_how_fast():
 
 
 def test_what_was_lost_since_the_base_was_fresh_is_what_a_new_one_may_bring_and_what_it_costs():
-    told = report(*cells(loss_per_day=0.004))
+    told = report(cells(loss_per_day=0.004))
     lost = told.lost_since_release
     assert lost.low < 0.004 * 53 < lost.high
     assert lost.low > 0
@@ -56,16 +55,16 @@ def test_what_was_lost_since_the_base_was_fresh_is_what_a_new_one_may_bring_and_
 
 
 def test_nothing_is_promised_where_nothing_was_lost():
-    told = report(*cells(loss_per_day=0.0))
+    told = report(cells(loss_per_day=0.0))
     assert told.lost_since_release.low < 0 < told.lost_since_release.high
     assert "Not decided" in told.advice or "Nothing was lost" in told.advice
 
 
 def test_what_earlier_releases_and_learned_heads_brought_is_told_apart():
-    shipped = report(*cells(loss_per_day=0.004, releases=((140, 1), (170, 2))))
+    shipped = report(cells(loss_per_day=0.004, releases=((140, 1), (170, 2))))
     assert shipped.gained_by_releases.low > 0.03
     assert shipped.gained_by_adaptations.value is None
-    learned = report(*cells(loss_per_day=0.004, heads=(170,)))
+    learned = report(cells(loss_per_day=0.004, heads=(170,)))
     assert learned.gained_by_adaptations.low > 0.03
     assert learned.gained_by_releases.value is None
     assert learned.lost_since_adaptation.value < learned.lost_since_release.value + 0.15
@@ -73,7 +72,7 @@ def test_what_earlier_releases_and_learned_heads_brought_is_told_apart():
 
 @pytest.mark.parametrize(("devices", "labels", "why"), [(4, 30, "4 devices"), (12, 0, "0 devices"), (5, 1, "labelled")])
 def test_too_little_data_gives_no_number_but_a_reason(devices, labels, why):
-    told = report(*cells(devices=devices, labels=labels, days=60))
+    told = report(cells(devices=devices, labels=labels, days=60))
     assert told.lost_since_release.value is None
     assert why in told.lost_since_release.problem
     assert told.right_per_mb is None
@@ -81,7 +80,7 @@ def test_too_little_data_gives_no_number_but_a_reason(devices, labels, why):
 
 
 def test_without_any_report_there_is_a_report_that_says_so():
-    told = report([], {})
+    told = report([])
     assert told.by_base_age == []
     assert told.slope_per_day.value is None
 

@@ -148,7 +148,7 @@ class TestView:
         assert [v.group for v in view(by="release", since=told)] == ["release=1", "release=2"]
         assert len(view(by="hour", since=told)) == 30
         assert [v.devices for v in view(by="day", since=told)] == [4, 4]
-        assert [v.group for v in view(by="device", since=told, where={"group": "north"})] == ["d1", "d3"]
+        assert [v.group for v in view(by="device", since=told, where="group=north")] == ["d1", "d3"]
 
     def test_a_group_that_is_shifted_is_seen(self, coordinator, told):
         north, south = coordinator.registry.insight.view(by="group", since=told)
@@ -160,6 +160,24 @@ class TestView:
     def test_times_bound_it(self, coordinator, told):
         (view,) = coordinator.registry.insight.view(since=told + 5 * 3600, until=told + 10 * 3600)
         assert view.rows == 4 * 5 * 600
+
+    def test_devices_are_told_apart_by_labels_and_hardware(self, coordinator, told):
+        store = coordinator.registry.store
+        with store.transaction():
+            for i in range(4):
+                store.labels.set(f"d{i}", {"site": "berlin" if i < 3 else "paris"})
+            store.execute("UPDATE devices SET hardware = 'pi4' WHERE name = 'd0'")
+        view = coordinator.registry.insight.view
+        assert [(v.group, v.devices) for v in view(by="site", since=told)] == [("site=berlin", 3), ("site=paris", 1)]
+        assert [(v.group, v.devices) for v in view(by="hw", since=told)] == [("hw=pi4", 1)]
+        assert [v.devices for v in view(since=told, where="site=berlin and not hw=pi4")] == [2]
+
+    def test_a_sample_is_always_of_the_same_devices(self, coordinator, told):
+        view = coordinator.registry.insight.view
+        sampled = [v.group for v in view(by="device", since=told, sample=2)]
+        assert len(sampled) == 2
+        assert sampled == [v.group for v in view(by="device", since=told + 3600, sample=2)]
+        assert view(since=told, sample=3)[0].devices == 3
 
     def test_what_nobody_is_told_apart_by_is_refused(self, coordinator, told):
         with pytest.raises(ConfigError, match="'colour'"):
@@ -179,6 +197,7 @@ def test_freshness_is_read_from_the_reports(coordinator, make_device, clock, set
             device.accuracy = 0.9 - 0.01 * day
             device.report(start=clock.now() - 3600, labelled=100)
         settle(devices)
+        coordinator.watch()
     told = coordinator.registry.insight.freshness()
     assert told.lost_since_release.low > 0.05
     assert told.devices == 8

@@ -288,7 +288,7 @@ def test_a_webhook_without_a_secret_is_refused_at_the_start(tmp_path, broker, cl
         (tmp_path / "s").write_bytes(secret)
     sinks = {"a": SinkSettings(kind="webhook", url="https://example.org/", secret_file="s")}
     with pytest.raises(ConfigError, match="secret_file"):
-        open_sinks(sinks, home=tmp_path, transport=MemoryTransport(broker), prefix=Topics().prefix, clock=clock)
+        open_sinks(sinks, home=tmp_path, transport=MemoryTransport(broker), topics=Topics(), clock=clock)
 
 
 CHILD = """
