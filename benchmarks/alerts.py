@@ -145,7 +145,7 @@ def devices(home: Path, text: str, *, days: float, at: float = 0.0) -> dict[str,
         store = opened[0].registry.store
         alerts = store.alerts.find(limit=10_000)
         notices = [json.loads(d.body) for alert in alerts for d in store.alerts.deliveries(alert.id)]
-        alarms = [row.time for row in store.fleet.alarms_since(0.0)]
+        alarms = [time_ for _, time_, _ in store.fleet.events_since("drift_alarm", received=0.0)]
     severe = [notice for notice in notices if notice["alert"]["severity"] != "info"]
     after = [a for a in alarms if a >= start + 3600 * at]
     drifts = [notice["time"] for notice in notices if notice["alert"]["kind"] == "drift_fleet"]

@@ -78,9 +78,9 @@ class Alerting:
 
     # ---- looking
 
-    def find(self, *, status: Status | None = None, limit: int = 100) -> list[Alert]:
-        """Alerts, newest first."""
-        return self._store.alerts.find(status=status, limit=limit)
+    def find(self, *, status: Status | None = None, before: int | None = None, limit: int = 100) -> list[Alert]:
+        """Alerts with a number below `before`, newest first."""
+        return self._store.alerts.find(status=status, before=before, limit=limit)
 
     def show(self, number: int) -> AlertDetail:
         """One alert, with what to do about it.

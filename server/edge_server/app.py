@@ -1,143 +1,103 @@
-"""The JSON API and the dashboard. Loopback only: there is no authentication yet, so `Settings` refuses other hosts.
-
-What still guards it: a page of another site cannot post (JSON content type and `Origin` are checked), nor read by
-rebinding a name of its own to this machine (`Host` is checked), and everything shown is escaped.
-"""
+"""The web application: API, dashboard, updates and what watches the coordinator, put together."""
 
 from __future__ import annotations
 
-import time
+import logging
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import Any
 
 import msgspec
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import FileResponse, HTMLResponse, Response
-from starlette.routing import Mount, Route
+from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from edge_sdk.errors import EdgeError, ProtocolError, StoreError
-from edge_sdk.messages import check_name
-from edge_server.errors import RolloutError, UnknownDeviceError, UnknownRolloutError
-from edge_server.records import as_json
+from edge_sdk.errors import EdgeError
+from edge_server.access import Access
+from edge_server.api import READING
+from edge_server.api_orders import ORDERING
+from edge_server.background import Background
+from edge_server.endpoint import (
+    Call,
+    Endpoint,
+    decode_body,
+    error_response,
+    json_response,
+    read_body,
+    read_query,
+    require_same_site,
+    status_of,
+)
+from edge_server.guard import Guard
+from edge_server.monitoring import CONTENT_TYPE, Pulse, metrics_text, problems
+from edge_server.openapi import PREFIX, document
+from edge_server.pages import Pages, is_page
 from edge_server.registry import Registry
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-_HERE = Path(__file__).parent
-_LARGEST = 2**63 - 1
-_MAX_PAGE = 500
-_MAX_BODY = 4096
-_LOCAL = ("127.0.0.1", "localhost", "::1")
-_POLICY = "; ".join(
-    f"{name} {value}"
-    for name, value in {
-        "default-src": "'none'",
-        "style-src": "'self'",
-        "img-src": "'self'",
-        "frame-ancestors": "'none'",
-        "base-uri": "'none'",
-        "form-action": "'none'",
-    }.items()
-)
-_HEADERS = (
-    (b"content-security-policy", _POLICY.encode()),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cache-control", b"no-store"),
-)
-_STATUS: tuple[tuple[type[EdgeError], int], ...] = (
-    (UnknownDeviceError, 404),
-    (UnknownRolloutError, 404),
-    (RolloutError, 409),
-    (StoreError, 503),
-)
+logger = logging.getLogger(__name__)
+ENDPOINTS = (*READING, *ORDERING)
+_STATIC = Path(__file__).parent / "static"
 
 
-class BadRequestError(EdgeError):
-    """A parameter or body of a request cannot be used; the message says which and why."""
-
-
-class _Abort(msgspec.Struct, forbid_unknown_fields=True):
-    reason: str = ""
-
-    def __post_init__(self) -> None:
-        if len(self.reason) > 500:
-            raise ValueError("reason has at most 500 characters")
-
-
-class _Guard:
-    """Answers only to this machine's own names, and adds the security headers to every response."""
-
-    def __init__(self, app: ASGIApp, hosts: frozenset[str]) -> None:
-        self._app, self._hosts = app, hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *_HEADERS]
-            await send(message)
-
-        app = self._app
-        if scope["type"] == "http" and _host_name(Headers(scope=scope).get("host", "")) not in self._hosts:
-            app = _error(400, "HTTPError", "unexpected Host header: use http://127.0.0.1")
-        await app(scope, receive, send_with_headers)
-
-
-def create_app(registry: Registry) -> Starlette:
+def create_app(
+    registry: Registry, *, pulse: Callable[[], Pulse] | None = None, stopping: Callable[[], bool] = lambda: False
+) -> Starlette:
     """The web application. Its endpoints run on the event loop's thread, which `registry` must be used from.
 
     Args:
         registry: The fleet's records.
+        pulse: How the coordinator that runs beside it is; None: there is none.
+        stopping: Whether the server ends: streams end then.
     """
-    api = _Api(registry)
-    routes = [
-        Route("/", api.dashboard),
-        Route("/healthz", api.healthz),
-        Route("/api/v1/fleet", api.fleet),
-        Route("/api/v1/devices", api.devices),
-        Route("/api/v1/devices/{name}", api.device),
-        Route("/api/v1/releases", api.releases),
-        Route("/api/v1/rollouts", api.rollouts),
-        Route("/api/v1/rollouts/{number}", api.rollout),
-        Route("/api/v1/rollouts/{number}/abort", api.abort, methods=["POST"]),
-        Route("/api/v1/events", api.events),
-        Route("/updates/blobs/{digest}", api.blob),
-        Route("/updates/tuf/{name}.json", api.metadata),
-        Mount("/static", StaticFiles(directory=_HERE / "static")),
+    access, background = Access(registry), Background(registry)
+    web = _Web(registry, access, background, pulse)
+    pages = Pages(registry, access, background, stopping=stopping)
+    routes: list[BaseRoute] = [
+        Route("/healthz", web.healthz),
+        Route("/readyz", web.readyz),
+        Route("/metrics", web.metrics),
+        Route(f"{PREFIX}/openapi.json", web.openapi),
+        *web.api_routes(),
+        *pages.routes(),
+        Route("/updates/blobs/{digest}", web.blob),
+        Route("/updates/tuf/{name}.json", web.metadata),
+        Mount("/static", StaticFiles(directory=_STATIC)),
     ]
     return Starlette(
         routes=routes,
-        middleware=[
-            Middleware(_Guard, hosts=frozenset({*_LOCAL, registry.settings.http.host})),
-        ],
-        exception_handlers={EdgeError: _edge_error, HTTPException: _http_error, Exception: _unforeseen},
+        middleware=[Middleware(Guard, settings=registry.settings.http, clock=registry.clock)],
+        exception_handlers=_handlers(pages),
     )
 
 
-class _Api:
-    """The endpoints."""
+class _Web:
+    """What is neither a page nor an endpoint of its own."""
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        environment = Environment(
-            loader=FileSystemLoader(_HERE / "templates"), autoescape=True, undefined=StrictUndefined
-        )
-        environment.filters["when"] = _when
-        environment.filters["percent"] = _percent
-        environment.filters["details"] = _details
-        self._page = environment.get_template("dashboard.html")
+    def __init__(
+        self, registry: Registry, access: Access, background: Background, pulse: Callable[[], Pulse] | None
+    ) -> None:
+        self._registry, self._access, self._background, self._pulse = registry, access, background, pulse
+        self._document = msgspec.json.encode(document(ENDPOINTS))
 
     async def healthz(self, _request: Request) -> Response:
         self._registry.store.read("SELECT 1")
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
+
+    async def readyz(self, _request: Request) -> Response:
+        found = problems(self._registry, self._pulse() if self._pulse else None)
+        return json_response({"status": "not ready" if found else "ok", "problems": found}, 503 if found else 200)
+
+    async def metrics(self, request: Request) -> Response:
+        self._access.require(request, "viewer", open_name="api")
+        text = metrics_text(self._registry, self._pulse() if self._pulse else None)
+        return PlainTextResponse(text, media_type=CONTENT_TYPE)
+
+    async def openapi(self, _request: Request) -> Response:
+        return Response(self._document, media_type="application/json")
 
     async def blob(self, request: Request) -> Response:
         path = self._registry.blobs.path(request.path_params["digest"])
@@ -147,166 +107,55 @@ class _Api:
         path = self._registry.repository.path(request.path_params["name"])
         return Response(status_code=404) if path is None else FileResponse(path)
 
-    async def fleet(self, _request: Request) -> Response:
-        return _json(as_json(self._registry.fleet()))
+    def api_routes(self) -> list[Route]:
+        """A route for each path, so that a wrong method is told from a wrong path."""
+        by_path: dict[str, dict[str, Endpoint]] = {}
+        for endpoint in ENDPOINTS:
+            by_path.setdefault(endpoint.path, {})[endpoint.method] = endpoint
+        return [Route(PREFIX + path, self._endpoint(found), methods=list(found)) for path, found in by_path.items()]
 
-    async def devices(self, request: Request) -> Response:
-        query = _query(request, "group", "after", "limit")
-        group = query.get("group")
-        limit = _number(query, "limit", 100, most=_MAX_PAGE)
-        found = self._registry.devices(
-            group=None if group is None else _name(group, "group"), after=query.get("after", ""), limit=limit + 1
-        )
-        page = found[:limit]
-        return _page("devices", page, page[-1].name if len(found) > limit else None)
+    def _endpoint(self, by_method: dict[str, Endpoint]) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            endpoint = by_method["GET" if request.method == "HEAD" else request.method]
+            caller = self._access.require(request, endpoint.role, open_name="api")
+            body = None
+            if endpoint.method != "GET":
+                require_same_site(request, "application/json")
+                data = await read_body(request)
+                body = None if endpoint.body is None else decode_body(data, endpoint.body)
+            query = read_query(request, endpoint.query)
+            call = Call(self._registry, caller, request.path_params, query, body)
+            if endpoint.slow:
+                key = f"{endpoint.path} {sorted(query.items())}"
+                found = await self._background.run(key, lambda registry: endpoint.handle(_with(call, registry)))
+            else:
+                found = endpoint.handle(call)
+            return Response(status_code=204) if endpoint.status == 204 else json_response(found, endpoint.status)
 
-    async def device(self, request: Request) -> Response:
-        name = _name(request.path_params["name"], "device name")
-        record = self._registry.device(name)
-        return _json({**as_json(record), "last_report": self._registry.last_report(name)})
-
-    async def releases(self, request: Request) -> Response:
-        before, limit = _numbered(_query(request, "before", "limit"))
-        found = self._registry.releases(before=before, limit=limit + 1)
-        page = found[:limit]
-        return _page("releases", page, page[-1].release if len(found) > limit else None)
-
-    async def rollouts(self, request: Request) -> Response:
-        before, limit = _numbered(_query(request, "before", "limit"))
-        found = self._registry.rollouts(before=before, limit=limit + 1)
-        page = found[:limit]
-        return _page("rollouts", page, page[-1].id if len(found) > limit else None)
-
-    async def rollout(self, request: Request) -> Response:
-        return _json(as_json(self._registry.rollout(_number(request.path_params, "number"))))
-
-    async def abort(self, request: Request) -> Response:
-        number = _number(request.path_params, "number")
-        _same_site(request)
-        body = await _body(request)
-        try:
-            order = msgspec.json.decode(body or b"{}", type=_Abort)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise BadRequestError(f"body: {error}") from error
-        self._registry.abort(number, reason=order.reason, actor="api")
-        return _json(as_json(self._registry.rollout(number)))
-
-    async def events(self, request: Request) -> Response:
-        query = _query(request, "device", "name", "before", "limit")
-        before, limit = _numbered(query)
-        device = query.get("device")
-        found = self._registry.events(
-            device=None if device is None else _name(device, "device"),
-            name=query.get("name"),
-            before=before,
-            limit=limit + 1,
-        )
-        page = found[:limit]
-        return _page("events", page, page[-1].id if len(found) > limit else None)
-
-    async def dashboard(self, request: Request) -> Response:
-        after = _query(request, "after").get("after", "")
-        devices = self._registry.devices(after=after, limit=101)
-        html = self._page.render(
-            fleet=self._registry.fleet(),
-            devices=devices[:100],
-            more=devices[99].name if len(devices) > 100 else None,
-            rollouts=self._registry.rollouts(limit=10),
-            events=self._registry.events(limit=30),
-        )
-        return HTMLResponse(html)
+        return answer
 
 
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status, media_type="application/json")
+def _with(call: Call, registry: Registry) -> Call:
+    return Call(registry, call.caller, call.path, call.query, call.body)
 
 
-def _page(name: str, records: Any, following: str | int | None) -> Response:
-    """A page of records; `next` is what to ask for to see the following page, or null."""
-    return _json({name: [as_json(record) for record in records], "next": following})
+def _handlers(pages: Pages) -> dict[Any, Any]:
+    """By kind of error: what is answered, to a program as JSON, to a person as a page."""
 
+    async def typed(request: Request, error: EdgeError) -> Response:
+        if is_page(request):
+            return pages.error_page(request, status_of(error), str(error))
+        return error_response(status_of(error), type(error).__name__, str(error))
 
-def _error(status: int, kind: str, message: str) -> Response:
-    return _json({"error": {"type": kind, "message": message}}, status)
+    async def http(request: Request, error: HTTPException) -> Response:
+        if is_page(request):
+            response = pages.error_page(request, error.status_code, error.detail)
+        else:
+            response = error_response(error.status_code, "HTTPError", error.detail)
+        response.headers.update(error.headers or {})
+        return response
 
+    async def unforeseen(_request: Request, _error: Exception) -> Response:
+        return error_response(500, "InternalError", "something unforeseen happened; the log says what")
 
-async def _edge_error(_request: Request, error: Exception) -> Response:
-    status = next((code for kind, code in _STATUS if isinstance(error, kind)), 400)
-    return _error(status, type(error).__name__, str(error))
-
-
-async def _http_error(_request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)  # registered for nothing else
-    response = _error(error.status_code, "HTTPError", error.detail)
-    response.headers.update(error.headers or {})
-    return response
-
-
-async def _unforeseen(_request: Request, _exception: Exception) -> Response:
-    return _error(500, "InternalError", "something unforeseen happened; the log says what")
-
-
-def _query(request: Request, *allowed: str) -> dict[str, str]:
-    for name, value in request.query_params.multi_items():
-        if name not in allowed:
-            raise BadRequestError(f"unknown parameter {name[:64]!r}; known here: {', '.join(allowed)}")
-        if len(value) > 256:
-            raise BadRequestError(f"{name} has at most 256 characters")
-    return dict(request.query_params)
-
-
-def _numbered(query: dict[str, str]) -> tuple[int | None, int]:
-    before = _number(query, "before") if "before" in query else None
-    return before, _number(query, "limit", 100, most=_MAX_PAGE)
-
-
-def _number(values: dict[str, Any], name: str, default: int | None = None, *, most: int = _LARGEST) -> int:
-    text = str(values.get(name, default))
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and 1 <= int(text) <= most):
-        raise BadRequestError(f"{name} must be a whole number from 1 to {most}, got {text[:32]!r}")
-    return int(text)
-
-
-def _name(text: str, what: str) -> str:
-    try:
-        return check_name(text, what)
-    except ProtocolError as error:
-        raise BadRequestError(str(error)[:300]) from error
-
-
-def _host_name(host: str) -> str:
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
-
-
-def _same_site(request: Request) -> None:
-    """Refuse what a page of another site could make a browser send."""
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise HTTPException(415, "the content type must be application/json")
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-        raise HTTPException(403, "requests from other sites are refused")
-
-
-async def _body(request: Request) -> bytes:
-    body = b""
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > _MAX_BODY:
-            raise HTTPException(413, f"the body has at most {_MAX_BODY} bytes")
-    return body
-
-
-def _when(seconds: float | None) -> str:
-    return "never" if seconds is None else time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
-
-
-def _details(detail: dict[str, Any]) -> str:
-    text = ", ".join(f"{key} {value}" for key, value in detail.items())
-    return text if len(text) <= 300 else text[:299] + "…"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+    return {EdgeError: typed, HTTPException: http, Exception: unforeseen}

@@ -13,10 +13,11 @@ from typing import Any
 import click
 
 from edge_sdk.errors import ArtifactError, ConfigError, EdgeError, TransportError
+from edge_server.cli_access import users
 from edge_server.cli_alerts import alerts
 from edge_server.cli_build import build, candidates
 from edge_server.cli_commands import command, commands
-from edge_server.cli_common import home_option, open_registry
+from edge_server.cli_common import home_option, json_option, open_registry, tell
 from edge_server.cli_data import audit, backup, export, restore, upgrade
 from edge_server.cli_devices import broker_files, devices
 from edge_server.cli_fleet import fleet
@@ -49,8 +50,10 @@ def _exit_code(error: EdgeError) -> int:
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--debug", is_flag=True, help="Show the traceback of an error, and log more.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True,
+              envvar="EDGE_COORDINATOR_LOG_FORMAT", show_envvar=True, help="Of the log on stderr.")  # fmt: skip
 @click.version_option(package_name="edge-sdk", prog_name="edge-coordinator")
-def main(debug: bool) -> None:
+def main(debug: bool, log_format: str) -> None:
     """Coordinate a fleet: take in reports, ship releases in stages, halt the bad ones."""
     import logging
 
@@ -59,12 +62,19 @@ def main(debug: bool) -> None:
         level=logging.DEBUG if debug else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    if log_format == "json":
+        from edge_server.logs import JsonFormatter
+
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonFormatter())
 
 
 @main.command()
 @home_option
-def init(home: Path) -> None:
-    """Make the coordinator's folder, with its settings and an empty database."""
+@click.option("--user", default="owner", show_default=True, help="Name of the first user, a releaser.")
+@json_option
+def init(home: Path, user: str, as_json: bool) -> None:
+    """Make the coordinator's folder: settings, an empty database, and a first user, whose token is shown this once."""
     from edge_sdk.files import replace_file, storage_error
     from edge_server.settings import SETTINGS_NAME
 
@@ -77,14 +87,21 @@ def init(home: Path) -> None:
     except OSError as error:
         raise storage_error(error, f"cannot make {home}") from error
     replace_file(path, example)
-    with open_registry(home):
-        click.echo(f"{path} is ready; start with: edge-coordinator serve --home {home}")
+    with open_registry(home) as registry:
+        token = registry.users.add(user, "releaser", actor="cli")
+    text = (
+        f"{path} is ready; start with: edge-coordinator serve --home {home}\n"
+        f"token of {user} (releaser), for the dashboard and the API, kept nowhere else: {token}\n"
+        f"sign releases before the first device joins: edge-coordinator keys init --home {home} --root-keys FOLDER"
+    )
+    tell(text, as_json=as_json, settings=path, user=user, token=token)
 
 
 @main.command()
 @home_option
 @click.option("--expose-broker", is_flag=True, help="Let the embedded broker listen beyond this machine.")
-def serve(home: Path, expose_broker: bool) -> None:
+@json_option
+def serve(home: Path, expose_broker: bool, as_json: bool) -> None:
     """Run the coordinator, its API and its dashboard until SIGTERM or SIGINT."""
     import logging
     from contextlib import ExitStack
@@ -97,7 +114,8 @@ def serve(home: Path, expose_broker: bool) -> None:
     from edge_server.service import listen, run
     from edge_server.settings import SETTINGS_NAME, is_loopback, load_settings
 
-    logging.getLogger("edge_server").setLevel(logging.INFO)
+    if not logging.getLogger("edge_server").isEnabledFor(logging.DEBUG):
+        logging.getLogger("edge_server").setLevel(logging.INFO)
     settings = load_settings(home / SETTINGS_NAME)
     broker, port = settings.broker, settings.broker.port
     if broker.embedded and not expose_broker and not is_loopback(broker.host):
@@ -107,6 +125,11 @@ def serve(home: Path, expose_broker: bool) -> None:
         )
     with open_registry(home) as registry:
         tls = registry.identities.tls()
+        if not is_loopback(settings.http.host) and not registry.users.exist():
+            raise ConfigError(
+                f"http.host {settings.http.host!r} can be reached from other machines and there are no users, so that "
+                "everybody could give orders: edge-coordinator users add NAME --role releaser"
+            )
     with ExitStack() as stack:
         stack.enter_context(lock_folder(home))
         if broker.embedded:
@@ -126,10 +149,12 @@ def serve(home: Path, expose_broker: bool) -> None:
         coordinator = Coordinator(home, transport=transport, settings=settings)
         records = Registry(home, settings=settings)
         host, http_port = listener.getsockname()[:2]
-        url = f"http://{f'[{host}]' if ':' in host else host}:{http_port}/"
+        scheme = "https" if settings.http.is_tls else "http"
+        url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{http_port}/"
 
         def announce() -> None:
-            click.echo(f"dashboard {url}  broker {broker.host}:{port}")
+            text = f"dashboard {url}  broker {broker.host}:{port}"
+            tell(text, as_json=as_json, dashboard=url, broker=f"{broker.host}:{port}")
 
         run(coordinator, records, listener, on_ready=announce)
 
@@ -163,5 +188,6 @@ for family in (
     backup,
     restore,
     upgrade,
+    users,
 ):
     main.add_command(family)

@@ -15,7 +15,8 @@ from edge_server.cli_common import home_option, json_option, open_registry, prin
 @click.option("--group", help="Every device of this group, in place of DEVICE.")
 @click.option("--expires", type=click.FloatRange(1), default=86_400.0, show_default=True, metavar="SECONDS",
               help="After this time it is not carried out any more.")  # fmt: skip
-def command(what: tuple[str, ...], home: Path, group: str | None, expires: float) -> None:
+@json_option
+def command(what: tuple[str, ...], home: Path, group: str | None, expires: float, as_json: bool) -> None:
     """Tell DEVICE, or every device of a group, what to do.
 
     ORDER: adapt-now, roll-back, reset-to-base, pause-learning [seconds=S], resume-learning, report-interval seconds=S
@@ -32,10 +33,14 @@ def command(what: tuple[str, ...], home: Path, group: str | None, expires: float
     with open_registry(home) as registry:
         if group is not None:
             records = registry.identities.order_group(group, order, given, expires_s=expires, actor="cli")
-            click.echo(f"{len(records)} devices of {group} are told; their answers: edge-coordinator commands")
-            return
-        record = registry.identities.order(device, order, given, expires_s=expires, actor="cli")
-    click.echo(f"command {record.id} waits for {device}; its answer: edge-coordinator commands {device}")
+            text = f"{len(records)} devices of {group} are told; their answers: edge-coordinator commands"
+        else:
+            records = [registry.identities.order(device, order, given, expires_s=expires, actor="cli")]
+            text = f"command {records[0].id} waits for {device}; its answer: edge-coordinator commands {device}"
+    if as_json:
+        print_records(records, (), (), as_json=True)
+    else:
+        click.echo(text)
 
 
 @click.command("commands")

@@ -69,6 +69,16 @@ def print_records(
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def tell(text: str, *, as_json: bool, **facts: Any) -> None:
+    """Print what was done: in words, or the same facts as JSON."""
+    if not as_json:
+        click.echo(text)
+        return
+    import msgspec
+
+    click.echo(msgspec.json.format(msgspec.json.encode(facts, enc_hook=str), indent=2))
+
+
 def dash(value: object) -> str:
     """A cell for what may be None."""
     return "-" if value is None else str(value)

@@ -8,7 +8,7 @@ from typing import TextIO
 
 import click
 
-from edge_server.cli_common import home_option, json_option, open_registry, print_records, when
+from edge_server.cli_common import home_option, json_option, open_registry, print_records, tell, when
 
 _KINDS = ("reports", "events", "devices", "rollouts", "rollups", "audit")
 
@@ -35,6 +35,7 @@ class _Time(click.ParamType[float]):
 @home_option
 @click.option("--format", "form", type=click.Choice(["csv", "jsonl"]), default="csv", show_default=True,
               help="jsonl: one JSON object a line, with everything that a report says.")  # fmt: skip
+@click.option("--json", "form", flag_value="jsonl", help="The same as --format jsonl.")
 @click.option("--since", type=_Time(), help="From this time on: seconds since the epoch, or 2026-05-01T12:00 (UTC).")
 @click.option("--until", type=_Time(), help="Before this time.")
 @click.option("--out", type=click.File("w", encoding="utf-8", lazy=True), default="-", help="File; by default stdout.")
@@ -72,7 +73,8 @@ def audit(home: Path, limit: int, as_json: bool) -> None:
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @home_option
 @click.option("--keys", is_flag=True, help="Also signing keys, the authority's key and the secret of commands.")
-def backup(folder: Path, home: Path, keys: bool) -> None:
+@json_option
+def backup(folder: Path, home: Path, keys: bool, as_json: bool) -> None:
     """Copy database, releases and settings into the new FOLDER, also while the coordinator runs, and check the copy."""
     import time
 
@@ -81,7 +83,8 @@ def backup(folder: Path, home: Path, keys: bool) -> None:
 
     found = make(home, folder, settings=load_settings(home / SETTINGS_NAME), now=time.time(), keys=keys)
     size = sum(entry.size for entry in found.files.values())
-    click.echo(f"{len(found.files)} files, {size / 1e6:.1f} MB, in {folder}: complete and checked")
+    text = f"{len(found.files)} files, {size / 1e6:.1f} MB, in {folder}: complete and checked"
+    tell(text, as_json=as_json, folder=folder, files=len(found.files), bytes=size, keys=keys)
     click.echo(
         "it holds KEYS: keep it as safe as them" if keys else "it holds no keys: --keys takes them along", err=True
     )
@@ -91,21 +94,22 @@ def backup(folder: Path, home: Path, keys: bool) -> None:
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @home_option
 @click.option("--force", is_flag=True, help="Also over a newer or damaged database; it is kept as *.replaced.")
-def restore(folder: Path, home: Path, force: bool) -> None:
+@json_option
+def restore(folder: Path, home: Path, force: bool, as_json: bool) -> None:
     """Put back the backup in FOLDER. The coordinator must not run; settings, metadata and keys that are there stay."""
     from edge_server.backup import restore as put_back
 
     found = put_back(folder, home, force=force)
     with open_registry(home) as registry:
         registry.note("cli", "backup restored", {"created": found.created, "forced": force})
-    click.echo(
-        f"restored: what the coordinator knew at {when(found.changed)} UTC; start it with: edge-coordinator serve"
-    )
+    text = f"restored: what the coordinator knew at {when(found.changed)} UTC; start it with: edge-coordinator serve"
+    tell(text, as_json=as_json, restored=folder, known=found.changed)
 
 
 @click.command()
 @home_option
-def upgrade(home: Path) -> None:
+@json_option
+def upgrade(home: Path, as_json: bool) -> None:
     """Bring the database to the form of this version; a copy of it is kept. The coordinator must not run."""
     from edge_sdk.files import lock_folder
     from edge_server.schema import STEPS
@@ -113,6 +117,7 @@ def upgrade(home: Path) -> None:
     with lock_folder(home), open_registry(home) as registry:
         kept = registry.store.kept
     if kept is None:
-        click.echo(f"the database has form {len(STEPS)}: there is nothing to do")
+        text = f"the database has form {len(STEPS)}: there is nothing to do"
     else:
-        click.echo(f"the database has form {len(STEPS)} now; as it was before, it is in {kept}")
+        text = f"the database has form {len(STEPS)} now; as it was before, it is in {kept}"
+    tell(text, as_json=as_json, form=len(STEPS), kept=kept)

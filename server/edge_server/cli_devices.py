@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edge_server.cli_common import dash, home_option, json_option, open_registry, print_records, when
+from edge_server.cli_common import dash, home_option, json_option, open_registry, print_records, tell, when
 
 
 @click.group()
@@ -19,12 +19,14 @@ def devices() -> None:
 @home_option
 @click.option("--group", default="default", show_default=True, help="Which releases the device gets.")
 @click.option("--out", type=click.Path(path_type=Path), help="The bundle; by default NAME.bundle.json.")
-def devices_add(name: str, home: Path, group: str, out: Path | None) -> None:
+@json_option
+def devices_add(name: str, home: Path, group: str, out: Path | None, as_json: bool) -> None:
     """Register a device and write the bundle that `edge enroll` reads. It holds the device's password."""
     path = out or Path(f"{name}.bundle.json")
     with open_registry(home) as registry:
         registry.enrol(name, group=group, out=path, actor="cli")
-    click.echo(f"{path} is ready: bring it to the device and run: edge enroll {path.name}")
+    text = f"{path} is ready: bring it to the device and run: edge enroll {path.name}"
+    tell(text, as_json=as_json, device=name, group=group, bundle=path)
 
 
 @devices.command("list")
@@ -54,47 +56,58 @@ def devices_list(home: Path, where: str | None, as_json: bool) -> None:
 @click.argument("name")
 @click.argument("labels", nargs=-1, required=True, metavar="KEY=VALUE|KEY-...")
 @home_option
-def devices_label(name: str, labels: tuple[str, ...], home: Path) -> None:
+@json_option
+def devices_label(name: str, labels: tuple[str, ...], home: Path, as_json: bool) -> None:
     """Set labels of a device; KEY- takes one away. Queries choose devices by them: site=berlin and hw!=pi3."""
     from edge_server.labels import parse_label
 
     changes = dict(parse_label(label) for label in labels)
     with open_registry(home) as registry:
         has = registry.label(name, changes, actor="cli")
-    click.echo(f"{name}: {' '.join(f'{key}={value}' for key, value in has.items()) or 'no labels'}")
+    text = f"{name}: {' '.join(f'{key}={value}' for key, value in has.items()) or 'no labels'}"
+    tell(text, as_json=as_json, device=name, labels=has)
 
 
 @devices.command("replace")
 @click.argument("name")
 @home_option
 @click.option("--out", type=click.Path(path_type=Path), help="The bundle; by default NAME.bundle.json.")
-def devices_replace(name: str, home: Path, out: Path | None) -> None:
+@json_option
+def devices_replace(name: str, home: Path, out: Path | None, as_json: bool) -> None:
     """Write a new bundle for a device; what the one before it holds is void. Then renew the broker's files."""
     path = out or Path(f"{name}.bundle.json")
     with open_registry(home) as registry:
         registry.replace(name, out=path, actor="cli")
-    click.echo(f"{path} is ready: bring it to the device and run: edge enroll --force {path.name}")
-    click.echo("now renew the broker's files (edge-coordinator broker-files) and let it reload them")
+    text = (
+        f"{path} is ready: bring it to the device and run: edge enroll --force {path.name}\n"
+        "now renew the broker's files (edge-coordinator broker-files) and let it reload them"
+    )
+    tell(text, as_json=as_json, device=name, bundle=path)
 
 
 @devices.command("revoke")
 @click.argument("name")
 @home_option
-def devices_revoke(name: str, home: Path) -> None:
+@json_option
+def devices_revoke(name: str, home: Path, as_json: bool) -> None:
     """Turn a device away. Its messages are dropped at once; the broker has to be given its new files."""
     with open_registry(home) as registry:
         registry.identities.revoke(name, actor="cli")
-    click.echo(
-        f"{name} is revoked; now renew the broker's files (edge-coordinator broker-files) and let it reload them"
-    )
+    text = f"{name} is revoked; now renew the broker's files (edge-coordinator broker-files) and let it reload them"
+    tell(text, as_json=as_json, device=name, revoked=True)
 
 
 @devices.command("passwd")
 @home_option
-def devices_passwd(home: Path) -> None:
+@json_option
+def devices_passwd(home: Path, as_json: bool) -> None:
     """Print a mosquitto password file with every enrolled device."""
     with open_registry(home) as registry:
-        click.echo(registry.password_file(), nl=False)
+        text = registry.password_file()
+    if as_json:
+        tell("", as_json=True, password_file=text)
+    else:
+        click.echo(text, nl=False)
 
 
 @click.command("broker-files")
@@ -102,8 +115,10 @@ def devices_passwd(home: Path) -> None:
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="Folder for the files.")
 @click.option("--host", "hosts", multiple=True, help="Name or address of the broker: gives it a new certificate.")
 @click.option("--days", type=click.FloatRange(1, 3650), default=365.0, show_default=True, help="Of that certificate.")
-def broker_files(home: Path, out: Path, hosts: tuple[str, ...], days: float) -> None:
+@json_option
+def broker_files(home: Path, out: Path, hosts: tuple[str, ...], days: float, as_json: bool) -> None:
     """Write what mosquitto reads: access rules, passwords, certificates and revocations. See docs/brokers.md."""
     with open_registry(home) as registry:
         names = registry.identities.broker_files(out, hosts=hosts, days=days)
-    click.echo(f"{', '.join(names)} written to {out}; let the broker reload them (SIGHUP)")
+    text = f"{', '.join(names)} written to {out}; let the broker reload them (SIGHUP)"
+    tell(text, as_json=as_json, folder=out, files=names)

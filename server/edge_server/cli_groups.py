@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from edge_server.cli_common import home_option, json_option, open_registry, print_records
+from edge_server.cli_common import home_option, json_option, open_registry, print_records, tell
 
 _ACTOR = "cli"
 
@@ -37,11 +37,13 @@ def group_list(home: Path, as_json: bool) -> None:
 @click.argument("name")
 @click.argument("mode", type=click.Choice(["monitor", "shadow", "adapt", "own"]))
 @home_option
-def group_mode(name: str, mode: str, home: Path) -> None:
+@json_option
+def group_mode(name: str, mode: str, home: Path, as_json: bool) -> None:
     """Trust the devices of group NAME so far, those of today and those that join later.
 
     MODE: monitor watches only, shadow also learns and judges, adapt also promotes what it learned; own: no longer say.
     """
     with open_registry(home) as registry:
         told = registry.modes.set(name, "" if mode == "own" else mode, actor=_ACTOR)
-    click.echo(f"group {name} is in mode {mode}; {told} devices are told now")
+    text = f"group {name} is in mode {mode}; {told} devices are told now"
+    tell(text, as_json=as_json, group=name, mode=mode, told=told)

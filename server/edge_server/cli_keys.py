@@ -8,7 +8,7 @@ from typing import Literal, ParamSpec, TypeVar
 
 import click
 
-from edge_server.cli_common import home_option, json_option, open_registry, print_records
+from edge_server.cli_common import home_option, json_option, open_registry, print_records, tell
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -55,17 +55,21 @@ def keys() -> None:
 @click.option("--threshold", default=2, show_default=True, help="Root keys that must sign together.")
 @click.option("--passphrase", envvar="EDGE_ROOT_PASSPHRASE", show_envvar=True, help="Asked for if not given.")
 @click.option("--no-passphrase", is_flag=True, help="Do not encrypt the root keys.")
-def keys_init(home: Path, away: Path, count: int, threshold: int, passphrase: str | None, no_passphrase: bool) -> None:
+@json_option
+def keys_init(
+    home: Path, away: Path, count: int, threshold: int, passphrase: str | None, no_passphrase: bool, as_json: bool
+) -> None:
     """Make root keys in a folder to be taken away, and the others here; sign the releases there are."""
     secret = _passphrase(passphrase, no_passphrase, new=True)
     with open_registry(home) as registry:
         registry.repository.init(away, count=count, threshold=threshold, passphrase=secret)
         signed = registry.sign_all()
         registry.note("cli", "keys made", {"count": count, "threshold": threshold})
-    click.echo(
-        f"{count} root keys are in {away}: take them away, to {count} places; any {threshold} of them sign together"
+    text = (
+        f"{count} root keys are in {away}: take them away, to {count} places; any {threshold} of them sign together\n"
+        f"{signed} releases signed. Devices that are added from now on get the root in their bundle"
     )
-    click.echo(f"{signed} releases signed. Devices that are added from now on get the root in their bundle")
+    tell(text, as_json=as_json, root_keys=away, count=count, threshold=threshold, signed=signed)
 
 
 @keys.command("list")
@@ -84,6 +88,7 @@ def keys_list(home: Path, as_json: bool) -> None:
 @home_option
 @_root_keys_option
 @_new_root_keys_option
+@json_option
 def keys_rotate(
     role: Literal["root", "targets", "snapshot", "timestamp"],
     home: Path,
@@ -91,13 +96,15 @@ def keys_rotate(
     passphrase: str | None,
     no_passphrase: bool,
     new: Path | None,
+    as_json: bool,
 ) -> None:
     """Replace the keys of ROLE by new ones."""
     secret = _passphrase(passphrase, no_passphrase, new=new is not None)
     with open_registry(home) as registry:
         version = registry.repository.rotate(role, away, passphrase=secret, new=new)
         registry.note("cli", "keys rotated", {"role": role, "root": version})
-    click.echo(f"root {version}: role {role} has new keys" + (f", in {new}: take them away" if role == "root" else ""))
+    text = f"root {version}: role {role} has new keys" + (f", in {new}: take them away" if role == "root" else "")
+    tell(text, as_json=as_json, root=version, role=role)
 
 
 @keys.command("revoke")
@@ -105,24 +112,28 @@ def keys_rotate(
 @home_option
 @_root_keys_option
 @_new_root_keys_option
+@json_option
 def keys_revoke(
-    key: str, home: Path, away: tuple[Path, ...], passphrase: str | None, no_passphrase: bool, new: Path | None
-) -> None:
+    key: str, home: Path, away: tuple[Path, ...], passphrase: str | None, no_passphrase: bool, new: Path | None,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Take KEY, lost or known to others, out of the root, and put a new one in its place. `keys list` shows it."""
     secret = _passphrase(passphrase, no_passphrase, new=new is not None)
     with open_registry(home) as registry:
         version = registry.repository.revoke(key, away, passphrase=secret, new=new)
         registry.note("cli", "key revoked", {"key": key, "root": version})
-    click.echo(f"root {version}: {key} is revoked; devices refuse what it signed once they have this root")
+    text = f"root {version}: {key} is revoked; devices refuse what it signed once they have this root"
+    tell(text, as_json=as_json, root=version, revoked=key)
 
 
 @keys.command("renew")
 @home_option
 @_root_keys_option
-def keys_renew(home: Path, away: tuple[Path, ...], passphrase: str | None, no_passphrase: bool) -> None:
+@json_option
+def keys_renew(home: Path, away: tuple[Path, ...], passphrase: str | None, no_passphrase: bool, as_json: bool) -> None:
     """Sign the root anew with the same keys, before it expires."""
     secret = _passphrase(passphrase, no_passphrase, new=False)
     with open_registry(home) as registry:
         version = registry.repository.renew_root(away, passphrase=secret)
         registry.note("cli", "root renewed", {"root": version})
-    click.echo(f"root {version} is signed")
+    tell(f"root {version} is signed", as_json=as_json, root=version)

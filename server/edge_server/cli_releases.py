@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edge_server.cli_common import home_option, json_option, open_registry, print_records, when
+from edge_server.cli_common import home_option, json_option, open_registry, print_records, tell, when
 
 
 @click.group()
@@ -62,10 +62,11 @@ def releases_verify(home: Path, as_json: bool) -> None:
 @releases.command("export")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @home_option
-def releases_export(folder: Path, home: Path) -> None:
+@json_option
+def releases_export(folder: Path, home: Path, as_json: bool) -> None:
     """Copy signed metadata and files to FOLDER, for a web server (update.url of devices)."""
     from edge_server.verify import export
 
     with open_registry(home) as registry:
         copied = export(registry, folder)
-    click.echo(f"{copied} files copied to {folder}")
+    tell(f"{copied} files copied to {folder}", as_json=as_json, folder=folder, copied=copied)

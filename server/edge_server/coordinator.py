@@ -12,6 +12,7 @@ from edge_sdk.transport import Message, Transport
 from edge_server.alert_sources import Now
 from edge_server.errors import SigningError
 from edge_server.ingest import Turn
+from edge_server.monitoring import Pulse
 from edge_server.plan import RolloutRules
 from edge_server.records import DeviceRecord, EventRecord, RolloutRecord
 from edge_server.registry import Registry
@@ -82,6 +83,7 @@ class Coordinator:
         self._metadata_stamp: tuple[int, int] | None = None
         self._looked_at: float | None = None
         self._lag_s: float | None = None
+        self._behind_s = 0.0
         alerts = self._settings.alerts
         sinks = open_sinks(alerts.sinks, home=home, transport=transport, topics=self._topics, clock=self._clock)
         self._courier = Courier(self.registry.store, sinks, clock=self._clock, give_up_s=alerts.give_up_s)
@@ -200,6 +202,11 @@ class Coordinator:
         """Number of what the group is told to run; 0 before its first release."""
         return self.registry.store.groups.get(group).revision
 
+    @property
+    def pulse(self) -> Pulse:
+        """How it goes; may be asked from another thread."""
+        return Pulse(connected=self._transport.connected, lag_s=self._behind_s)
+
     def devices(self) -> list[DeviceRecord]:
         """Every device, by name."""
         return self.registry.devices()
@@ -237,6 +244,8 @@ class Coordinator:
                 turn.read(message)
             store.ingest.write(turn)
         store.ingest.committed(turn)
+        if turn.latest:
+            self._behind_s = max(0.0, turn.now - max(row.time for row in turn.latest.values()))
         if len(turn.latest) >= _LAG_DEVICES:
             lag_s = turn.now - max(row.time for row in turn.latest.values())
             self._lag_s = lag_s if self._lag_s is None else min(lag_s, self._lag_s)

@@ -8,9 +8,12 @@ EdgeError
     ├─ BackupError              nothing was backed up or restored: what it would be written over, or what it is
     ├─ SigningError             keys are missing, too few, or expired; the message says which command helps
     ├─ ReleaseError             the release cannot be taken in: its number or its content conflicts
+    │   └─ UnknownReleaseError  there is no release of that number
     ├─ RolloutError             the rollout cannot start or change now
     │   └─ UnknownRolloutError  there is no rollout of that number
-    └─ UnknownAlertError        there is no alert or silence of that number
+    ├─ UnknownAlertError        there is no alert or silence of that number
+    └─ UserError                a user cannot be added or revoked
+        └─ UnknownUserError     there is none of that name
 """
 
 from __future__ import annotations
@@ -42,6 +45,10 @@ class ReleaseError(CoordinatorError):
     """A release cannot be taken in: its number is not new, or its content differs. A retry does not help."""
 
 
+class UnknownReleaseError(ReleaseError):
+    """There is no release of that number. A retry does not help."""
+
+
 class SigningError(CoordinatorError):
     """Nothing can be signed as things are: a key is missing, too few root keys are at hand, or the root has expired."""
 
@@ -56,3 +63,11 @@ class UnknownRolloutError(RolloutError):
 
 class UnknownAlertError(CoordinatorError):
     """There is no alert or silence of that number. A retry does not help."""
+
+
+class UserError(CoordinatorError):
+    """A user cannot be added or revoked as asked. A retry does not help."""
+
+
+class UnknownUserError(UserError):
+    """There is no user of that name. A retry does not help."""

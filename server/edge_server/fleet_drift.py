@@ -55,8 +55,6 @@ class DriftRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         local_per_day: So often, at least, a device may drift by itself, for each monitor; more is learned.
         correlation: How much devices may have in common within a window without a drift of the fleet. With 0.01, and
             many devices, about a tenth of them has to raise an alarm in one window.
-        warm_up_h: So long after a version began to serve, a device's alarms do not count: 48 where data have a daily
-            season, which monitors learn in that time.
         cohorts: What devices are told apart by: "group", "release", "hw", or a label.
         min_devices: Smaller cohorts are not tested by themselves.
         max_cohorts: Of the largest.
@@ -67,7 +65,6 @@ class DriftRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     window_s: Annotated[float, Meta(gt=0)] = 3600.0
     local_per_day: Annotated[float, Meta(ge=0)] = 0.02
     correlation: Annotated[float, Meta(ge=0, lt=1)] = 0.01
-    warm_up_h: Annotated[float, Meta(ge=0)] = 0.0
     cohorts: tuple[str, ...] = ("group", "hw", "release")
     min_devices: Annotated[int, Meta(ge=2)] = 5
     max_cohorts: Annotated[int, Meta(ge=1)] = 32

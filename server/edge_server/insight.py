@@ -23,7 +23,6 @@ from edge_server.labels import FIELDS, parse
 from edge_server.releases import BlobStore
 from edge_server.settings import Settings
 from edge_server.store import Store
-from edge_server.store_fleet import AlarmRow
 
 ROWS_A_TURN = 5_000
 """Reports read in one turn: so many take about 50 ms."""
@@ -69,15 +68,9 @@ class DriftReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Window:
-    """The reports and alarms of one window, by device.
+    """The reports and alarms of one window, by device."""
 
-    Args:
-        began: When versions began to serve, by device, release and head; new ones are added.
-        warm_up_s: See `DriftRules.warm_up_h`.
-    """
-
-    def __init__(self, began: dict[tuple[str, int, int], float], *, warm_up_s: float = 0.0) -> None:
-        self._began, self._warm_up_s = began, warm_up_s
+    def __init__(self) -> None:
         self._hours: dict[str, float] = {}
         self._budget: dict[str, dict[str, float]] = {}
         self._up: dict[str, frozenset[str]] = {}
@@ -85,19 +78,13 @@ class Window:
         self._cells: dict[tuple[str, int, int, int], Cell] = {}
 
     def add_report(self, device: str, report: Report) -> None:
-        """Count what the report allows of false alarms, and what its version got right."""
-        self._add_cell(device, report)
-        version = (device, report.release, report.head)
-        if report.end - self._began.setdefault(version, report.start) < self._warm_up_s:
-            return
+        """Count what the report allows of false alarms."""
         self._hours[device] = self._hours.get(device, 0.0) + max(0.0, report.end - report.start) / 3600
         budget = self._budget.setdefault(device, {})
         for monitor in report.monitors:
             if monitor.threshold > 0:
                 budget[monitor.name] = budget.get(monitor.name, 0.0) + report.predictions / monitor.threshold
         self._up[device] = frozenset(monitor.name for monitor in report.monitors if monitor.alarm)
-
-    def _add_cell(self, device: str, report: Report) -> None:
         if report.release:
             key = (device, report.release, report.head, int(report.start // _DAY_S))
             cell = self._cells.get(key) or Cell(*key, 0, 0, 0, report.start)
@@ -109,11 +96,9 @@ class Window:
                 min(cell.start, report.start),
             )
 
-    def add_alarm(self, row: AlarmRow) -> None:
+    def add_onset(self, onset: Onset) -> None:
         """Count an alarm."""
-        began = self._began.get((row.device, row.release, row.head), row.time)
-        if row.time - began >= self._warm_up_s:
-            self._onsets.setdefault(row.device, []).append(_onset(row))
+        self._onsets.setdefault(onset.device, []).append(onset)
 
     @property
     def cells(self) -> list[Cell]:
@@ -164,9 +149,7 @@ class Insight:
                 return False
             if (kept := self._begun(now)) is None:
                 return False
-            warm_up_s = self._rules.warm_up_h * 3600
-            began = self._store.fleet.began() if warm_up_s else {}
-            self._window = kept, Window(began, warm_up_s=warm_up_s), *self._store.fleet.marks()
+            self._window = kept, Window(), *self._store.fleet.marks()
         kept, window, to, events = self._window
         rows = self._store.fleet.reports(after=kept.report, to=to, limit=ROWS_A_TURN)
         for number, device, report in rows:
@@ -175,8 +158,8 @@ class Insight:
         if len(rows) == ROWS_A_TURN:
             return False
         self._window = None
-        for row in self._store.fleet.alarms(after=kept.event, to=events):
-            window.add_alarm(row)
+        for device, at, detail in self._store.fleet.events_between("drift_alarm", after=kept.event, to=events):
+            window.add_onset(_onset(device, at, detail))
         with self._store.transaction():
             kept.drift = advance(kept.drift, window.observed(self._cohorts()), self._rules, end=now)
             kept.event = events
@@ -211,7 +194,7 @@ class Insight:
         """What goes on, as of the last window."""
         state, cohorts = self._kept().drift, self._cohorts()
         since = state.end - self._rules.look_back * self._rules.window_s
-        found = map(_onset, self._store.fleet.alarms_since(since))
+        found = [_onset(*row) for row in self._store.fleet.events_since("drift_alarm", received=since)]
         return DriftReport(
             end=state.end,
             false_alarms_per_day=self._rules.alarms_per_day,
@@ -322,10 +305,10 @@ def _cause(number: int, findings: list[Finding]) -> Cause:
     )
 
 
-def _onset(row: AlarmRow) -> Onset:
-    told = msgspec.json.decode(row.detail)
+def _onset(device: str, at: float, detail: str) -> Onset:
+    told = msgspec.json.decode(detail)
     kind, words, suspects, monitor = (str(told.get(key, "")) for key in ("kind", "words", "suspects", "monitor"))
-    return Onset(row.device, monitor, row.time, kind, parse_suspects(suspects), words)
+    return Onset(device, monitor, at, kind, parse_suspects(suspects), words)
 
 
 def _grouping(by: str, members: Mapping[str, Mapping[str, str]]) -> Callable[[str, SummaryMessage], Iterable[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -54,18 +54,32 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def health(self) -> Health:
         """One word for the state of the device; the worst applies."""
-        if self.last_seen is None:
-            return "new"
-        if not self.online:
-            return "offline"
-        if self.errors:
-            return "degraded"
-        return "drift" if self.alarms else "ok"
+        return health_of(self.last_seen, self.online, self.errors, self.alarms)
 
     @property
     def accuracy(self) -> float | None:
         """Share of labelled predictions that were right, 0 to 1; None without labels."""
         return self.correct / self.labelled if self.labelled else None
+
+
+class Glance(NamedTuple):
+    """What is seen of a device from afar, where there are thousands."""
+
+    name: str
+    group: str
+    release: int | None
+    health: Health
+
+
+def health_of(last_seen: float | None, online: bool, errors: int, alarms: int) -> Health:  # noqa: FBT001 - columns
+    """One word for the state of a device; the worst applies."""
+    if last_seen is None:
+        return "new"
+    if not online:
+        return "offline"
+    if errors:
+        return "degraded"
+    return "drift" if alarms else "ok"
 
 
 class CommandRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -193,6 +207,20 @@ class EventRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The values are str, int, float or bool."""
 
 
+Role = Literal["viewer", "operator", "releaser"]
+
+
+class UserRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Somebody, or a program, that may use the API and the dashboard."""
+
+    id: int
+    name: str
+    role: Role
+    created: float
+    """Seconds since the epoch."""
+    revoked: float | None = None
+
+
 class FleetRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The fleet in numbers."""
 
@@ -223,6 +251,7 @@ class AuditRecord(msgspec.Struct, frozen=True, kw_only=True):
     time: float
     """Seconds since the epoch."""
     actor: str
+    """Name of a user; "cli", "library", "coordinator"; "api" and "dashboard" while there are no users."""
     action: str
     detail: dict[str, Any]
 
@@ -257,10 +286,17 @@ class RollupRecord(msgspec.Struct, frozen=True, kw_only=True):
     latency: bytes
 
 
+COMPUTED: dict[str, dict[str, Any]] = {
+    "health": {"type": "string", "enum": list(get_args(Health))},
+    "accuracy": {"type": ["number", "null"], "minimum": 0, "maximum": 1},
+}
+"""Properties that are told with the fields, and their JSON schema."""
+
+
 def as_json(record: msgspec.Struct) -> dict[str, Any]:
     """A record with field names, and its computed properties where it has them."""
     fields: dict[str, Any] = msgspec.to_builtins(record)
-    for name in ("health", "accuracy"):
+    for name in COMPUTED:
         if hasattr(record, name):
             fields[name] = getattr(record, name)
     return fields

@@ -13,11 +13,12 @@ from typing import Any
 from edge_sdk.clock import Clock, SystemClock
 from edge_sdk.files import storage_error
 from edge_sdk.manifest import CARD, parse_manifest
-from edge_sdk.messages import as_json
+from edge_sdk.messages import Report, as_json
+from edge_sdk.trust import target_path
 from edge_server.alert_sources import Sources
 from edge_server.alerting import Alerting
 from edge_server.enrol import Bundle, enrol, password_file
-from edge_server.errors import DeviceError, ReleaseError, UnknownDeviceError
+from edge_server.errors import DeviceError, UnknownDeviceError, UnknownReleaseError
 from edge_server.identity import Identities
 from edge_server.insight import Insight
 from edge_server.keys import Repository
@@ -29,6 +30,7 @@ from edge_server.records import (
     DeviceRecord,
     EventRecord,
     FleetRecord,
+    Glance,
     ReleaseDetail,
     ReleaseRecord,
     RolloutRecord,
@@ -37,6 +39,7 @@ from edge_server.releases import BlobStore
 from edge_server.settings import Settings
 from edge_server.shipping import Shipping
 from edge_server.store import Store
+from edge_server.users import Users
 
 
 class Registry:
@@ -49,6 +52,7 @@ class Registry:
     """
 
     def __init__(self, home: Path, *, settings: Settings | None = None, clock: Clock | None = None) -> None:
+        self.home = home
         self.settings = settings or Settings()
         self.clock = clock or SystemClock()
         try:
@@ -72,6 +76,7 @@ class Registry:
             settings=self.settings.alerts,
             clock=self.clock,
         )
+        self.users = Users(self.store, clock=self.clock, session_s=self.settings.http.session_hours * 3600)
         self.modes = Modes(self.store, self.identities, clock=self.clock)
         self.shipping = Shipping(
             self.store, self.blobs, self.repository, settings=self.settings, clock=self.clock, select=self._select
@@ -80,6 +85,10 @@ class Registry:
     def close(self) -> None:
         """Close the database."""
         self.store.close()
+
+    def reopen(self) -> Registry:
+        """The same records with a connection of its own, for another thread."""
+        return Registry(self.home, settings=self.settings, clock=self.clock)
 
     def _select(self, group: str, where: str) -> Collection[str] | None:
         """Names of a group's devices with the labels of a query; None: all of them."""
@@ -153,6 +162,23 @@ class Registry:
         """
         return self.shipping.push(folder, group=group, plan=plan, actor=actor, force=force)
 
+    def ship(
+        self,
+        release: int,
+        *,
+        group: str = "default",
+        plan: RolloutRules | None = None,
+        actor: str = "library",
+        force: str = "",
+    ) -> int:
+        """Start the rollout of a release that was pushed before, to another group; returns the rollout's number.
+
+        Raises:
+            UnknownReleaseError: There is none of that number.
+            ReleaseError, RolloutError, SigningError, ConfigError, StoreError: As `push`.
+        """
+        return self.shipping.ship(release, group=group, plan=plan, actor=actor, force=force)
+
     def sign_all(self) -> int:
         """Sign every release that devices may still be told to run; returns how many.
 
@@ -220,6 +246,10 @@ class Registry:
         """Devices whose name comes after `after`, in order."""
         return self.store.devices.page(group=group, after=after, limit=limit)
 
+    def glance(self) -> list[Glance]:
+        """Every device that was not revoked, by group and name, in the least detail."""
+        return self.store.devices.glance()
+
     def device(self, name: str) -> DeviceRecord:
         """The device of that name.
 
@@ -236,6 +266,14 @@ class Registry:
         report = self.store.reports.last(name)
         return None if report is None else as_json(report)
 
+    def is_signed(self, release: int) -> bool:
+        """Whether devices with keys would take the release."""
+        return self.repository.exists and target_path(release) in self.repository.targets()
+
+    def reports(self, device: str, *, before: int | None = None, limit: int = 100) -> list[tuple[int, float, Report]]:
+        """Number, time and report of a device below `before`, newest first."""
+        return self.store.reports.find(device, before=before, limit=limit)
+
     def releases(self, *, before: int | None = None, limit: int = 1000) -> list[ReleaseRecord]:
         """Releases below `before`, newest first."""
         return self.store.releases.find(before=before, limit=limit)
@@ -244,12 +282,12 @@ class Registry:
         """A release with its lineage and its model card.
 
         Raises:
-            ReleaseError: There is none of that number.
+            UnknownReleaseError: There is none of that number.
             StoreError: Its files cannot be read.
         """
         line = self.store.releases.lineage(number)
         if not line:
-            raise ReleaseError(f"there is no release {number}")
+            raise UnknownReleaseError(f"there is no release {number}")
         manifest = parse_manifest(self.blobs.read(line[0].digest))
         card = self.blobs.read(manifest.files[CARD].sha256).decode("utf-8", "replace")
         return ReleaseDetail(release=line[0], lineage=line[1:], origin=line[-1].parent, card=card)

@@ -303,6 +303,19 @@ def _version_days(db: Database) -> None:
     )
 
 
+def _users(db: Database) -> None:
+    db.table("users").create(
+        {"id": int, "name": str, "role": str, "digest": str, "created": float, "revoked": float},
+        pk="id",
+        not_null={"name", "role", "digest", "created"},
+    )
+    db.table("users").create_index(["digest"], unique=True)
+    db.table("sessions").create(
+        {"digest": str, "user": int, "created": float, "expires": float}, pk="digest", not_null={"user", "expires"}
+    )
+    db.table("audit").create_index(["actor", "id"])
+
+
 STEPS: tuple[Callable[[Database], None], ...] = (
     _first_tables,  # 1
     _summaries,  # 2
@@ -315,6 +328,7 @@ STEPS: tuple[Callable[[Database], None], ...] = (
     _rollups,  # 9
     _labels,  # 10
     _version_days,  # 11
+    _users,  # 12
 )
 """Step n leads from `user_version` n - 1 to n. Steps are only ever appended, and never changed once they are on main:
 who changes a table, changes it in a step of its own."""

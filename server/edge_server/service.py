@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
 
 import uvicorn
 
-from edge_sdk.errors import StoreError, TransportError
+from edge_sdk.errors import ConfigError, StoreError, TransportError
 from edge_server.app import create_app
 from edge_server.coordinator import BATCH_ROWS, Coordinator
 from edge_server.registry import Registry
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 COMMIT_S = 0.05
 """What arrives within this time is committed together."""
 _RETRY_S = 1.0
+_STOP_S = 3
 
 
 def listen(settings: HttpSettings) -> socket.socket:
@@ -55,7 +57,24 @@ def run(coordinator: Coordinator, records: Registry, listener: socket.socket, *,
         listener: Of `listen`; closed at the end.
         on_ready: Called once both are about to run.
     """
-    config = uvicorn.Config(create_app(records), log_config=None, access_log=False, lifespan="off", server_header=False)
+    settings = records.settings.http
+    app = create_app(records, pulse=lambda: coordinator.pulse, stopping=lambda: server.should_exit)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        # what a proxy on this machine says of its clients is believed if there is one
+        proxy_headers=settings.public_url is not None,
+        ssl_certfile=None if settings.cert_file is None else records.home / settings.cert_file,
+        ssl_keyfile=None if settings.key_file is None else records.home / settings.key_file,
+        timeout_graceful_shutdown=_STOP_S,
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"http.cert_file or http.key_file cannot be used: {error}") from error
     server = uvicorn.Server(config)
     # uvicorn catches the signals while it runs and raises them again when it is done: end quietly then
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -6,6 +6,7 @@ import ipaddress
 import tomllib
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -77,23 +78,55 @@ class BrokerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class HttpSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where the API and the dashboard listen. Loopback only while there is no authentication.
+    """Where the API and the dashboard listen, and how much they take from whom.
 
     Attributes:
-        host: A loopback address.
+        host: Address; one that other machines can reach needs TLS and users.
         port: TCP port; 0 takes any.
+        cert_file: Certificate (PEM, with those between it and the authority's), relative to the home folder: TLS.
+        key_file: Its private key.
+        public_url: What people and devices call it, if a proxy on this machine stands before it: its name is answered
+            to, what the proxy says of the client's address is believed, and with https cookies are sent over TLS only.
+        session_hours: So long after logging in the dashboard asks for the token again.
+        requests_per_minute: Of one address, and of one user; updates are not counted.
+        logins_per_minute: Wrong tokens of one address, here and over the API.
     """
 
     host: str = "127.0.0.1"
     port: int = 8080
+    cert_file: str | None = None
+    key_file: str | None = None
+    public_url: str | None = None
+    session_hours: float = 12.0
+    requests_per_minute: int = 600
+    logins_per_minute: int = 10
 
     def __post_init__(self) -> None:
         _check_port(self.port, lowest=0)
-        if not is_loopback(self.host):
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file come together")
+        if self.public_url is not None:
+            url = urlsplit(self.public_url)
+            if url.scheme not in ("http", "https") or not url.hostname or url.path.strip("/") or url.query:
+                raise ValueError(f"public_url must be like https://name or https://name:port, got {self.public_url!r}")
+        if not is_loopback(self.host) and not self.is_tls:
             raise ValueError(
-                f"host {self.host!r} is not a loopback address: the API has no authentication yet; "
-                "use 127.0.0.1 and reach it through an SSH tunnel"
+                f"host {self.host!r} is not a loopback address, and tokens would cross the network in the clear: set "
+                "cert_file and key_file, or stay on 127.0.0.1 behind a proxy (public_url) or an SSH tunnel"
             )
+        for name in ("session_hours", "requests_per_minute", "logins_per_minute"):
+            if not 0 < getattr(self, name) <= 1_000_000:
+                raise ValueError(f"{name} must lie above 0 and up to 1000000, got {getattr(self, name)}")
+
+    @property
+    def is_tls(self) -> bool:
+        """The server itself speaks TLS."""
+        return self.cert_file is not None
+
+    @property
+    def is_secure(self) -> bool:
+        """Browsers speak TLS, with this server or a proxy before it."""
+        return self.is_tls or (self.public_url or "").startswith("https:")
 
 
 class SigningSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -18,7 +18,7 @@ from edge_sdk.messages import Desired, Offer, check_name, decode, encode
 from edge_sdk.trust import target_path
 from edge_server import rollout as machine
 from edge_server.desired import Kept, changed, compose
-from edge_server.errors import ReleaseError, RolloutError, UnknownRolloutError
+from edge_server.errors import ReleaseError, RolloutError, UnknownReleaseError, UnknownRolloutError
 from edge_server.gates import DeviceMetrics
 from edge_server.keys import Repository
 from edge_server.labels import keys_of, parse
@@ -64,10 +64,7 @@ class Shipping:
 
     def push(self, folder: Path, *, group: str, plan: RolloutRules | None, actor: str, force: str = "") -> int:
         """See `Registry.push`."""
-        try:
-            check_name(group, "group")
-        except ProtocolError as error:
-            raise ConfigError(str(error)) from error
+        _check_group(group)
         manifest, data = take_in(folder, self._blobs)
         release = ReleaseRecord(
             release=manifest.release,
@@ -79,6 +76,26 @@ class Shipping:
             metrics=manifest.metrics,
             pushed=self._clock.now(),
         )
+        return self._ship(release, manifest, data, group=group, plan=plan, actor=actor, force=force)
+
+    def ship(self, number: int, *, group: str, plan: RolloutRules | None, actor: str, force: str = "") -> int:
+        """See `Registry.ship`."""
+        _check_group(group)
+        release = self.release(number)
+        data = self._blobs.read(release.digest)
+        return self._ship(release, parse_manifest(data), data, group=group, plan=plan, actor=actor, force=force)
+
+    def _ship(
+        self,
+        release: ReleaseRecord,
+        manifest: Manifest,
+        data: bytes,
+        *,
+        group: str,
+        plan: RolloutRules | None,
+        actor: str,
+        force: str,
+    ) -> int:
         self._require_won(release, force)
         full_plan = _plan(plan or self._settings.rollout, release.release, group)
         target = None
@@ -92,6 +109,17 @@ class Shipping:
             if target is not None:  # the last that can fail: nobody is offered what is not signed
                 self._repository.sign({**self._signed_still(), target.path: target})
             return rollout
+
+    def release(self, number: int) -> ReleaseRecord:
+        """The release of that number.
+
+        Raises:
+            UnknownReleaseError: There is none.
+        """
+        found = self._store.releases.find(number=number)
+        if not found:
+            raise UnknownReleaseError(f"there is no release {number}: edge-coordinator releases list")
+        return found[0]
 
     def sign_all(self) -> int:
         """See `Registry.sign_all`."""
@@ -378,6 +406,13 @@ class Shipping:
     def _offer(self, release: int) -> Offer:
         record = self._store.releases.find(number=release)[0]
         return Offer(record.release, record.digest, record.size)
+
+
+def _check_group(name: str) -> None:
+    try:
+        check_name(name, "group")
+    except ProtocolError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _plan(rules: RolloutRules, release: int, group: str) -> RolloutPlan:

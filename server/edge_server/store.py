@@ -25,11 +25,13 @@ from edge_server.store_fleet import FleetStore
 from edge_server.store_groups import GroupStore
 from edge_server.store_ingest import IngestStore
 from edge_server.store_labels import LabelStore
+from edge_server.store_live import LiveStore
 from edge_server.store_metrics import MetricsStore
 from edge_server.store_releases import ReleaseStore
 from edge_server.store_reports import ReportStore
 from edge_server.store_rollouts import RolloutStore
 from edge_server.store_rollups import RollupStore
+from edge_server.store_users import UserStore
 
 _CACHE_KB = 16_384
 _CHECKPOINT_PAGES = 4000
@@ -70,6 +72,8 @@ class Store(Database):
         self.candidates = CandidateStore(self)
         self.rollups = RollupStore(self)
         self.audit = AuditStore(self)
+        self.users = UserStore(self)
+        self.live = LiveStore(self)
         self.fleet = FleetStore(self)
         self.alerts = AlertStore(self)
 

@@ -55,13 +55,16 @@ class AlertStore:
         )
         return [_alert(row) for row in rows]
 
-    def find(self, *, number: int | None = None, status: str | None = None, limit: int = 100) -> list[Alert]:
-        """Alerts that people were or would be told of, or the one of that number; newest first."""
+    def find(
+        self, *, number: int | None = None, status: str | None = None, before: int | None = None, limit: int = 100
+    ) -> list[Alert]:
+        """Alerts below `before` that people were or would be told of, or the one of that number; newest first."""
         rows = self._db.read(
             f"SELECT {_ALERT} FROM alerts WHERE (?1 IS NULL OR id = ?1) AND (?2 IS NULL OR status = ?2)"  # noqa: S608
-            " AND (?1 IS NOT NULL OR raised IS NOT NULL) ORDER BY id DESC LIMIT ?3",
+            " AND (?1 IS NOT NULL OR raised IS NOT NULL) AND (?3 IS NULL OR id < ?3) ORDER BY id DESC LIMIT ?4",
             number,
             status,
+            before,
             limit,
         )
         return [_alert(row) for row in rows]

@@ -25,7 +25,7 @@ def last_change(connection: sqlite3.Connection) -> float:
 
 
 class AuditStore:
-    """Every change of state that a person asked for."""
+    """Every change of state that a person asked for, and what the coordinator decided."""
 
     def __init__(self, db: Database) -> None:
         self._db = db
@@ -37,10 +37,12 @@ class AuditStore:
             (now, actor, action, to_json(detail)),
         )
 
-    def find(self, *, before: int | None = None, limit: int = 1000) -> list[AuditRecord]:
+    def find(self, *, actor: str | None = None, before: int | None = None, limit: int = 100) -> list[AuditRecord]:
         """Entries with a number below `before`, newest first."""
         rows = self._db.read(
-            "SELECT id, time, actor, action, detail FROM audit WHERE (?1 IS NULL OR id < ?1) ORDER BY id DESC LIMIT ?2",
+            "SELECT id, time, actor, action, detail FROM audit WHERE (?1 IS NULL OR actor = ?1)"
+            " AND (?2 IS NULL OR id < ?2) ORDER BY id DESC LIMIT ?3",
+            actor,
             before,
             limit,
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from edge_sdk.database import Database
-from edge_server.records import DeviceRecord, FleetRecord
-from edge_server.rows import from_row
+from edge_server.records import DeviceRecord, FleetRecord, Glance, health_of
+from edge_server.rows import from_row, to_json
 
 _DEVICE = """
     name, group_name, credential IS NOT NULL, online, reason, coalesce(row_release, state_release),
@@ -43,6 +43,23 @@ class DeviceStore:
             limit,
         )
         return [from_row(DeviceRecord, row) for row in rows]
+
+    def named(self, names: list[str]) -> list[DeviceRecord]:
+        """The devices of these names, in this order, as far as there are."""
+        rows = self._db.read(
+            f"SELECT {_DEVICE} FROM devices WHERE name IN (SELECT value FROM json_each(?))",  # noqa: S608
+            to_json(names),
+        )
+        found = {record.name: record for record in (from_row(DeviceRecord, row) for row in rows)}
+        return [found[name] for name in names if name in found]
+
+    def glance(self) -> list[Glance]:
+        """Every device that was not revoked, by group and name."""
+        rows = self._db.read(
+            "SELECT name, group_name, coalesce(row_release, state_release), last_seen, online, errors, alarms"
+            " FROM devices WHERE revoked IS NULL ORDER BY group_name, name"
+        )
+        return [Glance(row[0], row[1], row[2], health_of(*row[3:])) for row in rows]
 
     def forget_presence(self) -> None:
         """Set every device offline."""

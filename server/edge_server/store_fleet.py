@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import NamedTuple
 
 import msgspec
 
@@ -12,19 +11,6 @@ from edge_sdk.errors import ProtocolError
 from edge_sdk.messages import Report, Summary, unpack
 from edge_server.freshness import Cell
 from edge_server.labels import FIELDS
-
-_ALARMS = "SELECT device, release, head, time, detail FROM events WHERE name = 'drift_alarm'"
-
-
-class AlarmRow(NamedTuple):
-    """A `drift_alarm` as a device told it."""
-
-    device: str
-    release: int
-    head: int
-    time: float
-    detail: str
-    """JSON."""
 
 
 class FleetStore:
@@ -75,22 +61,19 @@ class FleetStore:
         )
         return [(row[0], row[1], unpack(row[2], Report)) for row in rows]
 
-    def alarms(self, *, after: int, to: int) -> list[AlarmRow]:
-        """Drift alarms by number, in the order in which they came."""
-        rows = self._db.read(f"{_ALARMS} AND id > ? AND id <= ? ORDER BY id", after, to)
-        return [AlarmRow(*row) for row in rows]
-
-    def alarms_since(self, received: float) -> list[AlarmRow]:
-        """Drift alarms that came from then on, in the order in which they came."""
-        rows = self._db.read(f"{_ALARMS} AND received >= ? ORDER BY id", received)
-        return [AlarmRow(*row) for row in rows]
-
-    def began(self) -> dict[tuple[str, int, int], float]:
-        """When each version first told of itself, by device, release and head."""
+    def events_between(self, name: str, *, after: int, to: int) -> list[tuple[str, float, str]]:
+        """Device, its time and the detail (JSON) of the events of a name, in the order in which they came."""
         rows = self._db.read(
-            "SELECT device, release, head, min(start) FROM version_days GROUP BY device, release, head"
+            "SELECT device, time, detail FROM events WHERE name = ? AND id > ? AND id <= ? ORDER BY id", name, after, to
         )
-        return {(row[0], row[1], row[2]): row[3] for row in rows}
+        return [(row[0], row[1], row[2]) for row in rows]
+
+    def events_since(self, name: str, *, received: float) -> list[tuple[str, float, str]]:
+        """As `events_between`, of those that came from then on."""
+        rows = self._db.read(
+            "SELECT device, time, detail FROM events WHERE name = ? AND received >= ? ORDER BY id", name, received
+        )
+        return [(row[0], row[1], row[2]) for row in rows]
 
     def state(self, name: str) -> bytes | None:
         """What was kept under that name."""

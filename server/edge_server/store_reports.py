@@ -19,6 +19,17 @@ class ReportStore:
         rows = self._db.read("SELECT body FROM reports WHERE device = ? ORDER BY id DESC LIMIT 1", device)
         return unpack(rows[0][0], Report) if rows else None
 
+    def find(self, device: str, *, before: int | None = None, limit: int = 100) -> list[tuple[int, float, Report]]:
+        """Number, time and report of a device below `before`, newest first."""
+        rows = self._db.read(
+            "SELECT id, time, body FROM reports WHERE device = ?1 AND (?2 IS NULL OR id < ?2)"
+            " ORDER BY id DESC LIMIT ?3",
+            device,
+            before,
+            limit,
+        )
+        return [(row[0], row[1], unpack(row[2], Report)) for row in rows]
+
     def summaries(self, device: str, *, limit: int = 24) -> list[Summary]:
         """The newest summaries of a device, newest first."""
         rows = self._db.read(

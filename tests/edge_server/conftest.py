@@ -1,5 +1,6 @@
 """A fleet of scripted devices around a coordinator in memory."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -360,3 +361,106 @@ def fleet(coordinator, make_device, clock, settle, checkpoint):
         device.receive()
     live(coordinator, devices, clock, settle, turns=3)
     return devices
+
+
+# ---- the web application
+
+
+@pytest.fixture
+def app(coordinator):
+    from edge_server.app import create_app
+    from edge_server.monitoring import Pulse
+
+    return create_app(coordinator.registry, pulse=lambda: Pulse(connected=True, lag_s=1.5))
+
+
+@pytest.fixture
+def request_(app):
+    """Sends one request, as a program does: without cookies but those that are given."""
+    import asyncio
+
+    import httpx
+
+    def send(method, path, *, base="http://127.0.0.1:8080", client=("127.0.0.1", 1234), cookies=None, **options):
+        async def run():
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=client)
+            async with httpx.AsyncClient(transport=transport, base_url=base, cookies=cookies) as browser:
+                return await browser.request(method, path, **options)
+
+        return asyncio.run(run())
+
+    return send
+
+
+@pytest.fixture
+def get(request_):
+    return lambda path, **options: request_("GET", path, **options)
+
+
+@pytest.fixture
+def post(request_):
+    return lambda path, **options: request_("POST", path, **{"json": {}, **options})
+
+
+@pytest.fixture
+def small_fleet(coordinator, make_device, settle, checkpoint):
+    """Three devices that reported, one of them in drift; release 2 on its way to them."""
+    devices = [make_device(name) for name in ("a", "b", "c")]
+    for device in devices:
+        device.release = 1
+        device.report(monitors=[MonitorState("inputs", 30.0, 20.0, True, device.name == "a")])
+        device.event("boot")
+    settle(devices)
+    coordinator.push(checkpoint(1))
+    coordinator.push(checkpoint(2))
+    return devices
+
+
+@pytest.fixture
+def token(coordinator):
+    """Makes a user; returns the token."""
+
+    def make(role, name=None):
+        return coordinator.registry.users.add(name or f"the-{role}", role, actor="test")
+
+    return make
+
+
+class Browser:
+    """Keeps cookies, and the form token of the page it saw last."""
+
+    def __init__(self, request):
+        self._request, self.cookies, self.form_token = request, {}, ""
+
+    def _send(self, method, path, **options):
+        answer = self._request(method, path, cookies=self.cookies, **options)
+        for name, value in answer.cookies.items():
+            self.cookies[name] = value
+        for line in answer.headers.get_list("set-cookie"):
+            if "Max-Age=0" in line:
+                self.cookies.pop(line.partition("=")[0], None)
+        if found := re.search(r'name="form_token" value="(\w+)"', answer.text):
+            self.form_token = found[1]
+        return answer
+
+    def get(self, path, **options):
+        return self._send("GET", path, **options)
+
+    def send(self, path, headers=None, **fields):
+        headers = headers or {"content-type": "application/x-www-form-urlencoded"}
+        return self._send("POST", path, headers=headers, data={"form_token": self.form_token, **fields})
+
+    def log_in(self, token, **fields):
+        self.get("/login")
+        return self.send("/login", token=token, **fields)
+
+
+@pytest.fixture
+def make_browser(request_):
+    return lambda: Browser(request_)
+
+
+@pytest.fixture
+def browser(make_browser):
+    """What a person uses: keeps cookies, and the form token of the page it saw last."""
+    return make_browser()

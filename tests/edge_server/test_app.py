@@ -1,50 +1,6 @@
-import asyncio
-
-import httpx
 import pytest
 
-from edge_sdk.messages import MonitorState
-from edge_server.app import create_app
-
 ORIGIN = "http://127.0.0.1:8080"
-
-
-@pytest.fixture
-def request_(coordinator):
-    app = create_app(coordinator.registry)
-
-    def send(method, path, *, base=ORIGIN, **options):
-        async def run():
-            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(transport=transport, base_url=base) as client:
-                return await client.request(method, path, **options)
-
-        return asyncio.run(run())
-
-    return send
-
-
-@pytest.fixture
-def get(request_):
-    return lambda path, **options: request_("GET", path, **options)
-
-
-@pytest.fixture
-def post(request_):
-    return lambda path, **options: request_("POST", path, **{"json": {}, **options})
-
-
-@pytest.fixture
-def fleet(coordinator, make_device, settle, checkpoint):
-    devices = [make_device(name) for name in ("a", "b", "c")]
-    for device in devices:
-        device.release = 1
-        device.report(monitors=[MonitorState("inputs", 30.0, 20.0, True, device.name == "a")])
-        device.event("boot")
-    settle(devices)
-    coordinator.push(checkpoint(1))
-    coordinator.push(checkpoint(2))
-    return devices
 
 
 def error(response):
@@ -81,13 +37,13 @@ class TestReading:
     def test_health(self, get):
         assert get("/healthz").json() == {"status": "ok"}
 
-    def test_fleet(self, get, fleet):
+    def test_fleet(self, get, small_fleet):
         body = get("/api/v1/fleet").json()
         assert body["devices"] == body["online"] == 3
         assert (body["in_drift"], body["accuracy"], body["releases"]) == (1, 0.9, {"1": 3})
         assert body["counters"]["accepted"] == 6
 
-    def test_devices_in_pages(self, get, fleet):
+    def test_devices_in_pages(self, get, small_fleet):
         first = get("/api/v1/devices?limit=2").json()
         assert [device["name"] for device in first["devices"]] == ["a", "b"]
         second = get(f"/api/v1/devices?limit=2&after={first['next']}").json()
@@ -95,7 +51,7 @@ class TestReading:
         assert second["next"] is None
         assert get("/api/v1/devices?group=nobody").json() == {"devices": [], "next": None}
 
-    def test_a_device_with_its_last_report(self, get, fleet):
+    def test_a_device_with_its_last_report(self, get, small_fleet):
         body = get("/api/v1/devices/a").json()
         assert (body["health"], body["release"], body["alarms"]) == ("drift", 1, 1)
         assert body["last_report"]["predicted"] == {"a": 100}
@@ -105,7 +61,7 @@ class TestReading:
         body = get("/api/v1/devices/new").json()
         assert (body["health"], body["last_report"], body["enrolled"]) == ("new", None, True)
 
-    def test_releases_rollouts_and_events_in_pages(self, get, fleet):
+    def test_releases_rollouts_and_events_in_pages(self, get, small_fleet):
         for kind, key in (("releases", "release"), ("rollouts", "id"), ("events", "id")):
             numbers, following = [], None
             while True:
@@ -118,11 +74,11 @@ class TestReading:
             assert numbers == sorted(numbers, reverse=True)
             assert len(numbers) == (3 if kind == "events" else 2)
 
-    def test_events_of_one_device_by_name(self, get, fleet):
+    def test_events_of_one_device_by_name(self, get, small_fleet):
         events = get("/api/v1/events?device=b&name=boot").json()["events"]
         assert [event["device"] for event in events] == ["b"]
 
-    def test_a_rollout_with_plan_state_and_history(self, get, fleet):
+    def test_a_rollout_with_plan_state_and_history(self, get, small_fleet):
         body = get("/api/v1/rollouts/2").json()
         assert body["plan"]["stages"] == [10, 100]
         assert body["state"]["status"] == "running"
@@ -158,7 +114,7 @@ class TestBadInput:
         assert error(get("/api/v1/devices/nobody")) == (404, "UnknownDeviceError")
         assert error(get("/api/v1/rollouts/7")) == (404, "UnknownRolloutError")
         assert error(get("/api/v1/nothing")) == (404, "HTTPError")
-        assert error(get("/static/../app.py")) == (404, "HTTPError")
+        assert get("/static/../app.py").status_code == 404
 
     def test_wrong_methods_are_refused(self, post, get):
         assert error(post("/api/v1/fleet")) == (405, "HTTPError")
@@ -176,13 +132,13 @@ class TestBadInput:
 
 
 class TestAbort:
-    def test_it_withdraws_the_release(self, post, fleet, rows):
+    def test_it_withdraws_the_release(self, post, small_fleet, rows):
         response = post("/api/v1/rollouts/2/abort", json={"reason": "wrong labels"})
         assert response.json()["state"]["reason"] == "aborted: wrong labels"
         assert rows("SELECT actor FROM audit ORDER BY id DESC LIMIT 1") == [("api",)]
         assert error(post("/api/v1/rollouts/2/abort")) == (409, "RolloutError")
 
-    def test_a_page_of_another_site_cannot_order_it(self, post, fleet):
+    def test_a_page_of_another_site_cannot_order_it(self, post, small_fleet):
         path = "/api/v1/rollouts/2/abort"
         for content_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
             response = post(path, json=None, content=b"{}", headers={"content-type": content_type})
@@ -194,14 +150,14 @@ class TestAbort:
     @pytest.mark.parametrize(
         "body", [b"{", b"[]", b'"x"', b'{"reason": 1}', b'{"raeson": "x"}', b'{"reason": "\xff"}', b"\x00"]
     )
-    def test_a_body_that_cannot_be_read_is_refused(self, post, fleet, body):
+    def test_a_body_that_cannot_be_read_is_refused(self, post, small_fleet, body):
         headers = {"content-type": "application/json"}
         response = post("/api/v1/rollouts/2/abort", json=None, content=body, headers=headers)
         assert error(response) == (400, "BadRequestError")
 
-    def test_texts_and_bodies_too_long_are_refused(self, post, fleet):
+    def test_texts_and_bodies_too_long_are_refused(self, post, small_fleet):
         assert error(post("/api/v1/rollouts/2/abort", json={"reason": "x" * 501})) == (400, "BadRequestError")
-        assert error(post("/api/v1/rollouts/2/abort", json={"reason": "x" * 5000})) == (413, "HTTPError")
+        assert error(post("/api/v1/rollouts/2/abort", json={"reason": "x" * 20_000})) == (413, "HTTPError")
 
     def test_unknown_rollouts_are_not_found(self, post):
         assert error(post("/api/v1/rollouts/9/abort")) == (404, "UnknownRolloutError")
@@ -226,63 +182,3 @@ class TestGuard:
     @pytest.mark.parametrize("base", ["http://localhost:8080", "http://127.0.0.1", "http://[::1]:8080"])
     def test_this_machines_own_names_are_served(self, get, base):
         assert get("/healthz", base=base).status_code == 200
-
-
-class TestDashboard:
-    def test_it_shows_the_fleet_before_anything_happened(self, get):
-        page = get("/").text
-        assert "edge-coordinator devices add" in page
-        assert page.count("None yet") == 3
-
-    def test_it_shows_devices_rollouts_and_events(self, get, fleet):
-        page = get("/").text
-        assert '<th scope="row">a</th>' in page
-        assert "badge drift" in page
-        assert "90.0%" in page
-        assert "Release 2 to default" in page
-        assert "stage 1 of 2" in page
-        assert "boot" in page
-
-    def test_nothing_comes_from_elsewhere(self, get, fleet):
-        page = get("/").text
-        assert "<script" not in page
-        assert "http://" not in page
-        assert "https://" not in page
-        assert get("/static/dashboard.css").headers["content-type"].startswith("text/css")
-
-    def test_what_devices_and_people_say_is_escaped(self, get, coordinator, fleet, settle):
-        attack = "<script>alert(1)</script>"
-        fleet[0].event(attack, **{attack: attack})
-        fleet[0].state(mode=attack)
-        settle(fleet)
-        fleet[0].report(mode=attack)
-        settle(fleet)
-        coordinator.abort(2, reason=attack)
-        page = get("/").text
-        assert "<script" not in page
-        assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 4
-
-    def test_unknown_devices_are_visible(self, get, coordinator, make_coordinator, make_device, tmp_path):
-        strict = make_coordinator(accept_unknown=False)
-        make_device("stranger")
-        strict.pump()
-        page = get("/").text
-        assert "stranger (1)" in page
-
-    def test_more_devices_than_a_page_holds_are_a_link_away(self, get, coordinator, make_device):
-        for i in range(101):
-            make_device(f"d{i:03}")
-        coordinator.pump()
-        page = get("/").text
-        assert 'href="/?after=d099"' in page
-        assert '<th scope="row">d100</th>' in get("/?after=d099").text
-
-    def test_odd_details_do_not_break_it(self, get, coordinator, fleet, settle):
-        fleet[0].event("x" * 256, text="y" * 10_000, big=2**64 - 1, nan=float("nan"))
-        settle(fleet)
-        response = get("/")
-        assert response.status_code == 200
-        assert "y" * 400 not in response.text
-
-    def test_bad_parameters_are_refused(self, get):
-        assert error(get("/?after=" + "x" * 257)) == (400, "BadRequestError")

@@ -1,4 +1,5 @@
 import json
+import re
 import sqlite3
 import subprocess
 import sys
@@ -43,6 +44,17 @@ class TestInit:
         assert "serve --home" in run("init").output
         assert (home / "coordinator.toml").is_file()
         assert (home / "coordinator.db").is_file()
+
+    def test_it_makes_a_first_user_whose_token_is_shown_this_once(self, run, home):
+        told = json.loads(run("init", "--user", "rita", "--json").output)
+        assert told["user"] == "rita"
+        with closing(Registry(home)) as registry:
+            assert registry.users.by_token(told["token"]).role == "releaser"
+
+    def test_it_says_the_token_and_how_to_sign(self, run):
+        output = run("init").output
+        assert re.search(r"token of owner \(releaser\).*: edge-[\w-]{43}\n", output)
+        assert "keys init" in output
 
     def test_it_does_not_overwrite(self, ready):
         result = ready("init", expect=2)
@@ -197,6 +209,48 @@ class TestDevices:
         assert "device name" in ready("devices", "add", "a/b", "--out", "b.json", expect=2).stderr
 
 
+class TestUsers:
+    def test_add_list_and_revoke(self, ready, home):
+        token = json.loads(ready("users", "add", "vic", "--role", "viewer", "--json").output)["token"]
+        with closing(Registry(home)) as registry:
+            assert registry.users.by_token(token).name == "vic"
+        assert "vic" in ready("users", "list").output
+        assert token not in ready("users", "list", "--json").output
+        ready("users", "revoke", "vic")
+        listed = json.loads(ready("users", "list", "--json").output)
+        assert [user["revoked"] is None for user in listed] == [True, False]
+        assert "no user 'vic'" in ready("users", "revoke", "vic", expect=1).stderr
+
+    def test_a_role_that_there_is_not_is_wrong_usage(self, ready):
+        assert "viewer" in ready("users", "add", "vic", "--role", "king", expect=2).stderr
+
+
+def leaves(command, path=()):
+    for name, sub in getattr(command, "commands", {}).items():
+        yield from leaves(sub, (*path, name))
+    if not hasattr(command, "commands"):
+        yield path, command
+
+
+@pytest.mark.parametrize(
+    ("path", "command"), list(leaves(main)), ids=lambda value: " ".join(value) if isinstance(value, tuple) else ""
+)
+def test_every_command_can_print_json(path, command):
+    assert "--json" in {option for parameter in command.params for option in parameter.opts}
+
+
+class TestJson:
+    def test_what_is_done_is_told_as_json_too(self, ready, tmp_path, home):
+        added = json.loads(ready("devices", "add", "pump", "--out", tmp_path / "b.json", "--json").output)
+        assert added == {"device": "pump", "group": "default", "bundle": str(tmp_path / "b.json")}
+        assert len(json.loads(ready("command", "pump", "status", "--json").output)) == 1
+        assert json.loads(ready("group", "mode", "default", "monitor", "--json").output)["told"] == 0
+        keys = ready("keys", "init", "--root-keys", tmp_path / "away", "--no-passphrase", "--json")
+        assert json.loads(keys.output)["threshold"] == 2
+        assert json.loads(ready("devices", "passwd", "--json").output)["password_file"].startswith("pump:")
+        assert json.loads(ready("devices", "revoke", "pump", "--json").output)["revoked"] is True
+
+
 class TestServe:
     def test_the_embedded_broker_is_not_exposed_by_mistake(self, ready, home):
         settings = home / "coordinator.toml"
@@ -205,7 +259,12 @@ class TestServe:
 
     def test_an_http_address_beyond_this_machine_is_refused(self, ready, home):
         (home / "coordinator.toml").write_text('[http]\nhost = "0.0.0.0"\n')
-        assert "no authentication" in ready("serve", expect=2).stderr
+        assert "in the clear" in ready("serve", expect=2).stderr
+
+    def test_nor_is_one_with_tls_while_there_are_no_users(self, home, run):
+        home.mkdir()
+        (home / "coordinator.toml").write_text('[http]\nhost = "0.0.0.0"\ncert_file = "c"\nkey_file = "k"\n')
+        assert "there are no users" in run("serve", expect=2).stderr
 
     def test_a_password_file_that_is_missing_is_named(self, ready, home):
         (home / "coordinator.toml").write_text('[broker]\nusername = "c"\npassword_file = "nowhere"\n')
@@ -268,5 +327,5 @@ class TestReleaseDetail:
         for name in ("a", "b"):
             ready("devices", "add", name, "--out", tmp_path / f"{name}.json")
         entries = json.loads(ready("audit", "--json").output)
-        assert [entry["detail"]["device"] for entry in entries] == ["b", "a"]
+        assert [entry["detail"].get("device") for entry in entries] == ["b", "a", None]
         assert "device added" in ready("audit", "--limit", 1).output

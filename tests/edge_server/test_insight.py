@@ -125,37 +125,6 @@ class TestDrift:
         assert (tally.devices, tally.at_risk, tally.up) == (20, 15, 5)
 
 
-class TestWarmUp:
-    def test_alarms_of_a_version_that_has_just_begun_do_not_count(self, make_coordinator, make_device, clock):
-        coordinator = make_coordinator(fleet=DriftRules(warm_up_h=48.0))
-        devices = [make_device(f"d{i}") for i in range(10)]
-        coordinator.watch()
-
-        def hour(release, *, alarm=False):
-            clock.advance(3600.0)
-            for device in devices:
-                device.release = release
-                if alarm:
-                    device.event("drift_alarm", monitor="input", evidence=2e5, threshold=1e5, kind="covariate",
-                                 suspects="acc_x +0.4", words="")  # fmt: skip
-                device.report(start=clock.now() - 3600, monitors=[monitor()])
-                device.send()
-            coordinator.pump()
-            for device in devices:
-                device.receive()
-            coordinator.watch()
-            return coordinator.registry.insight.drift().causes
-
-        assert hour(1, alarm=True) == [], "the first hour of all"
-        for _ in range(49):
-            hour(1)
-        assert hour(2, alarm=True) == [], "the first hour of another release"
-        for _ in range(49):
-            hour(2)
-        (cause,) = hour(2, alarm=True)
-        assert cause.scope == "fleet"
-
-
 class TestView:
     @pytest.fixture
     def told(self, coordinator, make_device, clock, summary, settle):

@@ -4,9 +4,11 @@ import json
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 
 import pytest
@@ -35,7 +37,7 @@ def cli(*arguments):
 @pytest.fixture
 def home(tmp_path):
     home = tmp_path / "home"
-    cli("init", "--home", home)
+    (home / "token").write_text(json.loads(cli("init", "--home", home, "--json"))["token"])
     (home / "coordinator.toml").write_text(SETTINGS)
     return home
 
@@ -80,8 +82,9 @@ def first_message(transport, topic, *, resend=None):
     raise AssertionError(f"nothing came on {topic}")
 
 
-def read(address):
-    with urllib.request.urlopen(address, timeout=10) as response:
+def read(address, home, *, context=None):
+    request = urllib.request.Request(address, headers={"Authorization": f"Bearer {(home / 'token').read_text()}"})
+    with urllib.request.urlopen(request, timeout=10, context=context) as response:
         return json.loads(response.read())
 
 
@@ -98,7 +101,7 @@ def test_it_takes_in_rows_carries_out_orders_and_stops_cleanly(service, line, ho
         line, TOPICS.down("pump-1", "ack"), resend=Message(TOPICS.up("pump-1", "event"), encode(envelope))
     )
     assert decode(ack.payload, Ack) == Ack("s", 1)
-    assert [record["name"] for record in read(address + "api/v1/devices")["devices"]] == ["pump-1"]
+    assert [record["name"] for record in read(address + "api/v1/devices", home)["devices"]] == ["pump-1"]
 
     cli("push", checkpoint(1), "--home", home)
     desired = first_message(line, TOPICS.desired("default"))
@@ -108,6 +111,91 @@ def test_it_takes_in_rows_carries_out_orders_and_stops_cleanly(service, line, ho
     output, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
     assert "Traceback" not in output + errors
+
+
+def test_a_browser_that_listens_does_not_hold_up_the_end(service, home):
+    process, address, _ = service
+    headers = {"Authorization": f"Bearer {(home / 'token').read_text()}"}
+    with urllib.request.urlopen(urllib.request.Request(address + "live", headers=headers), timeout=10) as response:
+        assert response.readline() == b"retry: 3000\n"
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+
+
+def readiness(address):
+    try:
+        with urllib.request.urlopen(address + "readyz", timeout=10) as response:
+            return json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return json.loads(error.read())
+
+
+def test_it_is_ready_once_the_broker_is_there_and_logs_as_json(home, tmp_path):
+    process = subprocess.Popen(
+        [*CLI, "--log-format", "json", "--debug", "serve", "--home", str(home), "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        told = "".join(iter(process.stdout.readline, "}\n")) + "}"
+        address = json.loads(told)["dashboard"]
+        deadline = time.monotonic() + 30
+        while (found := readiness(address))["problems"] and time.monotonic() < deadline:
+            assert found["problems"] == ["there is no connection to the broker"]
+        assert found == {"status": "ok", "problems": []}
+    finally:
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    lines = [json.loads(line) for line in errors.splitlines()]
+    assert any(line.get("path") == "/readyz" and line["status"] == 200 for line in lines)
+
+
+def test_it_speaks_tls_and_its_cookies_are_for_tls_alone(home, tmp_path):
+    from datetime import UTC, datetime, timedelta
+    from ipaddress import ip_address
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "fleet")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+        .not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )  # fmt: skip
+    (home / "http.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (home / "http.key").write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    (home / "coordinator.toml").write_text(SETTINGS + 'cert_file = "http.crt"\nkey_file = "http.key"\n')
+    process = subprocess.Popen(
+        [*CLI, "serve", "--home", str(home)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        address = process.stdout.readline().split()[1]
+        assert address.startswith("https://")
+        context = ssl.create_default_context(cafile=home / "http.crt")
+        assert read(address + "api/v1/me", home, context=context) == {"name": "owner", "role": "releaser"}
+        with urllib.request.urlopen(address + "login", timeout=10, context=context) as response:
+            assert response.headers["strict-transport-security"]
+            assert response.headers["set-cookie"].startswith("__Host-edge_visitor=")
+            assert "; Secure" in response.headers["set-cookie"]
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+
+
+def test_a_certificate_that_cannot_be_read_is_wrong_settings(home):
+    (home / "coordinator.toml").write_text(SETTINGS + 'cert_file = "http.crt"\nkey_file = "http.key"\n')
+    result = subprocess.run([*CLI, "serve", "--home", str(home)], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "http.cert_file" in result.stderr
 
 
 def test_a_port_that_is_taken_is_a_network_error(home):

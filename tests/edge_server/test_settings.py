@@ -36,7 +36,7 @@ def test_the_example_loads_and_shows_the_defaults():
         ("[broker]\nport = 70000", "port"),
         ("[broker]\nport = 0", "port"),
         ("[broker]\nhost = ''", "host"),
-        ("[http]\nhost = '0.0.0.0'", "no authentication"),
+        ("[http]\nhost = '0.0.0.0'", "in the clear"),
         ("[http]\nhost = 'example.org'", "loopback"),
         ("prefix = 'a/b'", "prefix"),
         ("blocks_per_turn = 0", "blocks_per_turn"),

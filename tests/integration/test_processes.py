@@ -56,8 +56,9 @@ def until(condition, children):
     return found
 
 
-def api(url, path):
-    with urllib.request.urlopen(f"{url}/api/v1/{path}", timeout=5) as answer:
+def api(url, token, path):
+    request = urllib.request.Request(f"{url}/api/v1/{path}", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=5) as answer:
         return json.load(answer)
 
 
@@ -66,7 +67,7 @@ def test_an_enrolled_device_gets_its_release_and_survives_a_killed_coordinator(t
     bin_folder = Path(sys.executable).parent
     coordinator, edge = bin_folder / "edge-coordinator", bin_folder / "edge"
     home, device_home = tmp_path / "coordinator", tmp_path / "device"
-    command(coordinator, "init", "--home", home)
+    token = json.loads(command(coordinator, "init", "--home", home, "--json"))["token"]
     settings = home / "coordinator.toml"
     port, http_port = free_port(), free_port()
     text = settings.read_text()
@@ -81,19 +82,19 @@ def test_an_enrolled_device_gets_its_release_and_survives_a_killed_coordinator(t
     run = Child(edge, "run", "--home", device_home, log=tmp_path / "run.log")
     children = [serve, run]
     try:
-        until(lambda: device(url)["online"] is True, children)
+        until(lambda: device(url, token)["online"] is True, children)
         command(coordinator, "push", checkpoint, "--group", "pumps", "--home", home)
-        until(lambda: device(url)["release"] == 1, children)
-        assert device(url)["online"] is True
+        until(lambda: device(url, token)["release"] == 1, children)
+        assert device(url, token)["online"] is True
 
         serve.kill()
         serve = children[0] = Child(coordinator, "serve", "--home", home, log=tmp_path / "serve-2.log")
-        until(lambda: device(url)["online"] is True, children)
+        until(lambda: device(url, token)["online"] is True, children)
         # the state says so before the rows have come again, and what is stopped sends none
-        until(lambda: activated(url), children)
+        until(lambda: activated(url, token), children)
 
         assert run.stop() == 0, run.output()
-        until(lambda: device(url)["online"] is False, children)
+        until(lambda: device(url, token)["online"] is False, children)
         assert serve.stop() == 0, serve.output()
     finally:
         for child in children:
@@ -111,15 +112,15 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def activated(url):
+def activated(url, token):
     try:
-        return [event for event in api(url, "events")["events"] if event["name"] == "release_activated"]
+        return [event for event in api(url, token, "events")["events"] if event["name"] == "release_activated"]
     except OSError:
         return []
 
 
-def device(url):
+def device(url, token):
     try:
-        return api(url, "devices/pump-1")
+        return api(url, token, "devices/pump-1")
     except OSError:
         return {"release": 0, "online": None}
