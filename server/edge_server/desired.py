@@ -9,9 +9,7 @@ import msgspec
 
 from edge_sdk.messages import THRESHOLD_ALL, Desired, Offer, Part, cohort, from_places, to_places
 from edge_server.records import RolloutRecord
-
-MAX_TOLD = 20_000
-"""So many devices have room in one message, with room for two more lists."""
+from edge_server.rollout import MAX_TOLD
 
 
 class Kept(NamedTuple):

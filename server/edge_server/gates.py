@@ -8,7 +8,7 @@ what happened to all.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import NormalDist
 from typing import Literal, NamedTuple
 
@@ -140,6 +140,16 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class _Seen(NamedTuple):
+    """What a gate looks at, of one device."""
+
+    after: Sums
+    before: Sums
+    switched: bool
+    reports: int
+    seconds: float
+
+
 class Arm(NamedTuple):
     """One side of a comparison: how many values since the stage began, and what they say, each weighing the same."""
 
@@ -211,21 +221,22 @@ def read(
     Source:
         Waudby-Smith et al. 2024, arXiv:2103.06476 (see `stats.sequence_radius`), for a difference of differences.
     """
-    sample = sum(entry.sums(gate.metric)[0].count for entry in treated)
-    wanted = gate.min_sample
+    ran, others = ([_Seen(*e.sums(gate.metric), e.switched, e.reports, e.seconds) for e in group]
+                   for group in (treated, control))  # fmt: skip
+    sample, wanted = sum(entry.after.count for entry in ran), gate.min_sample
     direct = paired or gate.metric in ("errors", *_EVENTS)
-    control, treated = _groups(gate, treated, control, direct=direct)
-    one = _arm(gate, treated, direct=direct)
+    others, ran = _groups(gate, ran, others, direct=direct)
+    one = _arm(ran, direct=direct)
     if one is None or one.values < _LEAST_JUDGED:
         return _undecided(gate, sample, wanted)
-    other = _arm(gate, control, direct=direct)
+    other = _arm(others, direct=direct)
     if other is not None and other.values < _LEAST_JUDGED:
         other = None
     sign = -1.0 if gate.higher_is_better else 1.0
     gone = sign * other.change if other is not None else 0.0
     worse = sign * one.change - gone
-    margin = _margin(gate, treated)
-    variance = _variance(gate, treated, control if other is not None else [], direct=direct)
+    margin = _margin(gate, ran)
+    variance = _variance(gate, ran, others if other is not None else [], direct=direct)
     error = math.sqrt(_of_arm(one, variance, other) + (_of_arm(other, variance, one) if other is not None else 0.0))
     size = min(one.values, other.values) if other is not None else one.values
     radius = error * math.sqrt(size) * sequence_radius(size, level)
@@ -244,32 +255,24 @@ def read(
 
 
 def _groups(
-    gate: Gate, treated: Sequence[DeviceMetrics], control: Sequence[DeviceMetrics], *, direct: bool
-) -> tuple[list[DeviceMetrics], list[DeviceMetrics]]:
+    gate: Gate, treated: Sequence[_Seen], control: Sequence[_Seen], *, direct: bool
+) -> tuple[list[_Seen], list[_Seen]]:
     """(control, treated) as far as both sides of a comparison are known for each device."""
-
-    def known(group: Sequence[DeviceMetrics]) -> list[DeviceMetrics]:
-        pairs = [(entry, entry.sums(gate.metric)) for entry in group]
-        return [entry for entry, (after, before) in pairs if after.count and (direct or before.count)]
-
-    def values(group: Sequence[DeviceMetrics]) -> float:
-        return sum(entry.sums(gate.metric)[0].count for entry in group)
-
-    others, on_it = known(control), known(treated)
+    others, on_it = ([e for e in group if e.after.count and (direct or e.before.count)] for group in (control, treated))
     earlier = [entry for entry in on_it if not entry.switched]
-    if direct or values(others) >= max(_LEAST_JUDGED, gate.min_sample) or values(others) >= values(earlier):
+    found, enough = sum(entry.after.count for entry in others), max(_LEAST_JUDGED, gate.min_sample)
+    if direct or found >= enough or found >= sum(entry.after.count for entry in earlier):
         return others, on_it
     return earlier, [entry for entry in on_it if entry.switched]
 
 
-def _arm(gate: Gate, entries: Sequence[DeviceMetrics], *, direct: bool) -> Arm | None:
-    pairs = [entry.sums(gate.metric) for entry in entries]
-    count = sum(after.count for after, _ in pairs)
+def _arm(entries: Sequence[_Seen], *, direct: bool) -> Arm | None:
+    count = sum(entry.after.count for entry in entries)
     if not count:
         return None
     noise = weights = after_mean = before_mean = 0.0
     changes: list[tuple[float, float]] = []
-    for after, before in pairs:
+    for after, before, *_ in entries:
         weight = after.count / count
         was = 0.0 if direct else before.mean
         noise += weight**2 * (1 / after.count + (0.0 if direct else 1 / before.count))
@@ -279,15 +282,15 @@ def _arm(gate: Gate, entries: Sequence[DeviceMetrics], *, direct: bool) -> Arm |
         changes.append((weight, after.mean - was))
     change = after_mean - before_mean
     scatter = sum(weight * (value - change) ** 2 for weight, value in changes)
-    return Arm(count, change, after_mean, before_mean, noise, weights, len(pairs), scatter)
+    return Arm(count, change, after_mean, before_mean, noise, weights, len(entries), scatter)
 
 
-def _variance(gate: Gate, treated: Sequence[DeviceMetrics], control: Sequence[DeviceMetrics], *, direct: bool) -> float:
+def _variance(gate: Gate, treated: Sequence[_Seen], control: Sequence[_Seen], *, direct: bool) -> float:
     """Of one value within a device: that of the most varied of the groups, as far as they are known."""
     found = []
     for group in (treated, control):
         for when in (0,) if direct else (0, 1):
-            total = sum((entry.sums(gate.metric)[when] for entry in group), Sums())
+            total = _total(entry.before if when else entry.after for entry in group)
             if gate.metric in _EVENTS:
                 found.append(total.mean)  # counts: a Poisson variable varies as much as its mean
             elif total.count:
@@ -296,6 +299,11 @@ def _variance(gate: Gate, treated: Sequence[DeviceMetrics], control: Sequence[De
                 bounded = not gate.metric.startswith(APP_METRIC)
                 found.append(max(total.variance, smoothed * (1 - smoothed) if bounded else 0.0))
     return max(found, default=0.0)
+
+
+def _total(parts: Iterable[Sums]) -> Sums:
+    every = list(parts)
+    return Sums(sum(p.count for p in every), sum(p.total for p in every), sum(p.squares for p in every))
 
 
 def _of_arm(arm: Arm, variance: float, other: Arm | None) -> float:
@@ -311,7 +319,7 @@ def _of_arm(arm: Arm, variance: float, other: Arm | None) -> float:
     return max(within, scatter * arm.weights)
 
 
-def _margin(gate: Gate, treated: Sequence[DeviceMetrics]) -> float:
+def _margin(gate: Gate, treated: Sequence[_Seen]) -> float:
     """In the unit of the values."""
     if gate.metric in _EVENTS:
         reports = sum(entry.reports for entry in treated)

@@ -211,7 +211,7 @@ class RolloutPlan(RolloutRules, frozen=True, kw_only=True, forbid_unknown_fields
 
     def in_control(self, device: str) -> bool:
         """Whether a device is held out: by its own number alone, so that nobody changes sides when others join."""
-        return cohort(self.salt, device) >= THRESHOLD_ALL * (100 - self.held_out) // 100
+        return self.held_out > 0 and cohort(self.salt, device) >= THRESHOLD_ALL * (100 - self.held_out) // 100
 
     def told_stage(self, stage: int) -> str:
         """A stage in words."""

@@ -24,6 +24,8 @@ from edge_sdk.messages import cohort
 from edge_server.gates import DeviceMetrics, Reading, readings
 from edge_server.plan import RolloutPlan, opens_at, stage_size
 
+MAX_TOLD = 20_000
+"""So many devices have room in one message, with room for two more lists."""
 Status = Literal["queued", "running", "completed", "rolling_back", "rolled_back"]
 
 
@@ -303,8 +305,9 @@ def _tell(state: RolloutState, plan: RolloutPlan, metrics: Sequence[DeviceMetric
     if last and not (plan.where or plan.held_out or plan.max_parallel):
         return msgspec.structs.replace(state, everyone=True, offered=())
     known = {entry.device: entry for entry in pool}
-    limit = plan.max_parallel or len(pool)
-    reached = {entry.device for entry in pool if entry.device in state.told or _has_it(entry, state)}
+    limit = min(plan.max_parallel or MAX_TOLD, MAX_TOLD)
+    told_before = set(state.told)
+    reached = {entry.device for entry in pool if entry.device in told_before or _has_it(entry, state)}
     if not state.shadowing:
         reached |= {entry.device for entry in metrics if entry.on_candidate}
 
@@ -316,7 +319,8 @@ def _tell(state: RolloutState, plan: RolloutPlan, metrics: Sequence[DeviceMetric
         return entry.reachable or not plan.max_parallel
 
     offered = [name for name in state.offered if waits(name)]
-    new = [name for name in state.told if waits(name) and name not in offered][: limit - len(offered)]
+    known_to = set(offered)
+    new = [name for name in state.told if name not in known_to and waits(name)][: limit - len(offered)]
     again, spare = len(new), allowed(plan, state, len(pool)) - len(reached)
     barred = {cohort(plan.salt, entry.device) for entry in metrics if entry.device not in known}
     order = sorted((cohort(plan.salt, entry.device), entry.device) for entry in pool)

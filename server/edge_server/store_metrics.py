@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -22,6 +22,7 @@ _EVENTS = {
 }
 _DAY_S = 86_400.0
 _QUANTILES = {"p50_ms": 0.5, "p99_ms": 0.99}
+_MOST_KEPT = 16
 _SUMMARIES_BEFORE = 12
 """Of a device: enough for a 99th percentile, and a day's course."""
 
@@ -31,12 +32,17 @@ Pair = tuple[Sums, Sums]
 class _Look(NamedTuple):
     """What the summaries of one stage of a rollout said so far: each is read once."""
 
-    group: str
-    release: int
     since: float
     received: float
     found: dict[str, tuple[bool, dict[str, Pair]]]
     """By device: whether it ran the release, and what its gates look at."""
+
+
+class _Pasts(NamedTuple):
+    """Labelled and correct predictions before a stage, by device, its first row in the stage, and whether it had it."""
+
+    since: float
+    found: dict[tuple[str, int, bool], tuple[int, int]]
 
 
 class MetricsStore:
@@ -45,6 +51,7 @@ class MetricsStore:
     def __init__(self, db: Database) -> None:
         self._db = db
         self._looks: dict[str, _Look] = {}
+        self._pasts: dict[str, _Pasts] = {}
 
     def read(
         self, plan: RolloutPlan, state: RolloutState | None, *, now: float, eligible: Collection[str] | None = None
@@ -84,6 +91,7 @@ class MetricsStore:
         )
         shadowing = state is not None and state.shadowing
         values = self._values(plan, state) if state is not None else {}
+        pasts = self._past_of(plan, since)
         entries = []
         for name, row_release, row_time in self._db.read(
             "SELECT name, row_release, row_time FROM devices WHERE group_name = ? ORDER BY name", plan.group
@@ -92,7 +100,10 @@ class MetricsStore:
             predictions, errors, labelled, correct, first, reports, seconds = counts.get(name, (0, 0, 0, 0, 0, 0, 0.0))
             before = (0, 0)
             if labelled:
-                before = self._before(name, first, baseline_since, had_it=name in had_it, plan=plan)
+                key = (name, first, name in had_it)
+                if key not in pasts.found:
+                    pasts.found[key] = self._before(name, first, baseline_since, had_it=name in had_it, plan=plan)
+                before = pasts.found[key]
             own = {
                 metric: (msgspec.structs.replace(pair[0], count=reports) if metric in _EVENTS else pair[0], pair[1])
                 for metric, pair in values.get(name, {}).items()
@@ -119,6 +130,14 @@ class MetricsStore:
                 )
             )
         return entries
+
+    def _past_of(self, plan: RolloutPlan, since: float) -> _Pasts:
+        """What is known of the figures before of one stage: rows before a device's first one there never change."""
+        pasts = self._pasts.get(plan.salt)
+        if pasts is None or pasts.since != since:
+            pasts = self._pasts[plan.salt] = _Pasts(since, {})
+            _forget_oldest(self._pasts)
+        return pasts
 
     def _before(self, device: str, first: int, since: float, *, had_it: bool, plan: RolloutPlan) -> tuple[int, int]:
         """(labelled, correct) in a device's last labelled reports begun after `since` and before row `first`.
@@ -216,7 +235,7 @@ class MetricsStore:
         """
         look = self._looks.get(plan.salt)
         if look is None or look.since != state.stage_started:
-            look = _Look(plan.group, plan.release, state.stage_started, 0.0, {})
+            look = _Look(state.stage_started, 0.0, {})
         runs_it = {
             name: release == plan.release
             for name, release in self._db.read("SELECT name, row_release FROM devices WHERE group_name = ?", plan.group)
@@ -231,9 +250,8 @@ class MetricsStore:
         for device in sorted(news):
             found[device] = (runs_it[device], self._of_summaries(device, plan, state, gates, runs_it=runs_it[device]))
         received = max([look.received, *(time for _, time in told)])
-        self._looks = {plan.salt: look._replace(received=received, found=found)} | {
-            salt: other for salt, other in self._looks.items() if salt != plan.salt and other.group != plan.group
-        }
+        self._looks[plan.salt] = look._replace(received=received, found=found)
+        _forget_oldest(self._looks)
         return found
 
     def _of_summaries(
@@ -269,6 +287,12 @@ class MetricsStore:
 
     def _read_summaries(self, where: str, *args: object) -> list[Summary]:
         return [unpack(row[0], Summary) for row in self._db.read(f"SELECT body FROM summaries {where}", *args)]  # noqa: S608
+
+
+def _forget_oldest(known: dict[str, Any]) -> None:
+    """What belongs to rollouts that are over: few are under way at a time, and what is forgotten is read again."""
+    while len(known) > _MOST_KEPT:
+        del known[next(iter(known))]
 
 
 def _paired(tally: ShadowTally) -> dict[str, Pair]:
