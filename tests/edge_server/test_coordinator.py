@@ -11,7 +11,7 @@ from edge_server.errors import ReleaseError, RolloutError, UnknownRolloutError
 from edge_server.plan import RolloutPlan, RolloutRules
 from edge_server.registry import Registry
 from edge_server.schema import STEPS
-from edge_server.settings import Settings
+from edge_server.settings import RetentionSettings, Settings
 from edge_server.store import Store
 from tests.edge_server.conftest import desired, live
 
@@ -73,6 +73,41 @@ class TestIngest:
         assert device.rows == []
         assert rows("SELECT count(*) FROM reports") == [(1,)]
         assert rows("SELECT count(*) FROM events") == [(1,)]
+
+    def test_what_another_process_changed_counts_from_the_next_turn(self, coordinator, make_device, rows, tmp_path):
+        device = make_device("a")
+        device.report()
+        device.send()
+        coordinator.pump()
+        other = Store(tmp_path / "home" / "coordinator.db", durable=False)
+        with other.transaction():
+            other.execute("UPDATE positions SET last_seq = 5")
+            other.devices.add("b", group="default", credential="x", now=0.0)
+            other.devices.revoke("b", now=1.0)
+        other.close()
+        device.receive()
+        device.report()
+        device.send()  # as number 2, which the other process has taken in already
+        stranger = make_device("b")
+        stranger.report()
+        stranger.send()
+        coordinator.pump()
+        assert rows("SELECT device, seq FROM reports") == [("a", 1)]
+        assert coordinator.registry.fleet().counters["duplicate"] == 1
+        assert coordinator.registry.fleet().counters["revoked_device"] >= 1
+
+    def test_reports_are_added_up_and_deleted_in_its_turns(self, make_coordinator, make_device, rows, clock):
+        coordinator = make_coordinator(retention=RetentionSettings(reports_days=1.0))
+        device = make_device("a")
+        for _ in range(2):
+            device.report()
+            device.send()
+            coordinator.step()
+            device.receive()
+            clock.advance(2 * 86_400)
+        coordinator.step()
+        assert rows("SELECT seq FROM reports") == [(2,)], "the newest says where the next one goes"
+        assert rows("SELECT sum(reports) FROM rollups WHERE span = 86400") == [(2,)]
 
     def test_a_full_disk_stores_and_acknowledges_nothing_and_goes_on_later(self, coordinator, make_device, monkeypatch):
         device = make_device("a")
