@@ -457,6 +457,25 @@ def test_a_full_inbox_drops_counts_and_recovers_what_is_retained(make, mosquitto
 
 
 @pytest.mark.mosquitto
+@pytest.mark.parametrize("version", ["5", "3.1.1"])
+def test_what_is_sent_at_qos_0_arrives_as_it_was(make, mosquitto, version):
+    sender = connected(make(mosquitto, "sender", version=version))
+    reader = subscribed(make(mosquitto, "reader"), "t/#")
+    payloads = [b"1", b"x" * 127, b"x" * 128, b"x" * 20_000, b"2"]
+    for i, payload in enumerate(payloads):
+        sender.publish(f"t/\u00fc{i}", payload, qos=i % 2)
+    sender.publish("t/kept", b"3", retain=True, qos=0)
+    came = receive(reader, 6, probes=False)
+    assert sorted((message.topic, message.payload) for message in came) == sorted(
+        [(f"t/\u00fc{i}", payload) for i, payload in enumerate(payloads)] + [("t/kept", b"3")]
+    )
+    late = make(mosquitto, "late")
+    late.subscribe("t/kept")
+    connected(late)
+    assert receive(late, 1, probes=False) == [Message("t/kept", b"3", retain=True)]
+
+
+@pytest.mark.mosquitto
 def test_the_broker_sends_no_more_than_was_asked_for_until_it_is_taken(make, mosquitto):
     sender = connected(make(mosquitto, "sender"))
     reader = subscribed(make(mosquitto, "reader", receive_maximum=4), "t")
