@@ -136,7 +136,12 @@ def pause(state: RolloutState, reason: str, now: float) -> RolloutState:
     """Tell no further device and begin no stage until `resume`; gates still halt it."""
     held = now if state.held_since is None else state.held_since
     changed = msgspec.structs.replace(
-        state, paused=True, held_since=held, offered=(), everyone=False, waits="waits for a person to resume it"
+        state,
+        paused=True,
+        held_since=held,
+        offered=state.offered if state.shadowing else (),
+        everyone=False,
+        waits="waits for a person to resume it",
     )
     return _note(changed, reason, now)
 
@@ -205,7 +210,8 @@ def _go_on(state: RolloutState, plan: RolloutPlan, metrics: Sequence[DeviceMetri
     state = msgspec.structs.replace(state, running=running, size=allowed(plan, state, len(pool)))
     if held := _held(state, plan, now):
         since = now if state.held_since is None else state.held_since
-        return msgspec.structs.replace(state, held_since=since, offered=(), everyone=False, waits=held)
+        offered = tuple(_staying(state, {entry.device: entry for entry in pool}))
+        return msgspec.structs.replace(state, held_since=since, offered=offered, everyone=False, waits=held)
     if state.held_since is not None:
         state = msgspec.structs.replace(state, held_s=state.held_s + now - state.held_since, held_since=None)
     state = _tell(state, plan, metrics)
@@ -318,7 +324,7 @@ def _tell(state: RolloutState, plan: RolloutPlan, metrics: Sequence[DeviceMetric
             return False
         return entry.reachable or not plan.max_parallel
 
-    offered = [name for name in state.offered if waits(name)]
+    offered, staying = [name for name in state.offered if waits(name)], _staying(state, known)
     known_to = set(offered)
     new = [name for name in state.told if name not in known_to and waits(name)][: limit - len(offered)]
     again, spare = len(new), allowed(plan, state, len(pool)) - len(reached)
@@ -338,8 +344,13 @@ def _tell(state: RolloutState, plan: RolloutPlan, metrics: Sequence[DeviceMetric
     # those that are done stay in the message until there are others to tell: every new message goes to all
     withdrawn = any(not waits(name) and not _is_done(name, known, state) for name in state.offered)
     if new or withdrawn:
-        state = msgspec.structs.replace(state, told=told, offered=(*offered, *new))
+        state = msgspec.structs.replace(state, told=told, offered=(*staying, *offered, *new))
     return msgspec.structs.replace(state, everyone=False)
+
+
+def _staying(state: RolloutState, known: dict[str, DeviceMetrics]) -> list[str]:
+    """Those that would leave the shadow if they were not told any longer; who serves a release keeps it."""
+    return [name for name in state.offered if state.shadowing and name in known and known[name].in_shadow]
 
 
 def _is_done(name: str, known: dict[str, DeviceMetrics], state: RolloutState) -> bool:

@@ -383,6 +383,23 @@ def test_a_rule_that_a_rollout_does_not_have_is_a_configuration_error(scenario, 
         run(prepared, workers=1, coordinator=open_coordinator)
 
 
+@pytest.mark.parametrize(("epochs", "status"), [(8, "completed"), (0, "rolled_back")])
+def test_a_release_is_seen_in_shadow_before_it_serves_or_not(scenario, build, epochs, status):
+    """A network that was never trained is right on one label in eight: it never serves."""
+    rules = (
+        'rollout = {{ strategy = "shadow", stages = [100], max_parallel = 2, shadow_s = 3600, soak_s = 600,'
+        " min_labelled = 20, max_accuracy_drop = 0.2 }}"
+    )
+    more = RELEASES.replace(RELEASES[RELEASES.index("rollout") :], rules)
+    path = scenario(more=more, second=build(release=2, seed=1, epochs=epochs))
+    report = run(prepare(path), workers=1, coordinator=open_coordinator)
+    (release,) = report.releases
+    assert release.status == status, release
+    reached = {device.release for device in report.devices if device.lost_h is None}
+    assert reached == ({2} if status == "completed" else {1})
+    assert "in shadow" in release.history[0][2]
+
+
 def test_a_release_that_the_coordinator_refuses_is_reported_and_stops_nothing(scenario, build):
     second = build(release=2, seed=1)
     third = build(release=3, seed=2)

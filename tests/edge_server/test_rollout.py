@@ -256,6 +256,18 @@ class TestShadow:
         assert (wrong.status, "right -35.0% more often" in wrong.reason) == ("rolling_back", True)
         assert advance(wrong, self.PLAN, self.shadowing(), 11.0).status == "rolled_back"
 
+    def test_who_is_in_shadow_stays_there_while_others_are_told_and_while_it_is_held(self):
+        plan = msgspec.structs.replace(self.PLAN, max_parallel=2)
+        state = running([DeviceMetrics(device=f"d{i}") for i in range(4)], plan=plan)
+        first = set(state.offered)
+        metrics = [msgspec.structs.replace(entry, in_shadow=entry.device in first) for entry in self.shadowing()]
+        state = advance(state, plan, metrics, 10.0)
+        assert set(state.offered) == {f"d{i}" for i in range(4)}
+        state = advance(pause(state, "a look", 11.0), plan, metrics, 12.0)
+        assert set(state.offered) == first
+        state = advance(resume(state, 20.0), plan, metrics, 20.0)
+        assert set(state.offered) == {f"d{i}" for i in range(4)}
+
     def test_without_labels_it_does_not_leave_the_shadow(self):
         state = running(self.shadowing(), plan=self.PLAN)
         unlabelled = [
@@ -302,7 +314,7 @@ class Fleet(RuleBasedStateMachine):
         min_labelled=st.sampled_from([0, 50]),
         max_parallel=st.sampled_from([0, 1, 3]),
         approval=st.sampled_from(["none", "none", "each", "last"]),
-        hours=st.sampled_from([(), (), ("00:00-12:00",)]),
+        hours=st.sampled_from([(), (), ("00:00-12:00",), ("06:00-23:00",)]),
         control_percent=st.sampled_from([0, 0, 40]),
         where=st.sampled_from(["", "", "site=north"]),
         strategy=st.sampled_from(["canary", "shadow"]),
@@ -394,8 +406,10 @@ class Fleet(RuleBasedStateMachine):
             assert not before.paused, "a pause holds"
             assert not waited, "an approval that is needed is waited for"
             assert opens_at(self.plan, self.now) == self.now, "outside its hours nothing goes on"
-        if before.status == self.state.status == "running" and (before.paused or waited):
-            assert not self.state.offered
+        closed = opens_at(self.plan, self.now) > self.now
+        if before.status == self.state.status == "running" and (before.paused or waited or closed):
+            assert all(self.devices[name].in_shadow for name in self.state.offered), "who is in shadow stays there"
+            assert self.state.shadowing or not self.state.offered
             assert not self.state.everyone
 
     @rule(hours=st.sampled_from([1.0, 13.0]))
