@@ -353,10 +353,19 @@ def _lineage(recipe: BuildRecipe, path: Path, base: ReleaseRecord | None) -> dic
     return {
         "made_from": parent,
         "trainer": f"{recipe.trainer} ({recipe.learner})" if recipe.trainer == HEAD_TRAINER else recipe.trainer,
-        "training_rows_SHA-256": sha256_file(folder / str(data.train)),
-        "held_out_rows_SHA-256": sha256_file(folder / data.holdout),
+        "training_rows_SHA-256": hash_rows(folder / str(data.train)),
+        "held_out_rows_SHA-256": hash_rows(folder / data.holdout),
         "recipe_SHA-256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
+
+
+def hash_rows(path: Path) -> str:
+    """SHA-256 of a file of rows; of NAME_x.npy of it and of NAME_y.npy beside it, one after the other, hashed again."""
+    if path.suffix != ".npy":
+        return sha256_file(path)
+    truth = path.with_name(f"{path.stem.removesuffix('_x')}_y.npy")
+    both = [sha256_file(file) for file in (path, truth) if file.exists()]  # raw outputs have no truth
+    return hashlib.sha256("".join(both).encode()).hexdigest()
 
 
 def _inside(folder: Path, name: str | None) -> Path | None:

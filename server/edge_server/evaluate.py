@@ -56,7 +56,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
         reason: In words.
         rows: Held-out rows.
         champion: Accuracy, 0 to 1; None if alone.
-        challenger: The same.
+        challenger: The same; None if it cannot be judged by rows and their truth.
         evidence: E-value against "the challenger is no better".
         slices: Of the held-out rows.
     """
@@ -65,7 +65,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     rows: int
     champion: float | None
-    challenger: float
+    challenger: float | None
     evidence: float = 1.0
     slices: tuple[Slice, ...] = ()
 
@@ -77,7 +77,12 @@ class _Model(NamedTuple):
 
 
 def evaluate(
-    champion: Path | None, challenger: Path, x: Any, y: AnyArray, labels: Sequence[str], slices: Mapping[str, BoolArray]
+    champion: Path | None,
+    challenger: Path,
+    x: Any,
+    y: AnyArray | None,
+    labels: Sequence[str],
+    slices: Mapping[str, BoolArray],
 ) -> Evaluation:
     """Compare two checkpoints, each as a device serves it, on the same rows.
 
@@ -85,7 +90,7 @@ def evaluate(
         champion: Folder of the checkpoint in use; None: there is none.
         challenger: Folder of the candidate.
         x: Held-out rows in the app's units.
-        y: Their truth, as `edge_quantize.data.checked_y` gives it, positions meaning `labels`.
+        y: Their truth, as `edge_quantize.data.checked_y` gives it, positions meaning `labels`; None: raw outputs.
         labels: Of the truth.
         slices: bool [N] by name.
 
@@ -96,6 +101,10 @@ def evaluate(
     Source:
         `edge_sdk.gate.judge` and `edge_sdk.stats.paired_evidence`, as on the devices.
     """
+    manifest = parse_manifest((challenger / MANIFEST_NAME).read_bytes())
+    if y is None or manifest.more_inputs or manifest.state:
+        why = "its outputs have no truth" if y is None else "it has several inputs or a state: compare it by hand"
+        return Evaluation(verdict="alone", reason=why, rows=len(x), champion=None, challenger=None)
     new = _run(challenger, x)
     truths = _truths(y, labels, new.manifest)
     right = _outcomes(new, truths).right

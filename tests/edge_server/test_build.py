@@ -13,7 +13,7 @@ from edge_sdk.files import npz_bytes
 from edge_sdk.head import Head
 from edge_sdk.manifest import HEAD_NPZ, digest_of, parse_manifest, verify_checkpoint
 from edge_server.build import build as make
-from edge_server.build import load_build, write_release
+from edge_server.build import hash_rows, load_build, write_release
 from edge_server.cli import main
 from edge_server.errors import ReleaseError
 from edge_server.evaluate import evaluate
@@ -156,6 +156,8 @@ def test_what_is_worse_in_one_slice_has_lost(checkpoint, tmp_path, digits, regis
     assert (found.verdict, "harms odd" in found.reason) == ("lost", True), found
     assert [part.harmed for part in found.slices] == [True, False]
     assert evaluate(None, folder, pool.x, pool.y, manifest.labels, {}).verdict == "alone"
+    untold = evaluate(checkpoint, folder, pool.x, None, manifest.labels, {})
+    assert (untold.verdict, untold.challenger, untold.rows) == ("alone", None, len(pool.x))
 
 
 def test_a_release_comes_back_from_the_coordinators_files(registry, checkpoint, tmp_path):
@@ -164,6 +166,12 @@ def test_a_release_comes_back_from_the_coordinators_files(registry, checkpoint, 
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
         file.name: file.read_bytes() for file in checkpoint.iterdir()
     }
+
+
+def test_the_lineage_is_of_rows_and_truth(tmp_path):
+    for name, data in (("a_x", b"rows"), ("a_y", b"truth"), ("b_x", b"rows"), ("b_y", b"lies")):
+        (tmp_path / f"{name}.npy").write_bytes(data)
+    assert hash_rows(tmp_path / "a_x.npy") != hash_rows(tmp_path / "b_x.npy")
 
 
 @pytest.mark.parametrize(
