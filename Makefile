@@ -33,7 +33,7 @@ format: $(VENV)/.dev
 
 # What tests use beside Python. Without root on Debian they are deselected, with a line that says so.
 tools:
-	@missing=""; for tool in mosquitto node npm curl; do \
+	@missing=""; for tool in mosquitto node npm curl chromium; do \
 		command -v $$tool >/dev/null || missing="$$missing $$(echo $$tool | sed 's/^node$$/nodejs/')"; done; \
 	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing >/dev/null; \

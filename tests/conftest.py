@@ -246,7 +246,12 @@ def make_device(tmp_path, checkpoint, config, clock):
 settings.register_profile("shared-machine", deadline=None)  # timings say nothing here
 settings.load_profile("shared-machine")
 LEFT_OUT = pytest.StashKey[str]()
-TOOLS = {"mosquitto": ("mosquitto", "mosquitto_passwd"), "node": ("node", "npm"), "curl": ("curl",)}
+TOOLS = {
+    "mosquitto": ("mosquitto", "mosquitto_passwd"),
+    "node": ("node", "npm"),
+    "curl": ("curl",),
+    "browser": ("chromium",),
+}
 """What a marker's tests need on PATH."""
 
 

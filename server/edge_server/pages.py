@@ -18,9 +18,9 @@ from starlette.routing import BaseRoute, Route
 
 from edge_server.access import Access
 from edge_server.background import Background
-from edge_server.endpoint import Call, Caller, json_response, read_query
+from edge_server.endpoint import Call, Caller, Param, json_response, read_query
 from edge_server.forms import FORMS, Form, Shown
-from edge_server.live import stream
+from edge_server.live import TOPICS, seen, stream
 from edge_server.records import Role
 from edge_server.registry import Registry
 from edge_server.users import may
@@ -29,6 +29,7 @@ from edge_server.views import DATA, VIEWS, View
 _HERE = Path(__file__).parent
 _OPEN_NAME = "dashboard"
 _MAX_DETAILS = 300
+_LIVE = (Param("topics", "text", "Of the page.", ""), Param("seen", "text", "What it shows.", ""))
 _A_DAY = (b"cache-control", b"private, max-age=86400")
 
 
@@ -85,12 +86,14 @@ class Pages:
     # ---- kinds of routes
 
     def _view(self, view: View) -> Callable[[Request], Awaitable[Response]]:
+        topics = view.live.split()
+
         async def answer(request: Request) -> Response:
             call = self._call(request, view.role, read_query(request, view.query))
+            now = seen(self._registry, topics) if topics else ""
             context = await self._context(view, call)
-            return self._html(
-                request, view.template, call.caller, {**context, "live": view.live, "section": view.section}
-            )
+            frame = {"live": view.live, "seen": now, "section": view.section}
+            return self._html(request, view.template, call.caller, {**context, **frame})
 
         return answer
 
@@ -156,7 +159,9 @@ class Pages:
             caller = self._access.caller(request, open_name=_OPEN_NAME, counted=False)
             return caller is not None and not self._stopping()
 
-        return stream(self._registry, allowed)
+        query = read_query(request, _LIVE)
+        topics = [topic for topic in query["topics"].split() if topic in TOPICS]
+        return stream(self._registry, allowed, topics=topics, shown=query["seen"])
 
     async def _plotly(self, _request: Request) -> Response:
         script = resources.files("plotly").joinpath("package_data/plotly.min.js")

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from edge_sdk.messages import MonitorState, to_counts
-from edge_server.live import _events
+from edge_server.live import events, seen
 from edge_server.views import VIEWS
 
 ATTACK = "<script>alert(1)</script>"
@@ -292,7 +292,7 @@ class TestDrift:
 class TestLive:
     def test_a_page_is_told_what_changed_and_nothing_else(self, coordinator, small_fleet, settle):
         async def listen():
-            stream = _events(coordinator.registry, lambda: True, 0.0)
+            stream = events(coordinator.registry, lambda: True, (), "", look_s=0.0)
             first = await anext(stream)
             coordinator.registry.pause(2, reason="lunch", actor="test")
             second = await anext(stream)
@@ -306,9 +306,23 @@ class TestLive:
         assert third == "event: change\ndata: devices\n\n"
         assert fourth.startswith(":")
 
+    def test_what_changed_between_the_page_and_its_stream_is_told_at_once(self, coordinator, small_fleet):
+        registry = coordinator.registry
+
+        async def listen(shown):
+            stream = events(registry, lambda: True, ("rollouts",), shown, look_s=0.0)
+            return [await anext(stream) for _ in range(2)][1]
+
+        shown = seen(registry, ("rollouts",))
+        small_fleet[0].state(online=False, reason="stopped")
+        coordinator.pump()
+        assert asyncio.run(listen(shown)).startswith(":")  # the page does not show devices
+        registry.pause(2, reason="lunch", actor="test")
+        assert asyncio.run(listen(shown)) == "event: change\ndata: rollouts\n\n"
+
     def test_it_ends_when_the_session_does(self, coordinator):
         async def listen():
             allowed = iter((True, False))
-            return [text async for text in _events(coordinator.registry, lambda: next(allowed), 0.0)]
+            return [text async for text in events(coordinator.registry, lambda: next(allowed), (), "", look_s=0.0)]
 
         assert len(asyncio.run(listen())) == 1

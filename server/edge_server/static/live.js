@@ -62,7 +62,7 @@
     if (!timer) timer = setTimeout(refresh, Math.max(0, last + LEAST_MS - performance.now()));
   };
 
-  const source = new EventSource("/live");
+  const source = new EventSource(`/live?topics=${topics.join("+")}&seen=${document.body.dataset.seen}`);
   let lost = false;
   source.addEventListener("change", (event) => {
     if (event.data.split(" ").some((topic) => topics.includes(topic))) soon();
