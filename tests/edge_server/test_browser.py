@@ -197,9 +197,10 @@ def test_a_person_rolls_back_and_the_reason_is_kept(releaser, coordinator, fleet
     page.goto(f"/rollouts/{number}")
     form = page.locator("form.act", has=page.get_by_role("button", name="Abort"))
     form.get_by_label("Reason").fill("smells of burning")
-    page.evaluate("document.addEventListener('updated', () => { window.taken = true; })")
+    page.evaluate("document.addEventListener('updated', () => { document.body.dataset.taken = 'yes'; })")
     live(coordinator, fleet, clock, settle)
-    page.wait_for_function("window.taken")  # the page takes over what changed, and leaves alone what is being typed
+    # the page takes over what changed, and leaves alone what is being typed
+    expect(page.locator("body[data-taken]")).to_have_count(1)
     expect(form.get_by_label("Reason")).to_have_value("smells of burning")
     form.get_by_role("button", name="Abort").click()
     expect(badge(page)).to_have_text("rolling back")

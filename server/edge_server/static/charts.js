@@ -65,7 +65,7 @@
       layout.yaxis.type = "category";
       return [{
         type: "heatmap", x: data.x, y: data.y, z: data.z, zmin: 0, zmax: 0.5, colorbar: { title: { text: "PSI" }, thickness: 12 },
-        colorscale: [[0, colour("--card")], [0.4, colour("--drift")], [1, colour("--offline")]],
+        colorscale: [[0, colour("--line")], [0.4, colour("--drift")], [1, colour("--offline")]],
         hovertemplate: "%{y}, %{x}<br>PSI %{z:.3f}<extra></extra>", xgap: 1, ygap: 1,
       }];
     },
