@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -53,6 +55,16 @@ class Ranker:
         twice = np.where(self._edges[first] == features, self._runs[first], np.uint8(0))
         twice += 2 * low + np.uint8(1)  # twice the rank, in bins
         return twice / (2.0 * self._bins), twice >> np.uint8(1)
+
+
+def ranker_of(edges: FloatArray) -> Ranker:
+    """One for all devices of a process that have the same edges: its table takes 4 kB a feature."""
+    return _ranker(np.ascontiguousarray(edges, np.float32).tobytes(), edges.shape[0], edges.shape[1])
+
+
+@lru_cache(maxsize=8)
+def _ranker(edges: bytes, features: int, count: int) -> Ranker:
+    return Ranker(np.frombuffer(edges, np.float32).reshape(features, count))
 
 
 def ranked(features: FloatArray, edges: FloatArray) -> tuple[DoubleArray, NDArray[np.uint8]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from edge_sdk.drift.estimate import fit_confidence
 from edge_sdk.drift.features import OUTPUT_SUMMARY, input_features, names_of
 from edge_sdk.drift.latent import MAX_DIM, LatentChannels
-from edge_sdk.drift.ranks import Ranker, rank_channels, with_spread
+from edge_sdk.drift.ranks import Ranker, rank_channels, ranker_of, with_spread
 from edge_sdk.drift.steps import LEVELS, cuts_of, levels_of
 from edge_sdk.errors import IntegrityError
 from edge_sdk.files import load_npz, npz_bytes
@@ -207,8 +207,8 @@ class Reference:
 
     @cached_property
     def ranker(self) -> Ranker:
-        """Turns input features into ranks; made once, as that takes longer than its work."""
-        return Ranker(self.edges)
+        """Turns input features into ranks."""
+        return ranker_of(self.edges)
 
     @property
     def caveat(self) -> str:
@@ -235,21 +235,12 @@ class Reference:
         Raises:
             IntegrityError: The file is damaged, lacks a field, or its fields do not fit each other.
         """
-        arrays = load_npz(source)
+        if isinstance(source, bytes):
+            return _read(source)
         try:
-            _check_shapes(arrays)
-            fields: dict[str, Any] = {name: arrays[name] for name in (*_BY_FEATURE, *_OUTPUTS)}
-            fields |= {name: arrays[name] for name in _OPTIONAL if name in arrays}
-            fields["names"] = tuple(str(name) for name in arrays["names"])
-            fields["task"] = msgspec.convert(str(arrays["task"]), Task)
-            fields["accuracy"] = float(arrays["accuracy"].item())
-            fields |= {name: int(arrays[name].item()) for name in ("rows", "labelled")}
-            fields |= {name: float(arrays[name].item()) for name in ("loss_scale", "loss_mean") if name in arrays}
-            if "latent.signs" in arrays:
-                fields["latent"] = LatentChannels(*(arrays[f"latent.{name}"] for name in ("signs", "scale", "phase")))
-            return cls(**fields)
-        except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
-            raise IntegrityError(f"the monitor reference is damaged: {error}") from error
+            return _read(source.read_bytes())
+        except (OSError, IntegrityError) as error:
+            raise IntegrityError(f"{source.name}: {error}") from error
 
 
 _BY_FEATURE = (
@@ -261,6 +252,26 @@ _OPTIONAL = (
     "latent_mean", "latent_std", "class_share", "class_means", "confidence_table", "input_levels", "output_cuts",
     "output_levels",
 )  # fmt: skip
+
+
+@lru_cache(maxsize=4)
+def _read(data: bytes) -> Reference:
+    """Devices of a process that have a release in common share what is read; nobody changes it."""
+    arrays = load_npz(data)
+    try:
+        _check_shapes(arrays)
+        fields: dict[str, Any] = {name: arrays[name] for name in (*_BY_FEATURE, *_OUTPUTS)}
+        fields |= {name: arrays[name] for name in _OPTIONAL if name in arrays}
+        fields["names"] = tuple(str(name) for name in arrays["names"])
+        fields["task"] = msgspec.convert(str(arrays["task"]), Task)
+        fields["accuracy"] = float(arrays["accuracy"].item())
+        fields |= {name: int(arrays[name].item()) for name in ("rows", "labelled")}
+        fields |= {name: float(arrays[name].item()) for name in ("loss_scale", "loss_mean") if name in arrays}
+        if "latent.signs" in arrays:
+            fields["latent"] = LatentChannels(*(arrays[f"latent.{name}"] for name in ("signs", "scale", "phase")))
+        return Reference(**fields)
+    except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
+        raise IntegrityError(f"the monitor reference is damaged: {error}") from error
 
 
 def _check_shapes(arrays: Mapping[str, AnyArray]) -> None:

@@ -1,5 +1,7 @@
 """What the monitors compare with: ranks within the reference, what raw features were like, a file that keeps it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -344,3 +346,18 @@ def test_an_unknown_task_is_refused(reference):
     arrays = {**load_npz(reference.to_bytes()), "task": np.array("divination")}
     with pytest.raises(IntegrityError, match="reference is damaged"):
         Reference.load(npz_bytes(arrays))
+
+
+def test_devices_of_a_process_share_a_reference_and_its_table_of_edges(rows, tmp_path):
+    reference = Reference.from_rows(rows, names_of(rows.shape[1:]))
+    paths = [tmp_path / "a.npz", tmp_path / "b.npz"]
+    for path in paths:
+        path.write_bytes(reference.to_bytes())
+    first, second = (Reference.load(path) for path in paths)
+    assert first is second
+    assert replace(first, accuracy=0.5).ranker is reference.ranker
+
+
+def test_an_unreadable_reference_is_named(tmp_path):
+    with pytest.raises(IntegrityError, match="gone.npz"):
+        Reference.load(tmp_path / "gone.npz")
