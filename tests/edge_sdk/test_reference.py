@@ -359,5 +359,5 @@ def test_devices_of_a_process_share_a_reference_and_its_table_of_edges(rows, tmp
 
 
 def test_an_unreadable_reference_is_named(tmp_path):
-    with pytest.raises(IntegrityError, match="gone.npz"):
+    with pytest.raises(IntegrityError, match=r"gone\.npz"):
         Reference.load(tmp_path / "gone.npz")
