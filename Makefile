@@ -13,7 +13,7 @@ INPUTS := pyproject.toml constraints.txt
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test check format tools bench-predict bench-forgetting bench-peers bench-drift bench-transport bench-releases bench-ingest bench-fleet bench-alerts clean
+.PHONY: demo test check format tools bench-predict bench-forgetting bench-peers bench-drift bench-transport bench-releases bench-ingest bench-fleet bench-alerts bench-dashboard clean
 
 demo: $(VENV)/.demo
 	PYTHONPATH=examples $(BIN)/python -m demo.run
@@ -69,6 +69,10 @@ bench-releases: $(VENV)/.dev
 # From the broker to committed rows, written to benchmarks/ingest.*; five minutes, needs mosquitto.
 bench-ingest: $(VENV)/.dev
 	PYTHONPATH=benchmarks $(BIN)/python benchmarks/ingest.py
+
+# First paint of the dashboard of 10,000 devices, written to benchmarks/dashboard.*; a minute, needs chromium.
+bench-dashboard: $(VENV)/.dev
+	PYTHONPATH=benchmarks $(BIN)/python benchmarks/dashboard.py
 
 # Noise and delay of the coordinator's alerts, written to benchmarks/alerts.*; ten minutes on one core.
 bench-alerts: $(VENV)/.dev

@@ -53,7 +53,7 @@ class Access:
         """
         kind, _, token = request.headers.get("authorization", "").partition(" ")
         if kind:
-            return self._by_token(request, token.strip() if kind.lower() == "bearer" else "")
+            return self._by_token(request, token.strip() if kind.lower() == "bearer" else "", counted=counted)
         secret = request.cookies.get(self._cookie(_SESSION))
         if secret and (user := self._users.by_session(secret)) is not None:
             if counted:
@@ -78,13 +78,14 @@ class Access:
             raise HTTPException(403, f"this needs the role {role}; {found.name} is {found.role}")
         return found
 
-    def _by_token(self, request: HTTPConnection, token: str) -> Caller:
+    def _by_token(self, request: HTTPConnection, token: str, *, counted: bool) -> Caller:
         self._check_wrong(request)
         user = self._users.by_token(token)
         if user is None:
             self._wrong.wait_s(address(request), self._clock.now())
             raise HTTPException(401, "this token is nobody's", headers={"www-authenticate": "Bearer"})
-        self._count(user.name)
+        if counted:
+            self._count(user.name)
         return Caller(user.name, user.role, "token")
 
     def _count(self, user: str) -> None:

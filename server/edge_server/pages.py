@@ -156,7 +156,10 @@ class Pages:
 
         def allowed() -> bool:
             # who was revoked, or logged out elsewhere, hears no more
-            caller = self._access.caller(request, open_name=_OPEN_NAME, counted=False)
+            try:
+                caller = self._access.caller(request, open_name=_OPEN_NAME, counted=False)
+            except HTTPException:
+                return False
             return caller is not None and not self._stopping()
 
         query = read_query(request, _LIVE)

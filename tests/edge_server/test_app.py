@@ -182,3 +182,33 @@ class TestGuard:
     @pytest.mark.parametrize("base", ["http://localhost:8080", "http://127.0.0.1", "http://[::1]:8080"])
     def test_this_machines_own_names_are_served(self, get, base):
         assert get("/healthz", base=base).status_code == 200
+
+
+class TestGuardBeyondLoopback:
+    """With TLS it may be reached by its address, by the machine's name, and by the name in the settings."""
+
+    @pytest.fixture
+    def coordinator(self, make_coordinator):
+        from edge_server.settings import HttpSettings
+
+        return make_coordinator(
+            http=HttpSettings(host="0.0.0.0", cert_file="c", key_file="k", public_url="https://fleet.example.org:8443")
+        )
+
+    @pytest.mark.parametrize("host", ["10.1.2.3:8080", "[2001:db8::1]", "fleet.example.org:8443", "localhost"])
+    def test_its_own_names_are_served(self, get, host):
+        response = get("/healthz", headers={"host": host})
+        assert response.status_code == 200
+        assert response.headers["strict-transport-security"] == "max-age=31536000"
+
+    @pytest.mark.parametrize("host", ["evil.example", "fleet.example.org.evil.example", "10.1.2.3.evil.example"])
+    def test_other_names_are_refused(self, get, host):
+        assert error(get("/healthz", headers={"host": host})) == (400, "HTTPError")
+
+
+def test_names_that_a_proxy_stands_for_are_served_on_loopback():
+    from edge_server.guard import _names
+    from edge_server.settings import HttpSettings
+
+    knows = _names(HttpSettings(public_url="https://fleet.example.org"))
+    assert [knows(name) for name in ("fleet.example.org", "127.0.0.1", "10.1.2.3")] == [True, True, False]
