@@ -160,8 +160,10 @@ def _events(call: Call) -> dict[str, Any]:
     return page("events", found, limit, lambda record: record.id)
 
 
-def _commands(call: Call) -> list[CommandRecord]:
-    return call.registry.store.commands.find(device=call.query["device"], limit=call.query["limit"])
+def _commands(call: Call) -> dict[str, Any]:
+    query, limit = call.query, call.query["limit"]
+    found = call.registry.store.commands.find(device=query["device"], before=query["before"], limit=limit + 1)
+    return page("commands", found, limit, lambda record: record.id)
 
 
 def _alerts(call: Call) -> dict[str, Any]:
@@ -252,7 +254,12 @@ READING = (
     ),
     Endpoint(
         "GET", "/commands", "viewer", _commands, "Commands and their answers, newest first",
-        query=(Param("device", "name", "Only of this device."), LIMIT), reply=list[CommandRecord],
+        query=(
+            Param("device", "name", "Only of this device."),
+            Param("before", "text", "Only those after this id: `next` of the page before."),
+            LIMIT,
+        ),
+        page=("commands", str), reply=CommandRecord,
     ),
     Endpoint(
         "GET", "/alerts", "viewer", _alerts, "Alerts that people were or would be told of, newest first",

@@ -25,13 +25,17 @@ class CommandStore:
             ),
         )
 
-    def find(self, *, device: str | None = None, number: str | None = None, limit: int = 1000) -> list[CommandRecord]:
-        """Commands of a device, or the one of that id; newest first."""
+    def find(
+        self, *, device: str | None = None, number: str | None = None, before: str | None = None, limit: int = 1000
+    ) -> list[CommandRecord]:
+        """Commands of a device, those that come after the one of id `before`, or the one of that id; newest first."""
         rows = self._db.read(
             f"SELECT {_COMMAND} FROM commands WHERE (?1 IS NULL OR device = ?1)"  # noqa: S608 - a constant
-            " AND (?2 IS NULL OR id = ?2) ORDER BY issued DESC, id LIMIT ?3",
+            " AND (?2 IS NULL OR id = ?2) AND (?3 IS NULL OR (-issued, id) >"
+            " (SELECT -issued, id FROM commands WHERE id = ?3)) ORDER BY issued DESC, id LIMIT ?4",
             device,
             number,
+            before,
             limit,
         )
         return [from_row(CommandRecord, row) for row in rows]

@@ -5,8 +5,10 @@
   const topics = (document.body.dataset.live || "").split(" ").filter(Boolean);
   if (!topics.length) return;
   const LEAST_MS = 1500;
+  const SHARE = 10; // and ten times as long as the last look took: a large fleet is not asked all the time
   const status = document.getElementById("live-status");
   let last = 0;
+  let took = 0;
   let timer = 0;
   let busy = false;
 
@@ -55,11 +57,12 @@
       say("The coordinator cannot be reached; the page shows what was last known.");
     } finally {
       busy = false;
+      took = performance.now() - last;
     }
   }
 
   const soon = () => {
-    if (!timer) timer = setTimeout(refresh, Math.max(0, last + LEAST_MS - performance.now()));
+    if (!timer) timer = setTimeout(refresh, Math.max(0, last + Math.max(LEAST_MS, SHARE * took) - performance.now()));
   };
 
   const source = new EventSource(`/live?topics=${topics.join("+")}&seen=${document.body.dataset.seen}`);
