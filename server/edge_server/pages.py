@@ -30,6 +30,11 @@ _HERE = Path(__file__).parent
 _OPEN_NAME = "dashboard"
 _MAX_DETAILS = 300
 _LIVE = (Param("topics", "text", "Of the page.", ""), Param("seen", "text", "What it shows.", ""))
+_AGAIN = (
+    '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="refresh" content="0">'
+    '<title>edge-coordinator</title></head><body><p><a href="">Go on</a></p></body></html>'
+)
+"""For who follows a link from elsewhere: browsers keep the session's cookie back then, and send it when we ask."""
 _A_DAY = (b"cache-control", b"private, max-age=86400")
 
 
@@ -71,6 +76,8 @@ class Pages:
     def error_page(self, request: Request, status: int, problem: str) -> Response:
         """What a browser is shown in place of what it asked for."""
         if status == 401:
+            if request.headers.get("sec-fetch-site") == "cross-site" and request.method == "GET":
+                return HTMLResponse(_AGAIN)
             path = request.url.path if request.method == "GET" else "/"
             return RedirectResponse(f"/login?next={quote(path)}", 303)
         heading = {403: "Not allowed", 404: "Not found", 409: "Not now", 429: "Too many requests"}.get(

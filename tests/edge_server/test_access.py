@@ -112,6 +112,13 @@ class TestSessions:
         assert browser.log_in(secret, next="/rollouts").headers["location"] == "/rollouts"
         assert browser.get("/rollouts").status_code == 200
 
+    def test_a_link_from_elsewhere_is_followed_again_from_here_first(self, browser, token):
+        token("viewer")
+        answer = browser.get("/rollouts", headers={"sec-fetch-site": "cross-site"})
+        assert answer.status_code == 200
+        assert 'http-equiv="refresh" content="0"' in answer.text
+        assert browser.get("/rollouts", headers={"sec-fetch-site": "same-origin"}).status_code == 303
+
     @pytest.mark.parametrize("next_", ["https://evil.example", "//evil.example", "/\\evil.example", "javascript:x", ""])
     def test_the_login_leads_nowhere_else(self, browser, token, next_):
         assert browser.log_in(token("viewer"), next=next_).headers["location"] == "/"

@@ -278,6 +278,14 @@ def test_it_can_be_used_with_the_keyboard_alone(desk, token, busy):
         assert unnamed == 0, path
 
 
+def test_a_link_from_another_site_leads_to_its_page_with_the_session_there_is(releaser, site):
+    page = releaser.page
+    page.goto(f"{site.replace('127.0.0.1', 'localhost')}/login")  # to browsers, another site
+    expect(page.get_by_role("heading", level=1)).to_have_text("Log in")
+    page.evaluate("address => { location.href = address; }", f"{site}/rollouts")
+    expect(page.get_by_role("heading", level=1)).to_have_text("Rollouts")
+
+
 def test_a_square_of_the_map_leads_to_its_device(releaser):
     page = releaser.page
     page.goto("/")
