@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeVar
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -83,7 +84,7 @@ class _Installed(Slots):
     """Slots that belong to another process: nothing is made or mended."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root, self._heads = root, WeakValueDictionary()
         try:
             self.pointer = msgspec.json.decode((root / "pointer.json").read_bytes(), type=Pointer)
         except FileNotFoundError as error:
@@ -96,7 +97,7 @@ class _Folder(Slots):
     """A checkpoint folder in place of the slots."""
 
     def __init__(self, folder: Path) -> None:
-        self.root = folder
+        self.root, self._heads = folder, WeakValueDictionary()
         self.pointer = Pointer()
 
     def folder(self, version: Version) -> Path:

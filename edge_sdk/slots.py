@@ -60,7 +60,7 @@ class Slots:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        (root).mkdir(parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
         self._path = root / "pointer.json"
         self._heads: WeakValueDictionary[Version, Head] = WeakValueDictionary()
         """Those that are in use somewhere: read once."""

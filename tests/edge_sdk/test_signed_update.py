@@ -206,7 +206,8 @@ def patched(fleet, checkpoint):
     fleet.clock.advance(1)
     record = fleet.registry.store.groups.get("default")
     desired = decode(record.desired, update.Desired)
-    fleet.client.follow(msgspec.structs.replace(desired, threshold=THRESHOLD_ALL, revision=99))
+    everyone = {"candidate": desired.parts[0].offer, "parts": [], "threshold": THRESHOLD_ALL}
+    fleet.client.follow(msgspec.structs.replace(desired, **everyone, revision=99))
     fleet.asked()
     return fleet
 

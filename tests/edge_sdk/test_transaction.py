@@ -225,6 +225,7 @@ def test_a_verdict_and_a_failure_begin_the_count_anew(rig, never_sure):
             made.turn(seconds=3_600)
         else:
             shutil.rmtree(made.folder / "learn" / "job")
+            made.open()
             made.add(1, "judge")
             made.turn()
         assert made.events()[-1] == end
