@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
-from weakref import WeakValueDictionary
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 
@@ -147,8 +147,9 @@ def _checked_state(spec: StateSpec, state: AnyArray) -> AnyArray:
     return found
 
 
-_sessions: WeakValueDictionary[tuple[str, bytes], HeadSession] = WeakValueDictionary()
-"""Sessions of heads that serve, by content: devices of one process share those of the heads that releases come with."""
+_Sessions = WeakValueDictionary[tuple[str, bytes], HeadSession]
+_sessions: WeakKeyDictionary[Any, _Sessions] = WeakKeyDictionary()
+"""By a loaded trunk: sessions of heads that serve, by content. Devices that share their trunks share those as well."""
 
 
 def trunk_key(manifest: Manifest, variant: Variant) -> str:
@@ -178,12 +179,12 @@ def load_model(folder: Path, manifest: Manifest, variant: Variant, head: Head | 
     trunk = trunks.get(key) or OnnxRuntime(folder, variant=variant)
     assert not isinstance(trunk, WholeModel)
     trunks[key] = trunk
-    return SplitModel(trunk, _head_session(folder, manifest, head))
+    return SplitModel(trunk, _head_session(folder, manifest, head, _sessions.setdefault(trunk, WeakValueDictionary())))
 
 
-def _head_session(folder: Path, manifest: Manifest, head: Head) -> HeadSession:
+def _head_session(folder: Path, manifest: Manifest, head: Head, sessions: _Sessions) -> HeadSession:
     parts = [f"{name}{array.shape}".encode() + array.tobytes() for name, array in sorted(head.weights.items())]
     content = manifest.files[HEAD_ONNX].sha256, hashlib.sha256(b"".join(parts)).digest()
-    if (session := _sessions.get(content)) is None:
-        session = _sessions[content] = HeadSession(folder / HEAD_ONNX, head)
+    if (session := sessions.get(content)) is None:
+        session = sessions[content] = HeadSession(folder / HEAD_ONNX, head)
     return session
