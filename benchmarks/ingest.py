@@ -40,6 +40,7 @@ from edge_server.ingest import Turn
 from edge_server.service import COMMIT_S, turn_by_turn
 from edge_server.settings import Settings
 from edge_server.store import Store
+from edge_server.store_ingest import INSERT_REPORT
 
 RESULT = Path(__file__).with_suffix(".json")
 TOPICS = Topics()
@@ -282,7 +283,7 @@ def storage(args: argparse.Namespace) -> None:
                         if way == "stage":
                             store.ingest.write(turn)
                         else:
-                            store.ingest.write_reports(turn.reports)
+                            store.execute_many(f"{INSERT_REPORT} VALUES ({', '.join('?' * 16)})", turn.reports)
                 seconds.append(time.monotonic() - begin)
                 store.close()
     rates = {way: args.total / statistics.median(seconds) for way, seconds in took.items()}

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from edge_sdk.database import Database
 from edge_server.ingest import WILL, EventRow, RejectedRow, ReportRow, Turn
 from edge_server.rows import to_json
 
+INSERT_REPORT = (
+    "INSERT INTO reports (device, store_id, seq, time, received, start, release, head, mode, predictions, errors,"
+    " labelled, correct, alarms, warnings, body)"
+)
+"""A `ReportRow`."""
 _MAX_UNKNOWN = 1000
 _MAX_SUMMARIES = 31 * 24
 """So many of a device are kept: of 8 kB each, usually one an hour."""
 _SEEN = (
-    "UPDATE devices SET last_seen = ?1, row_release = coalesce(?2, row_release), row_head = coalesce(?3, row_head),"
-    " row_time = CASE WHEN ?4 IS NULL THEN row_time ELSE max(coalesce(row_time, 0), ?4) END,"
-    " store_id = coalesce(?5, store_id), predictions = coalesce(?6, predictions), errors = coalesce(?7, errors),"
-    " alarms = coalesce(?8, alarms), warnings = coalesce(?9, warnings), mode = coalesce(?10, mode),"
-    " labelled = coalesce(?11, labelled), correct = coalesce(?12, correct) WHERE name = ?13"
+    "UPDATE devices SET last_seen = said.column1, row_release = coalesce(said.column2, row_release),"
+    " row_head = coalesce(said.column3, row_head), row_time = CASE WHEN said.column4 IS NULL THEN row_time"
+    " ELSE max(coalesce(row_time, 0), said.column4) END, store_id = coalesce(said.column5, store_id),"
+    " predictions = coalesce(said.column6, predictions), errors = coalesce(said.column7, errors),"
+    " alarms = coalesce(said.column8, alarms), warnings = coalesce(said.column9, warnings),"
+    " mode = coalesce(said.column10, mode), labelled = coalesce(said.column11, labelled),"
+    " correct = coalesce(said.column12, correct) FROM (VALUES ?) AS said WHERE name = said.column13"
 )
-"""One statement a device: each costs as much as a row."""
+"""All that a row may change of its device: each further statement costs as much as the row."""
 _OUTCOMES = ("done", "failed", "expired", "interrupted")
 
 
@@ -104,8 +111,8 @@ class IngestStore:
             "INSERT INTO gaps (device, store_id, first, last, source, received) VALUES (?, ?, ?, ?, ?, ?)",
             [(gap.device, gap.store_id, gap.first, gap.last, gap.source, now) for gap in turn.gaps],
         )
-        many(
-            "INSERT INTO positions (device, store_id, last_seq) VALUES (?, ?, ?)"
+        self._db.execute_rows(
+            "INSERT INTO positions (device, store_id, last_seq) VALUES ?"
             " ON CONFLICT (device, store_id) DO UPDATE SET last_seq = excluded.last_seq",
             [(device, store_id, seq) for (device, store_id), seq in turn.positions.items()],
         )
@@ -127,14 +134,9 @@ class IngestStore:
                 [(_MAX_UNKNOWN,)],
             )
 
-    def write_reports(self, rows: Iterable[ReportRow]) -> None:
+    def write_reports(self, rows: Sequence[ReportRow]) -> None:
         """Nearly all that comes. Belongs inside a transaction."""
-        self._db.execute_many(
-            "INSERT INTO reports (device, store_id, seq, time, received, start, release, head, mode, predictions,"
-            " errors, labelled, correct, alarms, warnings, body)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            rows,
-        )
+        self._db.execute_rows(f"{INSERT_REPORT} VALUES ?", rows)
 
     def _write_answers(self, turn: Turn) -> None:
         answers = [
@@ -174,7 +176,7 @@ class IngestStore:
 
     def _write_devices(self, turn: Turn) -> None:
         many = self._db.execute_many
-        many(_SEEN, [(turn.now, *last, device) for device, last in _last_words(turn).items()])
+        self._db.execute_rows(_SEEN, [(turn.now, *last, device) for device, last in _last_words(turn).items()])
         many(
             # the group of an enrolled device is what the person said who added it
             "UPDATE devices SET online = ?, reason = ?, boot = ?, digest = ?, mode = ?, sdk = ?, hardware = ?,"
