@@ -13,13 +13,17 @@ INPUTS := pyproject.toml constraints.txt
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test check format tools bench-predict bench-forgetting bench-peers bench-drift bench-transport bench-releases bench-ingest bench-fleet bench-alerts bench-dashboard clean
+.PHONY: demo test test-fresh check format tools bench-predict bench-forgetting bench-peers bench-drift bench-transport bench-releases bench-ingest bench-fleet bench-alerts bench-dashboard clean
 
 demo: $(VENV)/.demo
 	PYTHONPATH=examples $(BIN)/python -m demo.run
 
 test: check tools
 	$(BIN)/python -m pytest
+
+# The property tests with other examples than `make test` takes, and more of them; some minutes.
+test-fresh: $(VENV)/.dev tools
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=fresh
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check --quiet .
