@@ -27,6 +27,7 @@ from edge_server.fleet_views import FeatureView, FleetView, MetricView
 LEVELS = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _CENTRES = (np.arange(BINS) + 0.5) / BINS
 _LEAST_DEVICES = 3
+_LARGEST = 1e100
 _ROUGH = 1 / 256
 """Of a mean rank, for values that repeat: bins are a 64th wide."""
 
@@ -60,8 +61,8 @@ def _expected(reference: Reference) -> DoubleArray:
     return np.stack([np.bincount(column, minlength=BINS) for column in bins.T]) / BINS
 
 
-class _Metric:
-    """One of the app's own metrics."""
+class MetricSum:
+    """One of the app's own metrics, added up."""
 
     def __init__(self) -> None:
         self.count = self.mean = self.m2 = 0.0
@@ -100,6 +101,23 @@ class _Metric:
         return self.above.quantile(min(1.0, (place - below) / above)) if above else -self.below.quantile(0.0)
 
 
+def metrics_of(message: SummaryMessage, *, unit: int) -> list[tuple[MetricSummary, QuantileSketch, QuantileSketch]]:
+    """The metrics of a summary that tell something, with their sketches: of values of 0 or more, and of those below.
+
+    Args:
+        message: The summary.
+        unit: Of the counts in the sketches.
+
+    Raises:
+        ProtocolError, ValueError: One cannot be read, or is beyond what can be squared.
+    """
+    told = [metric for metric in message.metrics if metric.count > 0]
+    for metric in told:
+        if not max(abs(metric.mean), abs(metric.std)) < _LARGEST:
+            raise ValueError(f"metric {metric.name!r} has mean {metric.mean:g} and deviation {metric.std:g}")
+    return [(metric, _sketch(metric.above, unit), _sketch(metric.below, unit)) for metric in told]
+
+
 def _sketch(data: bytes, unit: int) -> QuantileSketch:
     indexes, counts, zeros = from_buckets(data)
     return QuantileSketch.from_wire(indexes, [count * unit for count in counts], zeros * unit)
@@ -121,7 +139,7 @@ class FleetSummary:
         self.releases: set[int] = set()
         self._parts: dict[int, Summary] = {}
         """By number of bins, so that one device's coarse bins do not make all others coarse."""
-        self._metrics: dict[str, _Metric] = {}
+        self._metrics: dict[str, MetricSum] = {}
         # mean ranks of the devices, for how far they differ: number, mean and squared deviations of each feature
         self._between: DoubleArray = np.zeros((3, features))
         self._sides: DoubleArray = np.zeros((2, features))
@@ -150,12 +168,11 @@ class FleetSummary:
         if (len(message.features), message.reference) != (self.features, self.reference):
             raise ValueError(f"a summary of {len(message.features)} features of reference {message.reference!r}")
         summary = Summary.from_message(message)
-        sketches = [(metric, _sketch(metric.above, message.unit), _sketch(metric.below, message.unit))
-                    for metric in message.metrics if metric.count > 0]  # fmt: skip
+        metrics = metrics_of(message, unit=message.unit)
         if (first := own.setdefault(message.bins, summary)) is not summary:
             first.merge(summary)
-        for metric, above, below in sketches:
-            self._metrics.setdefault(metric.name, _Metric()).add(metric, above, below)
+        for metric, above, below in metrics:
+            self._metrics.setdefault(metric.name, MetricSum()).add(metric, above, below)
         self.releases.add(message.release)
 
     def _compare(self, own: dict[int, Summary], baseline: Baseline) -> None:
@@ -200,7 +217,7 @@ class FleetSummary:
         for bins, summary in other._parts.items():
             self._take(bins, summary)
         for name, metric in other._metrics.items():
-            self._metrics.setdefault(name, _Metric()).merge(metric)
+            self._metrics.setdefault(name, MetricSum()).merge(metric)
 
     def view(self, group: str, baseline: Baseline) -> FleetView:
         """What it says, in numbers to look at."""

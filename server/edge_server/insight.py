@@ -28,6 +28,8 @@ ROWS_A_TURN = 5_000
 """Reports read in one turn: so many take about 50 ms."""
 _STATE = "drift"
 _DAY_S = 86_400.0
+_HOURS_S = 2 * 3600.0
+"""A summary of more is one of a day."""
 
 
 class _Kept(msgspec.Struct):
@@ -320,8 +322,13 @@ def _grouping(by: str, members: Mapping[str, Mapping[str, str]]) -> Callable[[st
         case "release":
             return lambda _device, message: (f"release={message.release}",)
         case "hour" | "day":
-            form = "%Y-%m-%d %H:00" if by == "hour" else "%Y-%m-%d"
-            # of the middle: an hour that ends at 10:00:01 is that from 9 to 10
-            return lambda _device, m: (time.strftime(form, time.gmtime((m.start + m.end) / 2)),)
+            return lambda _device, message: (_when(message, by),)
         case _:
             return lambda device, _message: (f"{by}={value}",) if (value := members[device].get(by)) else ()
+
+
+def _when(message: SummaryMessage, by: str) -> str:
+    """The hour or the day of a summary; of one that tells of a day, the day."""
+    form = "%Y-%m-%d %H:00" if by == "hour" and message.end - message.start < _HOURS_S else "%Y-%m-%d"
+    # of the middle: an hour that ends at 10:00:01 is that from 9 to 10
+    return time.strftime(form, time.gmtime((message.start + message.end) / 2))

@@ -316,6 +316,11 @@ def _users(db: Database) -> None:
     db.table("audit").create_index(["actor", "id"])
 
 
+def _summaries_of_days(db: Database) -> None:
+    db.table("summaries").add_column("span", int, not_null_default=3600)
+    db.table("summaries").create_index(["span", "hour"])
+
+
 STEPS: tuple[Callable[[Database], None], ...] = (
     _first_tables,  # 1
     _summaries,  # 2
@@ -329,6 +334,7 @@ STEPS: tuple[Callable[[Database], None], ...] = (
     _labels,  # 10
     _version_days,  # 11
     _users,  # 12
+    _summaries_of_days,  # 13
 )
 """Step n leads from `user_version` n - 1 to n. Steps are only ever appended, and never changed once they are on main:
 who changes a table, changes it in a step of its own."""

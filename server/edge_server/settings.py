@@ -164,12 +164,17 @@ class RetentionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     Attributes:
         reports_days: Reports as they came. Rollouts are judged by them: longer than any stage lasts.
         events_days: Events.
+        summaries_days: Summaries as they came, usually one an hour: above 0 and up to 31. Then those of a day are added
+            up. Rollouts are judged by them, too.
+        day_summaries_days: Summaries of days.
         minutes_days: Sums over minutes.
         hours_days: Sums over hours.
     """
 
     reports_days: float = 7.0
     events_days: float = 365.0
+    summaries_days: float = 7.0
+    day_summaries_days: float = 365.0
     minutes_days: float = 2.0
     hours_days: float = 31.0
 
@@ -177,6 +182,8 @@ class RetentionSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
         for name in self.__struct_fields__:
             if not 0 <= getattr(self, name) <= 36_500:
                 raise ValueError(f"{name} must lie in 0 to 36500, got {getattr(self, name)}")
+        if not 0 < self.summaries_days <= 31:
+            raise ValueError(f"summaries_days must lie above 0 and up to 31, got {self.summaries_days}")
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -15,8 +15,9 @@ INSERT_REPORT = (
 )
 """A `ReportRow`."""
 _MAX_UNKNOWN = 1000
+_HOUR_S = 3600
 _MAX_SUMMARIES = 31 * 24
-"""So many of a device are kept: of 8 kB each, usually one an hour."""
+"""So many of a device are kept as they came, though it tells of more than one an hour: of 8 kB each."""
 _SEEN = (
     "UPDATE devices SET last_seen = said.column1, row_release = coalesce(said.column2, row_release),"
     " row_head = coalesce(said.column3, row_head), row_time = CASE WHEN said.column4 IS NULL THEN row_time"
@@ -169,9 +170,9 @@ class IngestStore:
         )
         self._db.execute_many(
             # by rank of arrival: a device whose clock was once far ahead keeps what it tells now
-            "DELETE FROM summaries WHERE device = ?1 AND rowid NOT IN (SELECT rowid FROM summaries WHERE device = ?1"
-            " ORDER BY received DESC, hour DESC, start DESC LIMIT ?2)",
-            [(device, _MAX_SUMMARIES) for device in {row.device for row in turn.summaries}],
+            "DELETE FROM summaries WHERE device = ?1 AND span = ?2 AND rowid NOT IN (SELECT rowid FROM summaries"
+            " WHERE device = ?1 AND span = ?2 ORDER BY received DESC, hour DESC, start DESC LIMIT ?3)",
+            [(device, _HOUR_S, _MAX_SUMMARIES) for device in {row.device for row in turn.summaries}],
         )
 
     def _write_devices(self, turn: Turn) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from edge_sdk.database import Database
 from edge_sdk.errors import ProtocolError
-from edge_sdk.messages import Summary, from_buckets, to_buckets, unpack
+from edge_sdk.messages import Summary, from_buckets, raw, to_buckets, unpack
 from edge_sdk.sketch import QuantileSketch
 from edge_server.records import RollupRecord
 from edge_server.rows import from_row
+from edge_server.summaries import add_up, day_of
 
 MINUTE, HOUR, DAY = 60, 3_600, 86_400
 SPANS = (MINUTE, HOUR, DAY)
@@ -77,6 +78,79 @@ class RollupStore:
             self._move("summaries", rows[-1][0])
         return len(rows)
 
+    def add_up_days(self, *, before: float, limit: int) -> int:
+        """Add up summaries of hours by device and day, for days that ended before that time.
+
+        A sum takes the place of the last of its parts: so no number is given twice, and no latency is added again to
+        what `add_summaries` has made of them.
+
+        Args:
+            before: Seconds since the epoch, by the devices' clocks.
+            limit: Most days of a device that are added up.
+
+        Returns:
+            How many were.
+        """
+        known = self._cursor("summaries")
+        rows = self._db.read(
+            f"SELECT rowid, device, body FROM summaries WHERE span = {HOUR} AND hour < ? AND rowid <= ?"  # noqa: S608
+            " ORDER BY hour LIMIT ?",
+            int(before // DAY) * 24,
+            known,
+            limit,
+        )
+        done: set[int] = set()
+        for number, device, body in rows:
+            if number not in done and (first := _readable(body)) is not None:
+                done |= self._add_up_day(device, day_of(first), known)
+        self._mark(number for number, *_ in rows if number not in done)
+        return len(rows)
+
+    def _add_up_day(self, device: str, day: int, known: int) -> set[int]:
+        """Numbers of the rows that need no second look."""
+        rows = self._db.read(
+            "SELECT rowid, received, body FROM summaries WHERE device = ? AND hour BETWEEN ? AND ? AND rowid <= ?"
+            " ORDER BY hour, start",
+            *(device, day * 24, day * 24 + 24, known),
+        )
+        told = [(row, message) for row in rows if (message := _readable(row[2])) is not None and day_of(message) == day]
+        for places, message in add_up([message for _, message in told]):
+            parts = [told[place][0] for place in places]
+            numbers = [number for number, *_ in parts]
+            key = (int(message.end // HOUR), message.start)
+            if len(parts) == 1 or day_of(message) != day or self._is_taken(device, key, numbers):
+                # windows that overlap in odd ways stay as they came
+                self._mark(numbers)
+                continue
+            stays = max(numbers)
+            self._db.execute_many("DELETE FROM summaries WHERE rowid = ?", [(n,) for n in numbers if n != stays])
+            self._db.execute(
+                f"UPDATE summaries SET span = {DAY}, hour = ?, start = ?, received = ?, rows = ?, body = ?"  # noqa: S608
+                " WHERE rowid = ?",
+                (*key, max(received for _, received, _ in parts), message.rows, bytes(raw(message)), stays),
+            )
+        return {number for (number, *_), _ in told}
+
+    def _mark(self, numbers: Iterable[int]) -> None:
+        """These stand for their part of a day."""
+        self._db.execute_many(
+            f"UPDATE summaries SET span = {DAY} WHERE rowid = ?",  # noqa: S608 - a constant
+            [(number,) for number in numbers],
+        )
+
+    def _is_taken(self, device: str, key: tuple[int, float], parts: Sequence[int]) -> bool:
+        rows = self._db.read("SELECT rowid FROM summaries WHERE device = ? AND hour = ? AND start = ?", device, *key)
+        return any(number not in parts for (number,) in rows)
+
+    def drop_summaries(self, *, before: float, limit: int) -> int:
+        """Delete summaries of days that ended before that time, by the devices' clocks, `limit` at most; how many."""
+        cursor = self._db.execute(
+            f"DELETE FROM summaries WHERE rowid IN (SELECT rowid FROM summaries WHERE span = {DAY} AND hour < ?"  # noqa: S608
+            " AND rowid < (SELECT max(rowid) FROM summaries) LIMIT ?)",
+            (int(before // HOUR), limit),
+        )
+        return cursor.rowcount
+
     def drop_rows(self, table: str, *, before: float, limit: int) -> int:
         """Delete the oldest rows of a table that came before that time, `limit` at most; returns how many.
 
@@ -138,6 +212,13 @@ def latency_ms(records: Iterable[RollupRecord], q: float) -> float | None:
     for record in records:
         sketch.merge(_sketch(record.latency))
     return sketch.quantile(q) if sketch.count else None
+
+
+def _readable(body: bytes) -> Summary | None:
+    try:
+        return unpack(body, Summary)
+    except ProtocolError:  # of a form that was once taken in
+        return None
 
 
 def _sketch(buckets: bytes) -> QuantileSketch:

@@ -192,6 +192,8 @@ def test_a_year_of_many_devices_stays_bounded(store):
         (lambda store: store.rollups.drop_rows("reports", before=9, limit=1), "rowid<?"),
         (lambda store: store.rollups.add_reports(1), "rowid>?"),
         (lambda store: store.rollups.add_summaries(1), "rowid>?"),
+        (lambda store: store.rollups.add_up_days(before=9 * DAY, limit=1), "span=? AND hour<?"),
+        (lambda store: store.rollups.drop_summaries(before=9 * DAY, limit=1), "span=? AND hour<?"),
         (lambda store: store.reports.last("a"), "device=?"),
         (lambda store: store.reports.summaries("a"), "device=?"),
     ],
