@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -107,6 +109,10 @@ __all__ = [
 ]
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+# ONNX Runtime's official builds tell its makers about models and machines unless this is set before it is imported.
+if os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1") == "1" and "onnxruntime" in sys.modules:
+    sys.modules["onnxruntime"].disable_telemetry_events()  # late: what the import itself told is gone
 
 
 def __getattr__(name: str) -> Any:

@@ -587,12 +587,12 @@ def privacy(home: Path | None) -> None:
     """List every field that can leave the device, and how many bytes did."""
     from edge_sdk import messages
 
-    for kind in (messages.State, messages.Report, messages.MonitorState, messages.Event, messages.Gap, messages.Need):
+    for kind in messages.SENT_BY_DEVICES:
         click.echo(f"{kind.__name__}: {', '.join(kind.__struct_fields__)}")
     click.echo(
         "What the detail of each event holds: docs/protocol.md, section 7.\n"
         "No input, latent or single label leaves the device; counts below report.min_count are merged or held back.\n"
-        "Names of labels leave it, new ones too; slices, sources, rewards, requests and ids of predictions do not."
+        "Names of labels (new ones too), features and metrics leave it; slices, sources, rewards, requests and ids of predictions do not."
     )
     if ((home or _default_home()) / "edge.db").exists():
         with _open_store(home) as store:

@@ -313,6 +313,9 @@ class Command(msgspec.Struct, frozen=True, array_like=True):
     """HMAC-SHA256, see `edge_sdk.commands`."""
 
 
+SENT_BY_DEVICES = (State, Envelope, Report, MonitorState, ShadowTally, Summary, MetricSummary, Event, Gap, Need)
+"""All that a device ever sends is in fields of these."""
+
 M = TypeVar("M", bound=msgspec.Struct)
 _READ: dict[type, msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
+from edge_sdk import messages
 from edge_sdk.cli import main
 from edge_sdk.config import load_config
 from edge_sdk.errors import IntegrityError
@@ -284,6 +285,14 @@ def test_privacy_lists_what_leaves_the_device(used, tmp_path):
     assert "No input, latent or single label leaves the device" in result.output
     assert "sent so far: 0 bytes" in result.output
     assert "sent so far" not in edge("privacy", "--home", tmp_path / "none").output
+
+
+def test_privacy_leaves_out_no_message_of_a_device():
+    told = {"Ack", "Offer", "Part", "Desired", "MetadataSet", "Order", "Command"}  # what a device hears
+    output = edge("privacy").output
+    for name, kind in vars(messages).items():
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and name not in told:
+            assert f"{name}: {', '.join(kind.__struct_fields__)}" in output
 
 
 # ---- changing
