@@ -13,7 +13,7 @@ import io
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import IO, Any, Literal
 import msgspec
 import numpy as np
 
-from edge_sdk.errors import DiskFullError, IntegrityError, StoreError
+from edge_sdk.errors import DiskFullError, EdgeError, IntegrityError, StoreError
 
 _LOST = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO})
 _crash_hook: Callable[[str], None] | None = None
@@ -74,12 +74,12 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = True) -> None:
+def replace_file(path: Path, data: bytes | Iterable[bytes], *, mode: int = 0o644, durable: bool = True) -> None:
     """Write `data` to `path` so that a reader sees the old bytes or the new, never a mixture.
 
     Args:
         path: The file.
-        data: Its new content.
+        data: Its new content, or the pieces of it. What they raise goes on, and the old file is untouched.
         mode: Its permissions.
         durable: Whether to wait for the disk. If not, a power cut may bring back old bytes, or lose the file.
 
@@ -91,7 +91,8 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = 
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            for piece in (data,) if isinstance(data, bytes) else data:
+                file.write(piece)
             file.flush()
             if durable:
                 flush(file.fileno())
@@ -103,6 +104,9 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o644, durable: bool = 
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise storage_error(error, f"cannot write {path.name}") from error
+    except EdgeError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def storage_error(error: OSError, what: str) -> StoreError:

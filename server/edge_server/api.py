@@ -27,6 +27,7 @@ from edge_server.records import (
     RolloutRecord,
     UserRecord,
 )
+from edge_server.registry import Registry
 
 _HOUR_S = 3600.0
 _YEAR_HOURS = 8784
@@ -134,14 +135,17 @@ def _releases(call: Call) -> dict[str, Any]:
     return page("releases", found, limit, lambda record: record.release)
 
 
-def release_view(call: Call) -> ReleaseView:
+def release_view(registry: Registry, number: int) -> ReleaseView:
     """One release with its card, where it comes from, and who runs it."""
-    registry, number = call.registry, call.number
     return ReleaseView(
         **msgspec.structs.asdict(registry.release(number)),
         signed=registry.is_signed(number),
         groups=[group.name for group in registry.store.groups.all() if group.base == number],
     )
+
+
+def _release(call: Call) -> ReleaseView:
+    return release_view(call.registry, call.number)
 
 
 def _rollouts(call: Call) -> dict[str, Any]:
@@ -232,7 +236,7 @@ READING = (
         query=(BEFORE, LIMIT), page=("releases", int), reply=ReleaseRecord,
     ),
     Endpoint(
-        "GET", "/releases/{number}", "viewer", release_view, "One release with its card and lineage", reply=ReleaseView
+        "GET", "/releases/{number}", "viewer", _release, "One release with its card and lineage", reply=ReleaseView
     ),
     Endpoint(
         "GET", "/rollouts", "viewer", _rollouts, "Rollouts, newest first",

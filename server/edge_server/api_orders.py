@@ -10,7 +10,7 @@ from edge_sdk.commands import COMMANDS
 from edge_sdk.errors import ConfigError
 from edge_server.alerting import AlertDetail
 from edge_server.alerts import Silence
-from edge_server.api import DeviceDetail, GroupView, device_detail, group_view
+from edge_server.api import DeviceDetail, GroupView, ReleaseView, device_detail, group_view, release_view
 from edge_server.endpoint import BadRequestError, Call, Endpoint, Reason
 from edge_server.labels import parse_label
 from edge_server.records import CommandRecord, Role, RolloutRecord
@@ -145,6 +145,11 @@ def _on_rollout(verb: str) -> Endpoint:
     )
 
 
+def _add_release(call: Call) -> ReleaseView:
+    record = call.registry.add_release(call.body, actor=call.caller.name)
+    return release_view(call.registry, record.release)
+
+
 def _ship(call: Call) -> RolloutRecord:
     return ship(call.registry, call.body, actor=call.caller.name)
 
@@ -207,6 +212,11 @@ def _revoke_user(call: Call) -> None:
 
 
 ORDERING = (
+    Endpoint(
+        "POST", "/releases", "releaser", _add_release,
+        "Take in a checkpoint, the tar archive of its folder, without a rollout; the same again changes nothing",
+        reply=ReleaseView, status=201, upload=True,
+    ),
     Endpoint(
         "POST", "/rollouts", "releaser", _ship, "Start the rollout of a release that was pushed before",
         body=Ship, reply=RolloutRecord, status=201,

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -23,6 +24,7 @@ from edge_server.api_orders import ORDERING
 from edge_server.background import Background
 from edge_server.endpoint import (
     Call,
+    Caller,
     Endpoint,
     decode_body,
     error_response,
@@ -37,6 +39,7 @@ from edge_server.monitoring import CONTENT_TYPE, Pulse, metrics_text, problems
 from edge_server.openapi import PREFIX, document
 from edge_server.pages import Pages, is_page
 from edge_server.registry import Registry
+from edge_server.upload import TAR, Uploads
 
 logger = logging.getLogger(__name__)
 ENDPOINTS = (*READING, *ORDERING)
@@ -81,6 +84,11 @@ class _Web:
         self, registry: Registry, access: Access, background: Background, pulse: Callable[[], Pulse] | None
     ) -> None:
         self._registry, self._access, self._background, self._pulse = registry, access, background, pulse
+        self._uploads = Uploads(
+            registry.home / "uploads",
+            max_bytes=registry.settings.http.max_upload_bytes,
+            min_free_bytes=registry.settings.alerts.min_disk_mb * 1e6,
+        )
         self._document = msgspec.json.encode(document(ENDPOINTS))
 
     async def healthz(self, _request: Request) -> Response:
@@ -118,6 +126,8 @@ class _Web:
         async def answer(request: Request) -> Response:
             endpoint = by_method["GET" if request.method == "HEAD" else request.method]
             caller = self._access.require(request, endpoint.role, open_name="api")
+            if endpoint.upload:
+                return await self._take_upload(request, endpoint, caller)
             body = None
             if endpoint.method != "GET":
                 require_same_site(request, "application/json")
@@ -133,6 +143,20 @@ class _Web:
             return Response(status_code=204) if endpoint.status == 204 else json_response(found, endpoint.status)
 
         return answer
+
+    async def _take_upload(self, request: Request, endpoint: Endpoint, caller: Caller) -> Response:
+        require_same_site(request, TAR)
+        query = read_query(request, endpoint.query)
+
+        def handle(folder: Path) -> Any:
+            registry = self._registry.reopen()
+            try:
+                return endpoint.handle(Call(registry, caller, request.path_params, query, folder))
+            finally:
+                registry.close()
+
+        async with self._uploads.unpacked(request) as folder:
+            return json_response(await run_in_threadpool(handle, folder), endpoint.status)
 
 
 def _with(call: Call, registry: Registry) -> Call:

@@ -27,6 +27,20 @@ def releases_list(home: Path, as_json: bool) -> None:
     print_records(records, ("release", "name", "digest", "signed", "pushed (UTC)"), rows, as_json=as_json)
 
 
+@releases.command("add")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@home_option
+@json_option
+def releases_add(checkpoint: Path, home: Path, as_json: bool) -> None:
+    """Take in a CHECKPOINT folder without a rollout. The same content again changes nothing."""
+    with open_registry(home) as registry:
+        record = registry.add_release(checkpoint, actor="cli")
+    if as_json:
+        print_records(record, (), (), as_json=True)
+        return
+    click.echo(f"release {record.release} is here; nobody is told to run it yet")
+
+
 @releases.command("show")
 @click.argument("number", type=int)
 @home_option

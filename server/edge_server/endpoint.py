@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from edge_sdk.errors import ConfigError, DiskFullError, EdgeError, ProtocolError, StoreError
+from edge_sdk.errors import ArtifactError, ConfigError, DiskFullError, EdgeError, ProtocolError, StoreError
 from edge_sdk.messages import check_name
 from edge_server.errors import (
     ReleaseError,
@@ -25,6 +25,8 @@ from edge_server.errors import (
     UnknownReleaseError,
     UnknownRolloutError,
     UnknownUserError,
+    UploadError,
+    UploadTooLargeError,
     UserError,
 )
 from edge_server.records import Role, as_json
@@ -50,6 +52,9 @@ STATUS: tuple[tuple[type[EdgeError], int], ...] = (
     (RolloutError, 409),
     (ReleaseError, 409),
     (UserError, 409),
+    (UploadTooLargeError, 413),
+    (UploadError, 400),
+    (ArtifactError, 422),
     (DiskFullError, 507),
     (StoreError, 503),
     (ConfigError, 400),
@@ -129,7 +134,7 @@ class Call:
         caller: Who asks.
         path: Parameters of the path.
         query: Those of the query, all of them, with their defaults.
-        body: As the endpoint declares it, or None.
+        body: As the endpoint declares it, or None; of an upload the folder of its files.
     """
 
     registry: Registry
@@ -165,6 +170,7 @@ class Endpoint:
         page: Name of the list of entries and the kind of `next`, if the reply is a page of structs.
         status: Of the answer.
         slow: It reads much: answered in a thread of its own with a connection of its own.
+        upload: The body is a tar archive, see `upload.py`.
     """
 
     method: Literal["GET", "POST", "PUT", "DELETE"]
@@ -178,6 +184,7 @@ class Endpoint:
     page: tuple[str, type] | None = None
     status: int = 200
     slow: bool = False
+    upload: bool = False
 
 
 def page(name: str, records: Sequence[Any], limit: int, key: Callable[[Any], Any]) -> dict[str, Any]:

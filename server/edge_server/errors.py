@@ -11,6 +11,8 @@ EdgeError
     │   └─ UnknownReleaseError  there is no release of that number
     ├─ RolloutError             the rollout cannot start or change now
     │   └─ UnknownRolloutError  there is no rollout of that number
+    ├─ UploadError              what came over the API is no checkpoint's archive
+    │   └─ UploadTooLargeError  it has more bytes than are taken
     ├─ UnknownAlertError        there is no alert or silence of that number
     └─ UserError                a user cannot be added or revoked
         └─ UnknownUserError     there is none of that name
@@ -59,6 +61,14 @@ class RolloutError(CoordinatorError):
 
 class UnknownRolloutError(RolloutError):
     """There is no rollout of that number. A retry does not help."""
+
+
+class UploadError(CoordinatorError):
+    """What came over the API is no archive of a checkpoint. A retry helps only if it ended early."""
+
+
+class UploadTooLargeError(UploadError):
+    """An upload has more bytes than are taken. A retry does not help."""
 
 
 class UnknownAlertError(CoordinatorError):

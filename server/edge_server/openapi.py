@@ -11,6 +11,7 @@ import msgspec
 from edge_sdk import __version__
 from edge_server.endpoint import MAX_PAGE, Endpoint, Param
 from edge_server.records import COMPUTED
+from edge_server.upload import TAR
 
 PREFIX = "/api/v1"
 _ERRORS = {
@@ -20,9 +21,11 @@ _ERRORS = {
     404: "There is none of that name or number",
     409: "It cannot be done now",
     413: "The body is too large",
-    415: "The body is not JSON",
+    415: "The body is of another content type",
+    422: "A file of the checkpoint is missing, altered, or of a form that is not read here",
     429: "Too many requests: wait for Retry-After",
     503: "The database failed; again later",
+    507: "There is no room for it",
 }
 _REF = "#/components/schemas/{name}"
 
@@ -81,6 +84,7 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
     codes |= {401, 403} if endpoint.role else set()
     codes |= {404} if names else set()
     codes |= {409, 413, 415} if endpoint.method != "GET" else set()
+    codes |= {422, 507} if endpoint.upload else set()
     responses: dict[str, Any] = {str(endpoint.status): _reply(endpoint)}
     responses |= {
         str(code): {"description": _ERRORS[code], "content": _json({"$ref": _REF.format(name="Error")})}
@@ -98,6 +102,9 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
         found["parameters"] = parameters
     if endpoint.role is None:
         found["security"] = []
+    if endpoint.upload:
+        binary = {"schema": {"type": "string", "format": "binary"}}
+        found["requestBody"] = {"required": True, "content": {TAR: binary}}
     if endpoint.body is not None:
         required = any(field.required for field in msgspec.structs.fields(endpoint.body))
         body = _json({"$ref": _REF.format(name=endpoint.body.__name__)})

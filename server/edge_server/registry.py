@@ -162,6 +162,17 @@ class Registry:
         """
         return self.shipping.push(folder, group=group, plan=plan, actor=actor, force=force)
 
+    def add_release(self, folder: Path, *, actor: str = "library") -> ReleaseRecord:
+        """Take in a checkpoint without a rollout; the same content again changes nothing.
+
+        Raises:
+            IntegrityError: A file of the checkpoint is missing or altered.
+            IncompatibleError: The checkpoint is of a newer form.
+            ReleaseError: The release number is not above all earlier ones, or is that of other content.
+            DiskFullError, StoreError: Nothing was recorded.
+        """
+        return self.shipping.add(folder, actor=actor)
+
     def ship(
         self,
         release: int,

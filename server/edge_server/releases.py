@@ -6,10 +6,11 @@ sizes and hashes fit. `describe` makes what is signed of a release: the manifest
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from edge_server.errors import ReleaseError
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_RELEASE = 2**53 - 1  # what JSON readers take for exact
 _Block = tuple[str, int]
+_PIECE_BYTES = 1 << 20
 SMALL_BLOCKS = 8
 """A file of so many blocks fits into the window of every device, which then does not wait before it asks."""
 _WORTH_IT = 0.8
@@ -51,14 +53,29 @@ class BlobStore:
             IntegrityError: The bytes do not have that hash.
             DiskFullError, StoreError: It cannot be written.
         """
-        if digest_of(data) != digest:
-            raise IntegrityError(f"a file changed while it was read: its SHA-256 is no longer {digest[:12]}…")
+        self._put((data,), len(data), digest)
+
+    def put_file(self, path: Path, digest: str) -> None:
+        """Keep a copy of a file, as `put`, without ever holding more of it than a piece.
+
+        Raises:
+            IntegrityError: It does not have that hash.
+            DiskFullError, StoreError: It cannot be read or written.
+        """
+        try:
+            with path.open("rb") as file:
+                self._put(iter(lambda: file.read(_PIECE_BYTES), b""), path.stat().st_size, digest)
+        except OSError as error:
+            raise storage_error(error, f"cannot read {path.name}") from error
+
+    def _put(self, pieces: Iterable[bytes], size: int, digest: str) -> None:
+        if self.size(digest) == size:
+            return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise storage_error(error, f"cannot make {self._folder}") from error
-        if self.size(digest) != len(data):
-            replace_file(self._folder / digest, data)
+        replace_file(self._folder / digest, _checked(pieces, digest))
 
     def size(self, digest: str) -> int | None:
         """Size of the file with that hash in bytes; None if it is not here."""
@@ -97,26 +114,45 @@ class BlobStore:
             raise storage_error(error, f"cannot read {digest[:12]}…") from error
 
 
-def take_in(folder: Path, blobs: BlobStore) -> tuple[Manifest, bytes]:
-    """Check a checkpoint folder, keep its files by content, and return its manifest, parsed and as it is.
+def _checked(pieces: Iterable[bytes], digest: str) -> Iterator[bytes]:
+    """The same pieces; the last one is followed by an error if all together do not have that hash."""
+    found = hashlib.sha256()
+    for piece in pieces:
+        found.update(piece)
+        yield piece
+    if found.hexdigest() != digest:
+        raise IntegrityError(f"a file changed while it was read: its SHA-256 is no longer {digest[:12]}…")
+
+
+def check(folder: Path) -> tuple[Manifest, bytes]:
+    """Check a checkpoint folder, and return its manifest, parsed and as it is.
 
     Raises:
         IntegrityError: A file is missing, or differs from the manifest.
         IncompatibleError: The manifest is of a newer form.
         ReleaseError: Its release number cannot be one.
-        DiskFullError, StoreError: A file cannot be kept.
+        StoreError: It cannot be read.
     """
-    manifest = verify_checkpoint(folder)
-    if not 1 <= manifest.release <= _MAX_RELEASE:
-        raise ReleaseError(f"release numbers lie in 1 to {_MAX_RELEASE}, the manifest says {manifest.release}")
     try:
+        manifest = verify_checkpoint(folder)
         data = (folder / MANIFEST_NAME).read_bytes()
-        for name, entry in manifest.files.items():
-            blobs.put((folder / name).read_bytes(), entry.sha256)
     except OSError as error:
         raise storage_error(error, f"cannot read {folder}") from error
-    blobs.put(data, digest_of(data))
+    if not 1 <= manifest.release <= _MAX_RELEASE:
+        raise ReleaseError(f"release numbers lie in 1 to {_MAX_RELEASE}, the manifest says {manifest.release}")
     return manifest, data
+
+
+def take_in(folder: Path, manifest: Manifest, data: bytes, blobs: BlobStore) -> None:
+    """Keep the files of a checkpoint folder by their content; arguments as `check` gave them.
+
+    Raises:
+        IntegrityError: A file has changed since.
+        DiskFullError, StoreError: A file cannot be kept.
+    """
+    for name, entry in manifest.files.items():
+        blobs.put_file(folder / name, entry.sha256)
+    blobs.put(data, digest_of(data))
 
 
 def describe(manifest: Manifest, data: bytes, blobs: BlobStore, before: Sequence[Manifest] = ()) -> TargetFile:

@@ -90,6 +90,7 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         session_hours: So long after logging in the dashboard asks for the token again.
         requests_per_minute: Of one address, and of one user; updates are not counted.
         logins_per_minute: Wrong tokens of one address, here and over the API.
+        max_upload_bytes: Largest checkpoint that is taken over the API, as the archive that it comes in.
     """
 
     host: str = "127.0.0.1"
@@ -100,6 +101,7 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     session_hours: float = 12.0
     requests_per_minute: int = 600
     logins_per_minute: int = 10
+    max_upload_bytes: int = 2_147_483_648
 
     def __post_init__(self) -> None:
         _check_port(self.port, lowest=0)
@@ -114,6 +116,8 @@ class HttpSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"host {self.host!r} is not a loopback address, and tokens would cross the network in the clear: set "
                 "cert_file and key_file, or stay on 127.0.0.1 behind a proxy (public_url) or an SSH tunnel"
             )
+        if self.max_upload_bytes < 1:
+            raise ValueError(f"max_upload_bytes must be 1 or more, got {self.max_upload_bytes}")
         for name in ("session_hours", "requests_per_minute", "logins_per_minute"):
             if not 0 < getattr(self, name) <= 1_000_000:
                 raise ValueError(f"{name} must lie above 0 and up to 1000000, got {getattr(self, name)}")

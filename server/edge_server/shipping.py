@@ -25,7 +25,7 @@ from edge_server.labels import keys_of, parse
 from edge_server.plan import RolloutPlan, RolloutRules
 from edge_server.power import Power, power_of
 from edge_server.records import ReleaseRecord, RolloutRecord
-from edge_server.releases import BlobStore, describe, take_in
+from edge_server.releases import BlobStore, check, describe, take_in
 from edge_server.settings import Settings
 from edge_server.store import Store
 
@@ -65,7 +65,20 @@ class Shipping:
     def push(self, folder: Path, *, group: str, plan: RolloutRules | None, actor: str, force: str = "") -> int:
         """See `Registry.push`."""
         _check_group(group)
-        manifest, data = take_in(folder, self._blobs)
+        release, manifest, data = self._take_in(folder)
+        return self._ship(release, manifest, data, group=group, plan=plan, actor=actor, force=force)
+
+    def add(self, folder: Path, *, actor: str) -> ReleaseRecord:
+        """See `Registry.add_release`."""
+        release, _, _ = self._take_in(folder)
+        with self._store.transaction():
+            if self._record_release(release):
+                detail = {"release": release.release, "digest": release.digest}
+                self._store.audit.add(self._clock.now(), actor, "release added", detail)
+        return self.release(release.release)
+
+    def _take_in(self, folder: Path) -> tuple[ReleaseRecord, Manifest, bytes]:
+        manifest, data = check(folder)
         release = ReleaseRecord(
             release=manifest.release,
             name=manifest.name,
@@ -76,7 +89,9 @@ class Shipping:
             metrics=manifest.metrics,
             pushed=self._clock.now(),
         )
-        return self._ship(release, manifest, data, group=group, plan=plan, actor=actor, force=force)
+        self._is_new(release)  # what is refused leaves no files behind
+        take_in(folder, manifest, data, self._blobs)
+        return release, manifest, data
 
     def ship(self, number: int, *, group: str, plan: RolloutRules | None, actor: str, force: str = "") -> int:
         """See `Registry.ship`."""
@@ -164,19 +179,31 @@ class Shipping:
                 f"{evaluation.reason}; push it anyway with --force and a reason"
             )
 
-    def _record_release(self, release: ReleaseRecord) -> None:
+    def _record_release(self, release: ReleaseRecord) -> bool:
+        """Whether it was not known before."""
+        new = self._is_new(release)
+        if new:
+            self._store.releases.add(release)
+        return new
+
+    def _is_new(self, release: ReleaseRecord) -> bool:
+        """Whether it is to be added; False: it is here.
+
+        Raises:
+            ReleaseError: Its number is not above all others, or is that of other content.
+        """
         if known := self._store.releases.find(number=release.release):
             if known[0].digest != release.digest:
                 raise ReleaseError(
                     f"release {release.release} was pushed before with other content: give the checkpoint a new number"
                 )
-            return
+            return False
         newest = self._store.releases.find()
         if newest and release.release < newest[0].release:
             raise ReleaseError(
                 f"release {release.release} is older than {newest[0].release}: release numbers only ever rise"
             )
-        self._store.releases.add(release)
+        return True
 
     # ---- rollouts
 

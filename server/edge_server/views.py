@@ -211,7 +211,7 @@ def _releases(call: Call) -> dict[str, Any]:
 
 
 def _release(call: Call) -> dict[str, Any]:
-    detail = release_view(call)
+    detail = release_view(call.registry, call.number)
     return {
         "release": detail.release,
         "detail": detail,

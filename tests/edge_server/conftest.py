@@ -1,6 +1,9 @@
 """A fleet of scripted devices around a coordinator in memory."""
 
 import re
+import socket
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -372,6 +375,32 @@ def app(coordinator):
     from edge_server.monitoring import Pulse
 
     return create_app(coordinator.registry, pulse=lambda: Pulse(connected=True, lag_s=1.5))
+
+
+@contextmanager
+def serving(registry):
+    """The web application on a port of its own, in a thread with its own connection; gives the address."""
+    import uvicorn
+
+    from edge_server.app import create_app
+    from edge_server.monitoring import Pulse
+
+    records = registry.reopen()
+    stop = threading.Event()
+    app = create_app(records, pulse=lambda: Pulse(connected=True, lag_s=0.0), stopping=stop.is_set)
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=3)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        stop.set()
+        server.should_exit = True
+        thread.join()
+        records.close()
+        listener.close()
 
 
 @pytest.fixture

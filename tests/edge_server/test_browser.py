@@ -1,19 +1,13 @@
 """The dashboard in a real Chromium, as a person uses it. What it looked like is left in build/screenshots."""
 
 import shutil
-import socket
-import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import uvicorn
 from playwright.sync_api import expect, sync_playwright
 
-from edge_server.app import create_app
-from edge_server.monitoring import Pulse
 from edge_server.plan import RolloutRules
-from tests.edge_server.conftest import live
+from tests.edge_server.conftest import live, serving
 
 pytestmark = pytest.mark.browser
 SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
@@ -33,27 +27,6 @@ def chromium():
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=options)
         yield browser
         browser.close()
-
-
-@contextmanager
-def serving(registry):
-    """The web application on a port of its own, in a thread with its own connection; gives the address."""
-    records = registry.reopen()
-    stop = threading.Event()
-    app = create_app(records, pulse=lambda: Pulse(connected=True, lag_s=0.0), stopping=stop.is_set)
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=3)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        stop.set()
-        server.should_exit = True
-        thread.join()
-        records.close()
-        listener.close()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from edge_sdk.manifest import MANIFEST_NAME, digest_of
 from edge_sdk.messages import BLOCK_BYTES, Need, Topics, block_count, to_bitmap
 from edge_sdk.transport import MemoryBroker, MemoryTransport
 from edge_server.errors import ReleaseError
-from edge_server.releases import SMALL_BLOCKS, BlobStore, BlockServer, take_in
+from edge_server.releases import SMALL_BLOCKS, BlobStore, BlockServer, check, take_in
 
 NOW = 1_767_225_600.0
 
@@ -44,6 +44,12 @@ class TestBlobs:
         with pytest.raises(IntegrityError, match="changed while it was read"):
             blobs.put(b"new", digest_of(b"old"))
 
+    def test_a_file_of_another_hash_is_refused_and_leaves_nothing(self, blobs, tmp_path):
+        (tmp_path / "new").write_bytes(b"new")
+        with pytest.raises(IntegrityError, match="changed while it was read"):
+            blobs.put_file(tmp_path / "new", digest_of(b"old"))
+        assert list((tmp_path / "blobs").iterdir()) == []
+
     @pytest.mark.parametrize("digest", ["", "../secret", "a" * 63, "A" * 64, "a" * 63 + "/", "a" * 64 + "\n"])
     def test_what_is_no_hash_is_never_a_path(self, blobs, tmp_path, digest):
         (tmp_path / "secret").write_text("x")
@@ -61,16 +67,22 @@ class TestBlobs:
             blobs.block("a" * 64, 0)
 
 
+def keep(folder, blobs):
+    manifest, data = check(folder)
+    take_in(folder, manifest, data, blobs)
+    return manifest, data
+
+
 class TestTakeIn:
     def test_manifest_and_files_are_kept_by_content(self, blobs, checkpoint):
-        manifest, data = take_in(checkpoint(1), blobs)
+        manifest, data = keep(checkpoint(1), blobs)
         assert blobs.size(digest_of(data)) == len(data)
         assert all(blobs.size(entry.sha256) == entry.size for entry in manifest.files.values())
 
     def test_equal_files_of_two_releases_are_kept_once(self, blobs, checkpoint, tmp_path):
-        take_in(checkpoint(1), blobs)
+        keep(checkpoint(1), blobs)
         before = len(list((tmp_path / "blobs").iterdir()))
-        take_in(checkpoint(2), blobs)
+        keep(checkpoint(2), blobs)
         assert len(list((tmp_path / "blobs").iterdir())) == 2 * before - 1, "the trunk is the same"
 
     @pytest.mark.parametrize("damage", ["altered", "missing", "manifest"])
@@ -83,12 +95,12 @@ class TestTakeIn:
         else:
             (folder / MANIFEST_NAME).write_text("{")
         with pytest.raises(IntegrityError):
-            take_in(folder, blobs)
+            keep(folder, blobs)
 
     @pytest.mark.parametrize("release", [0, -1, 2**53])
     def test_a_release_number_out_of_range_is_refused(self, blobs, checkpoint, release):
         with pytest.raises(ReleaseError, match="release numbers lie in"):
-            take_in(checkpoint(release), blobs)
+            keep(checkpoint(release), blobs)
 
 
 class TestBlockServer:
