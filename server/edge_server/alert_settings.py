@@ -46,6 +46,7 @@ class AlertSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         interval_s: Time between two looks.
         offline_s: A device not heard of for longer is offline for too long.
         hold_s: What happened once, such as a failed update, is an alert for so long, or until the device tells better.
+        paused_s: A rollout that a person paused for longer is an alert; one that waits for approval is at once.
         accuracy_floor: Accuracy of a device below which is an alert, 0 to 1; 0: none.
         max_rss_mb: Memory of a device's process above which is an alert; 0: none.
         min_disk_mb: Room on the coordinator's disk below which is an alert.
@@ -61,6 +62,7 @@ class AlertSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     interval_s: Annotated[float, Meta(gt=0)] = 60.0
     offline_s: Annotated[float, Meta(gt=0)] = 86_400.0
     hold_s: Annotated[float, Meta(gt=0)] = 86_400.0
+    paused_s: Annotated[float, Meta(gt=0)] = 86_400.0
     accuracy_floor: Annotated[float, Meta(ge=0, le=1)] = 0.0
     max_rss_mb: Annotated[float, Meta(ge=0)] = 0.0
     min_disk_mb: Annotated[float, Meta(ge=0)] = 500.0

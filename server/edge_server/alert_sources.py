@@ -18,6 +18,7 @@ from edge_server.errors import SigningError
 from edge_server.fleet_drift import ALL
 from edge_server.insight import DriftReport
 from edge_server.keys import Repository
+from edge_server.rollout import awaits_approval
 from edge_server.store import Store
 from edge_server.store_alerts import DeviceEvent
 
@@ -93,6 +94,7 @@ class Sources:
             *self._reports(now),
             *self._accuracy(),
             *self._rollouts(now),
+            *self._waiting(now),
             *drift_conditions(self._drift(), self._group_of),
             *self._certificates(now),
             *self._metadata(known),
@@ -152,6 +154,24 @@ class Sources:
                 cause=f"rollout {rollout.id}",
                 severity="critical",
                 words=f"rollout {rollout.id} of release {rollout.plan.release} to {rollout.plan.group}: {state.reason}",
+            )
+
+    def _waiting(self, now: float) -> Iterator[Condition]:
+        """Rollouts that go no further without a person."""
+        for rollout in self._store.rollouts.find(active=True):
+            state, of = rollout.state, f"release {rollout.plan.release} to {rollout.plan.group}"
+            since = now - (now if state.held_since is None else state.held_since)
+            if state.paused and since >= self._settings.paused_s:
+                cause, words = "paused", f"has been paused for {since / 3600:.0f} hours"
+            elif awaits_approval(state, rollout.plan) and not state.paused:
+                cause, words = f"stage {state.stage + 1}", f"waits for a person to approve stage {state.stage + 1}"
+            else:
+                continue
+            yield Condition(
+                kind="rollout_waits",
+                cause=f"rollout {rollout.id}: {cause}",
+                severity="warning",
+                words=f"rollout {rollout.id} of {of} {words}",
             )
 
     def _certificates(self, now: float) -> Iterator[Condition]:

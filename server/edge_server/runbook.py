@@ -74,6 +74,16 @@ RUNBOOK: dict[str, Entry] = {
         ),
         rule=AT_ONCE,
     ),
+    "rollout_waits": Entry(
+        title="a rollout waits for a person",
+        meaning="A stage begins only once it is approved, or somebody paused the rollout longer than alerts.paused_s ago.",
+        todo=(
+            "edge-coordinator rollout show NUMBER: how the gates of the stages before stand.",
+            "Go on: edge-coordinator rollout approve NUMBER, or rollout resume NUMBER if it is paused.",
+            "Or withdraw it: edge-coordinator rollout abort NUMBER. A pause that is meant: a silence with an end.",
+        ),
+        rule=Rule(raise_after=2, resolve_after=2),
+    ),
     "update_failed": Entry(
         title="devices could not take a release",
         meaning="It was damaged, did not fit, failed its self-test, or its signatures were not believed.",

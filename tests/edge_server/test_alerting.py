@@ -170,6 +170,58 @@ class TestKinds:
         fleet.coordinator.abort(aborted, reason="a mistake")
         assert all(entry[2] != f"rollout {aborted}" for entry in fleet.look(3))
 
+    @pytest.fixture
+    def shipping(self, desk, checkpoint, clock):
+        """A rollout in two stages, of which a person lets the second begin."""
+        fleet = desk(paused_s=2 * HOUR)
+        fleet.coordinator.push(checkpoint(1), group="north")
+        fleet.talk()
+        for device in fleet.devices:
+            device.obey()
+        fleet.everybody_reports()
+        rules = RolloutRules(stages=(50, 100), soak_s=10.0, min_labelled=0, approval="last")
+        fleet.rollout = fleet.coordinator.push(checkpoint(2), group="north", plan=rules)
+        fleet.onwards = lambda: [self.onwards(fleet, clock) for _ in range(3)]
+        return fleet
+
+    def onwards(self, fleet, clock):
+        clock.advance(30.0)
+        fleet.coordinator.advance()
+        fleet.talk()
+        for device in fleet.devices:
+            device.obey()
+        fleet.everybody_reports()
+
+    def test_a_rollout_that_waits_for_approval_is_told_until_it_is_approved(self, shipping):
+        fleet, number = shipping, shipping.rollout
+        assert fleet.look(3) == []
+        fleet.onwards()
+        assert fleet.look() == [], "it must have waited for a while"
+        assert fleet.look(9) == [("raised", "rollout_waits", f"rollout {number}: stage 2", "warning")]
+        assert "waits for a person to approve stage 2" in fleet.alerts.find()[0].words
+        fleet.coordinator.registry.approve(number)
+        assert fleet.look() == []
+        assert fleet.look() == [("resolved", "rollout_waits", f"rollout {number}: stage 2", "warning")]
+
+    def test_a_rollout_is_told_only_once_it_has_been_paused_for_long(self, shipping, clock):
+        fleet, number = shipping, shipping.rollout
+        fleet.coordinator.registry.pause(number)
+        clock.advance(HOUR)
+        assert fleet.look(3) == []
+        clock.advance(HOUR)
+        assert fleet.look(3) == [("raised", "rollout_waits", f"rollout {number}: paused", "warning")]
+        assert "paused for 2 hours" in fleet.alerts.find()[0].words
+        fleet.coordinator.registry.resume(number)
+        assert fleet.look(2) == [("resolved", "rollout_waits", f"rollout {number}: paused", "warning")]
+
+    def test_a_rollout_that_was_paused_while_it_waited_for_approval_is_not_told_before_it_is_resumed(self, shipping):
+        fleet, number = shipping, shipping.rollout
+        fleet.onwards()
+        fleet.coordinator.registry.pause(number)
+        assert fleet.look(3) == []
+        fleet.coordinator.registry.resume(number)
+        assert fleet.look(3) == [("raised", "rollout_waits", f"rollout {number}: stage 2", "warning")]
+
     def test_a_root_near_its_end_and_what_cannot_be_signed_are_told(self, desk, tmp_path, clock):
         fleet = desk()
         fleet.coordinator.registry.repository.init(tmp_path / "keys", count=2, threshold=2, passphrase=None)
