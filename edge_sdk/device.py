@@ -42,7 +42,7 @@ from edge_sdk.slots import Slots, Version
 from edge_sdk.status import Status, StepReport, diagnostics, told_status, told_version
 from edge_sdk.store import HistoryEntry, Lineage, Store
 from edge_sdk.transport import NoTransport, Transport
-from edge_sdk.types import Mode, Prediction, Truth
+from edge_sdk.types import DoubleArray, Mode, Prediction, Truth
 
 logger = logging.getLogger(__name__)
 _BUSY_S = 0.02
@@ -324,6 +324,21 @@ class EdgeDevice:
             InputError, LabelError, ModelError: As `predict` and `observe`.
         """
         return self._front.evaluate(self._model(), x, y)
+
+    def mean_error(self, x: Any, y: Sequence[Truth]) -> DoubleArray:
+        """By how much the version in use is off: mean absolute error of each target of a regression, in its units.
+
+        Args:
+            x: As for `evaluate`; neither logged nor learned from.
+            y: A number for each sample, or one for each target.
+
+        Returns:
+            float64 [T].
+
+        Raises:
+            InputError, LabelError, ModelError: As `evaluate`, and LabelError if the model predicts no numbers.
+        """
+        return self._front.mean_error(self._model(), x, y)
 
     def _model(self) -> Served:
         if self._served is None:

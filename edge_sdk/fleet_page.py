@@ -8,7 +8,7 @@ from html import escape
 
 import numpy as np
 
-from edge_sdk.fleet_report import ALL, Curve, DeviceSummary, FleetReport, summary_lines
+from edge_sdk.fleet_report import ALL, Curve, DeviceSummary, FleetReport, score_text, summary_lines
 from edge_sdk.page import COLOURS, LEFT, WIDTH, band, document, finite, soft, table
 
 _HEIGHT = 220
@@ -25,20 +25,23 @@ _MOST_DEVICES = 60
 _STYLE = """<style>.promoted { stroke: var(--trace); stroke-width: 2; } .back { stroke: var(--warn); stroke-width: 2; }
 .release { stroke: var(--soft); stroke-width: 2; } .onset { stroke: var(--soft); stroke-dasharray: 2 3; }
 .unmet { color: var(--alarm); } ul { padding-left: 1.2rem; }</style>"""
-_ACCURACY = """Share of right predictions on what the devices met, which only the simulation can know. Bands: 95 %, by
-differences between devices. Dotted: the data of a cohort begin to change. Dashed: a release is pushed."""
-_KEPT = """Accuracy of the versions in use on data without any drift that no model has seen: what falls is forgotten."""
+_SCORES = """Bands: 95 %, by differences between devices. Dotted: the data of a cohort begin to change. Dashed: a
+release is pushed."""
+_ACCURACY = "Share of right predictions on what the devices met, which only the simulation can know."
+_ERROR = "Mean absolute error on what the devices met, in standard deviations"
+_KEPT = "On data without any drift that no model has seen, with the versions in use: what"
 _EVENTS = """Each line is a device. Red: a drift alarm. Blue: a learned head is promoted. Amber: a head or release is
 rolled back. Grey: a release begins to serve."""
-_DEVICES = """Accuracies on data that no model has seen: without drift at the start; as they are when most has changed,
+_DEVICES = """On data that no model has seen: without drift at the start; as they are when most has changed,
 with the version that met the change, and with the last one; without drift with the last one."""
 
 
 def page(report: FleetReport) -> str:
     """A whole HTML document."""
     title = f"Simulated fleet: {report.scenario or 'in code'}"
-    curves = {name: curve for name, curve in report.accuracy.items() if name != ALL or len(report.accuracy) == 1}
+    curves = {name: curve for name, curve in report.scores.items() if name != ALL or len(report.scores) == 1}
     kept = {name: curve for name, curve in report.kept.items() if name != ALL or len(report.kept) == 1}
+    score = "error" if report.targets else "accuracy"
     parts = [
         _STYLE,
         f"<h1>{escape(title)}</h1>",
@@ -48,12 +51,12 @@ def page(report: FleetReport) -> str:
         "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in summary_lines(report)) + "</ul>",
         "<h2>Expectations</h2>",
         _expectations(report),
-        "<h2>Accuracy over time</h2>",
-        soft(_ACCURACY, small=True),
-        _chart("accuracy over time", curves, report),
+        f"<h2>{score.capitalize()} over time</h2>",
+        soft(f"{_meaning(report)} {_SCORES}", small=True),
+        _chart(f"{score} over time", curves, report),
         "<h2>What is kept</h2>",
-        soft(_KEPT, small=True),
-        _chart("accuracy on data without drift", kept, report),
+        soft(f"{_KEPT} {'rises' if report.targets else 'falls'} is forgotten.", small=True),
+        _chart(f"{score} on data without drift", kept, report),
         "<h2>What happened</h2>",
         soft(_EVENTS, small=True),
         _strip(report),
@@ -65,6 +68,13 @@ def page(report: FleetReport) -> str:
         _devices(report),
     ]
     return document(title, parts)
+
+
+def _meaning(report: FleetReport) -> str:
+    if not report.targets:
+        return _ACCURACY
+    spreads = ", ".join(f"{name}: {std:.4g}" for name, std in report.targets.items())
+    return f"{_ERROR} ({spreads}), which only the simulation can know."
 
 
 def _partial(report: FleetReport) -> str:
@@ -88,22 +98,26 @@ def _x(hours: float, report: FleetReport) -> float:
 
 
 def _chart(label: str, curves: Mapping[str, Curve], report: FleetReport) -> str:
-    """Shares over time, a band for each cohort."""
+    """Scores over time, a band for each cohort."""
     lows = [low for curve in curves.values() for low in curve.low if low is not None]
-    bottom = max(0.0, math.floor((min(lows, default=0.0) - 0.02) * 10) / 10)
+    highs = [high for curve in curves.values() for high in curve.high if high is not None]
+    bottom, top = max(0.0, math.floor((min(lows, default=0.0) - 0.02) * 10) / 10), 1.0
+    if report.targets:
+        bottom, top = 0.0, max(highs, default=0.0) * 1.05 or 1.0
 
-    def y(share: float) -> float:
-        return 8 + (_FLOOR - 8) * (1 - share) / (1 - bottom)
+    def y(value: float) -> float:
+        return 8 + (_FLOOR - 8) * (top - value) / (top - bottom)
 
     drawn = []
     for place in range(5):
-        share = bottom + (1 - bottom) * place / 4
-        drawn.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{y(share):.1f}" y2="{y(share):.1f}"/>')
-        drawn.append(f'<text x="{LEFT - 6}" y="{y(share) + 4:.1f}" text-anchor="end">{share:.0%}</text>')
+        value = bottom + (top - bottom) * place / 4
+        told = f"{value:.2g}" if report.targets else f"{value:.0%}"
+        drawn.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
+        drawn.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{told}</text>')
     drawn += _marks(report, _FLOOR)
     for number, curve in enumerate(curves.values()):
         xs = [_x(hour, report) for hour in curve.hours]
-        middle, low, high = ([y(value) for value in finite(part)] for part in (curve.share, curve.low, curve.high))
+        middle, low, high = ([y(value) for value in finite(part)] for part in (curve.value, curve.low, curve.high))
         drawn.append(band(xs, middle, low, high, f"c{number % COLOURS}"))
     return (
         f'<svg viewBox="0 0 {WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}"><title>{escape(label)}</title>'
@@ -193,19 +207,21 @@ def _releases(report: FleetReport) -> str:
 
 
 def _cohorts(report: FleetReport) -> str:
-    head = ["cohort", "devices", "right", "before", "under", "after", "forgotten", "alarms", "false", "delay, h",
+    head = ["cohort", "devices", _live(report), "before", "under", "after", "forgotten", "alarms", "false", "delay, h",
             "promotions", "rejections", "rollbacks", "bytes a day"]  # fmt: skip
     cohorts: dict[str, list[DeviceSummary]] = {}
     for device in report.devices:
         cohorts.setdefault(device.cohort, []).append(device)
     rows = []
     for name, members in cohorts.items():
-        made, days = sum(d.predictions for d in members), sum(d.days for d in members)
+        days = sum(d.days for d in members)
         delays = [d.delay_h for d in members if d.delay_h is not None]
         rows.append(
-            [name, str(len(members)), _share(sum(d.right for d in members) / made if made else None)]
-            + [_share(_mean([getattr(d, key) for d in members])) for key in ("before", "under", "after")]
-            + [_share(_mean([d.forgotten for d in members]))]
+            [name, str(len(members)), score_text(_met(members, report), report)]
+            + [
+                score_text(_mean([getattr(d, key) for d in members]), report)
+                for key in ("before", "under", "after", "forgotten")
+            ]
             + [str(sum(getattr(d, key) for d in members)) for key in ("alarms", "false_alarms")]
             + [f"{np.median(delays):.1f}" if delays else "-"]
             + [str(sum(getattr(d, key) for d in members)) for key in ("promotions", "rejections", "rollbacks")]
@@ -215,13 +231,13 @@ def _cohorts(report: FleetReport) -> str:
 
 
 def _devices(report: FleetReport) -> str:
-    head = ["device", "right", "before", "under", "after", "original", "alarms", "false", "delay, h", "jobs",
+    head = ["device", _live(report), "before", "under", "after", "original", "alarms", "false", "delay, h", "jobs",
             "promoted", "rejected", "back", "release", "head", "lost, h"]  # fmt: skip
     rows = [
         [
             d.device + (" (lied to)" if d.poisoned else ""),
-            _share(d.right / d.predictions if d.predictions else None),
-            *(_share(value) for value in (d.before, d.under, d.after, d.original)),
+            score_text(_met([d], report), report),
+            *(score_text(value, report) for value in (d.before, d.under, d.after, d.original)),
             str(d.alarms),
             str(d.false_alarms),
             "-" if d.delay_h is None else f"{d.delay_h:.1f}",
@@ -238,5 +254,15 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+def _live(report: FleetReport) -> str:
+    return "error" if report.targets else "right"
+
+
+def _met(members: Sequence[DeviceSummary], report: FleetReport) -> float | None:
+    """Score of devices on what they met."""
+    made = sum(d.predictions for d in members)
+    if not made:
+        return None
+    if report.targets:
+        return sum((d.error or 0.0) * d.predictions for d in members) / made
+    return sum(d.right for d in members) / made

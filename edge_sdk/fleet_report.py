@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from edge_sdk.plan import DAY_S, DevicePlan, Prepared
 from edge_sdk.scenario import Measured, ReleaseOutcome
 from edge_sdk.stats import wilson_interval
 from edge_sdk.streams import HOUR_S
-from edge_sdk.types import DoubleArray, IndexArray
+from edge_sdk.types import AnyArray, DoubleArray, IndexArray
 
-SCHEMA = 1
+SCHEMA = 2
 ALL = "all"
 """The curve of the whole fleet."""
 _BINS = 168
@@ -35,17 +35,21 @@ class FleetEvent(msgspec.Struct, frozen=True):
 
 
 class Curve(msgspec.Struct, frozen=True):
-    """A share over time, with a band of 95 %."""
+    """A score over time, with a band of 95 %."""
 
     hours: list[float]
     """Ends of the intervals that it was counted over."""
-    share: list[float | None]
+    value: list[float | None]
     low: list[float | None]
     high: list[float | None]
 
 
 class DeviceSummary(msgspec.Struct, frozen=True, kw_only=True):
-    """One device over a whole run. Accuracies are on samples that no model was trained on."""
+    """One device over a whole run.
+
+    Scores are on samples that no model was trained on: accuracies, or where numbers are predicted mean errors, as
+    `FleetReport.targets` has them.
+    """
 
     device: str
     cohort: str
@@ -58,6 +62,9 @@ class DeviceSummary(msgspec.Struct, frozen=True, kw_only=True):
     """How long it was there."""
     predictions: int
     right: int
+    """Of numbers: within the tolerance of each target."""
+    error: float | None
+    """Of numbers: mean error of its predictions."""
     refused: int
     """Samples that the model could not take."""
     labels: int
@@ -69,7 +76,9 @@ class DeviceSummary(msgspec.Struct, frozen=True, kw_only=True):
     after: float | None
     """On the same data, with the last version."""
     original: float | None
-    """On the data without any drift, with the last version: `before - original` is what was forgotten."""
+    """On the data without any drift, with the last version."""
+    forgotten: float | None
+    """By how much `original` is worse than `before`."""
     alarms: int
     false_alarms: int
     """Before anything changed."""
@@ -94,11 +103,6 @@ class DeviceSummary(msgspec.Struct, frozen=True, kw_only=True):
     def drifts(self) -> bool:
         """Whether anything changed for it."""
         return self.changed_h is not None
-
-    @property
-    def forgotten(self) -> float | None:
-        """Loss of accuracy on the data without any drift, since the start."""
-        return None if self.before is None or self.original is None else self.before - self.original
 
 
 class Cost(msgspec.Struct, frozen=True):
@@ -145,10 +149,13 @@ class FleetReport(msgspec.Struct, frozen=True, kw_only=True):
     measured: Measured
     unmet: list[str]
     """Expectations that were not met."""
-    accuracy: dict[str, Curve]
-    """By cohort, and of "all": share of right predictions on what the devices met."""
+    targets: dict[str, float]
+    """Of each number that is predicted, its standard deviation as the checkpoint has it. Errors are absolute, in these,
+    and means over the targets. Empty: labels are predicted."""
+    scores: dict[str, Curve]
+    """By cohort, and of "all", on what the devices met: share of right predictions, or mean error."""
     kept: dict[str, Curve]
-    """By cohort, and of "all": accuracy on the data without any drift: what falls is forgotten."""
+    """By cohort, and of "all": score on the data without any drift: what becomes worse is forgotten."""
     devices: list[DeviceSummary]
     releases: list[ReleaseSummary]
     events: list[FleetEvent]
@@ -184,6 +191,10 @@ class FleetReport(msgspec.Struct, frozen=True, kw_only=True):
         return float(np.mean(known)) if known else None
 
 
+class _Versioned(msgspec.Struct):
+    schema: int
+
+
 def load_report(path: Path) -> FleetReport:
     """The report in a JSON file.
 
@@ -191,21 +202,36 @@ def load_report(path: Path) -> FleetReport:
         ConfigError: It cannot be read, or is none.
     """
     try:
-        report = msgspec.json.decode(path.read_bytes(), type=FleetReport)
+        data = path.read_bytes()
+        schema = msgspec.json.decode(data, type=_Versioned).schema
+        if schema != SCHEMA:
+            raise ConfigError(f"{path} has schema {schema}, this SDK reads {SCHEMA}: simulate it again")
+        return msgspec.json.decode(data, type=FleetReport)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except msgspec.MsgspecError as error:
         raise ConfigError(f"{path} is no report of `edge simulate --json`: {error}") from error
-    if report.schema != SCHEMA:
-        raise ConfigError(f"{path} has schema {report.schema}, this SDK reads {SCHEMA}")
-    return report
 
 
 # ---- counting
 
 
+class Lived(msgspec.Struct, frozen=True, array_like=True):
+    """One device in one tick."""
+
+    made: int
+    right: int
+    release: int
+    head: int
+    kept: float | None = None
+    """Score on the data without any drift, when another version has begun to serve."""
+    off: float = 0.0
+    """Sum of the errors of numbers, and of their squares below."""
+    squares: float = 0.0
+
+
 class Tally:
-    """Right and made predictions of each device over time.
+    """How many predictions each device made over time, and how good they were.
 
     Args:
         prepared: The scenario.
@@ -215,47 +241,59 @@ class Tally:
         fleet, count = prepared.scenario.fleet, len(prepared.devices)
         self._duration_s = fleet.duration_h * HOUR_S
         self.bins = max(1, min(_BINS, math.ceil(self._duration_s / fleet.tick_s)))
+        self.numbers = bool(prepared.world.targets)
         self.made = np.zeros((count, self.bins), np.int64)
-        self.right = np.zeros((count, self.bins), np.int64)
-        self.expected = np.zeros((2, count), np.int64)
-        """Right and made ones from `expect.min_accuracy_from_h` on."""
-        self._from_s = prepared.scenario.expect.min_accuracy_from_h * HOUR_S
+        self.good = np.zeros((count, self.bins))
+        """Right ones, or the sum of their errors."""
+        self.squares = np.zeros((count, self.bins))
+        """Sum of the errors' squares."""
+        self.expected = np.zeros((2, count))
+        """Right ones, or the sum of errors, and how many were made, from when on they count in what is expected."""
+        expect = prepared.scenario.expect
+        self._from_s = (expect.max_error_from_h if self.numbers else expect.min_accuracy_from_h) * HOUR_S
         self.kept: list[list[tuple[float, float]]] = [[] for _ in range(count)]
-        """Times and accuracies on the data without any drift, whenever another version serves."""
+        """Times and scores on the data without any drift, whenever another version serves."""
 
     @property
     def hours(self) -> list[float]:
         """Ends of the bins."""
         return [round(self._duration_s * (i + 1) / self.bins / HOUR_S, 4) for i in range(self.bins)]
 
-    def add(self, device: int, time_s: float, made: int, right: int) -> None:
+    def add(self, device: int, time_s: float, life: Lived) -> None:
         """Count a tick that ended at a time."""
         place = min(self.bins - 1, max(0, math.ceil(time_s * self.bins / self._duration_s - 1e-9) - 1))
-        self.made[device, place] += made
-        self.right[device, place] += right
+        good = life.off if self.numbers else life.right
+        self.made[device, place] += life.made
+        self.good[device, place] += good
+        self.squares[device, place] += life.squares
         if time_s > self._from_s:
-            self.expected[:, device] += right, made
+            self.expected[:, device] += good, life.made
 
     def curve(self, members: IndexArray, ended_s: float) -> Curve:
-        """Share of right predictions of some devices; their number decides how wide the band is."""
-        found = [share_band(self.right[members, i], self.made[members, i]) for i in range(self.bins)]
+        """Score of some devices; their number decides how wide the band is."""
+        good, made, squares = self.good[members].T, self.made[members].T, self.squares[members].T
+        if self.numbers:
+            found = [error_band(*of_bin) for of_bin in zip(good, squares, made, strict=True)]
+        else:
+            found = [share_band(*of_bin) for of_bin in zip(good, made, strict=True)]
         return _curve(self.hours, found, ended_s)
 
     def kept_curve(self, members: IndexArray, ended_s: float) -> Curve:
-        """Mean accuracy on the data without any drift of some devices."""
+        """Mean score on the data without any drift of some devices."""
         values = np.full((len(members), self.bins), np.nan)
         ends = self._duration_s * np.arange(1, self.bins + 1) / self.bins + 1e-6
         for row, device in enumerate(members):
-            for time_s, accuracy in self.kept[device]:
-                values[row, ends >= time_s] = accuracy
-        return _curve(self.hours, [mean_band(values[:, i]) for i in range(self.bins)], ended_s)
+            for time_s, score in self.kept[device]:
+                values[row, ends >= time_s] = score
+        most = math.inf if self.numbers else 1.0
+        return _curve(self.hours, [mean_band(values[:, i], most=most) for i in range(self.bins)], ended_s)
 
 
 Band = tuple[float, float, float] | None
 """Value, lower and upper end; None: there is nothing to say."""
 
 
-def share_band(right: IndexArray, made: IndexArray) -> Band:
+def share_band(right: AnyArray, made: IndexArray) -> Band:
     """Share of right predictions of several devices, with a band of 95 %.
 
     Devices are alike within and differ between each other, so that it is devices that are counted: the variance is that
@@ -263,35 +301,60 @@ def share_band(right: IndexArray, made: IndexArray) -> Band:
     the narrowest that the band becomes.
 
     Args:
-        right: int64 [devices].
+        right: [devices].
         made: int64 [devices].
 
     Source:
         Cochran 1977, Sampling Techniques, 3rd ed., section 9A (ratio to size); Wilson 1927,
         doi:10.1080/01621459.1927.10502953.
     """
-    there = made > 0
-    right, made = right[there], made[there]
-    total, count = int(made.sum()), len(made)
+    total = int(made.sum())
     if not total:
         return None
-    share = float(right.sum()) / total
+    share, spread = _ratio(right, made)
     low, high = wilson_interval(int(right.sum()), total)
-    if count > 1:
-        residuals = right - share * made
-        spread = _Z * math.sqrt(float((residuals**2).sum()) * count / (count - 1)) / total
-        low, high = min(low, share - spread), max(high, share + spread)
-    return share, max(0.0, low), min(1.0, high)
+    return share, max(0.0, min(low, share - spread)), min(1.0, max(high, share + spread))
 
 
-def mean_band(values: DoubleArray) -> Band:
-    """Mean of values float64 [N], NaN where unknown, with 1.96 standard errors either way, within [0, 1]."""
+def error_band(off: DoubleArray, squares: DoubleArray, made: IndexArray) -> Band:
+    """Mean error of several devices' predictions, with a band of 95 %.
+
+    As `share_band`, but the band becomes no narrower than the spread of all errors makes it.
+
+    Args:
+        off: float64 [devices], sums of errors.
+        squares: float64 [devices], sums of their squares.
+        made: int64 [devices].
+    """
+    total = int(made.sum())
+    if not total:
+        return None
+    mean, spread = _ratio(off, made)
+    variance = max(0.0, float(squares.sum()) / total - mean * mean)
+    spread = max(spread, _Z * math.sqrt(variance / total))
+    return mean, max(0.0, mean - spread), mean + spread
+
+
+def _ratio(sums: AnyArray, made: IndexArray) -> tuple[float, float]:
+    """Sums by what they were counted over, and 1.96 standard errors over those devices that have any."""
+    there = made > 0
+    sums, made = sums[there], made[there]
+    total, count = int(made.sum()), len(made)
+    ratio = float(sums.sum()) / total
+    if count < 2:
+        return ratio, 0.0
+    residuals = sums - ratio * made
+    return ratio, _Z * math.sqrt(float((residuals**2).sum()) * count / (count - 1)) / total
+
+
+def mean_band(values: DoubleArray, *, most: float = 1.0) -> Band:
+    """Mean of values float64 [N], NaN where unknown, with 1.96 standard errors either way, within [0, most]."""
     known = values[~np.isnan(values)]
     if not len(known):
         return None
     mean = float(known.mean())
     spread = _Z * float(known.std(ddof=1)) / math.sqrt(len(known)) if len(known) > 1 else 0.0
-    return mean, max(0.0, mean - spread), min(1.0, mean + spread)
+    return mean, max(0.0, mean - spread), min(most, mean + spread)
 
 
 def _curve(hours: Sequence[float], found: Sequence[Band], ended_s: float) -> Curve:
@@ -339,19 +402,24 @@ def alarm_facts(alarms: Sequence[float], changed_s: float | None, there_s: float
 # ---- the report
 
 
-def measure(devices: Sequence[DeviceSummary], expected: IndexArray, releases: Sequence[ReleaseSummary]) -> Measured:
+def measure(
+    devices: Sequence[DeviceSummary], expected: AnyArray, releases: Sequence[ReleaseSummary], *, numbers: bool = False
+) -> Measured:
     """What may be expected of a fleet.
 
     Args:
         devices: In the order of `expected`.
-        expected: int64 [2, devices]: right and made predictions that count.
+        expected: [2, devices]: right predictions (or the sum of their errors) and made ones that count.
         releases: Of the scenario.
+        numbers: Whether errors are counted.
     """
     honest = np.array([not device.poisoned for device in devices], dtype=bool)
-    right, made = expected[:, honest].sum(axis=1)
+    good, made = expected[:, honest].sum(axis=1)
+    score = float(good / made) if made else None
     clear_days, days = (sum(getattr(d, key) for d in devices) for key in ("clear_days", "days"))
     return Measured(
-        accuracy=float(right / made) if made else None,
+        accuracy=None if numbers else score,
+        error=score if numbers else None,
         false_alarms_per_device_day=sum(d.false_alarms for d in devices) / clear_days if clear_days else None,
         bytes_per_device_day=sum(d.bytes_sent for d in devices) / days if days else None,
         releases=tuple(ReleaseOutcome(release.name, release.bad, release.status) for release in releases),
@@ -377,7 +445,7 @@ def build_report(
     groups = {ALL: np.arange(len(cohorts))}
     if len(set(cohorts)) > 1:
         groups |= {name: np.flatnonzero([cohort == name for cohort in cohorts]) for name in dict.fromkeys(cohorts)}
-    measured = measure(devices, tally.expected, releases)
+    measured = measure(devices, tally.expected, releases, numbers=tally.numbers)
     duration_s = scenario.fleet.duration_h * HOUR_S
     onsets: dict[str, list[float]] = {}
     for plan in prepared.devices:
@@ -393,7 +461,10 @@ def build_report(
         onsets_h={name: sorted(set(times))[:50] for name, times in onsets.items() if times},
         measured=measured,
         unmet=scenario.expect.unmet(measured),
-        accuracy={name: tally.curve(members, ended_s) for name, members in groups.items()},
+        targets={
+            name: target.std for name, target in zip(prepared.world.targets, prepared.manifest.targets, strict=True)
+        },
+        scores={name: tally.curve(members, ended_s) for name, members in groups.items()},
         kept={name: tally.kept_curve(members, ended_s) for name, members in groups.items()},
         devices=list(devices),
         releases=list(releases),
@@ -414,19 +485,19 @@ def summary_lines(report: FleetReport) -> list[str]:
     lines = []
     if report.partial:
         lines.append(f"PARTIAL: stopped after {report.ended_h:.1f} of {report.duration_h:g} hours")
-    band = share_band(*(np.array([getattr(d, key) for d in report.devices]) for key in ("right", "predictions")))
     made = int(report.total("predictions"))
     lines.append(
-        f"{len(report.devices)} devices, {report.ended_h / 24:.1f} days, {made:,} predictions"
-        + ("" if band is None else f", {band[0]:.1%} right (95 %: {band[1]:.1%} to {band[2]:.1%})")
+        f"{len(report.devices)} devices, {report.ended_h / 24:.1f} days, {made:,} predictions{_how_good(report)}"
     )
     if report.mean("under", drifted=True) is not None:
         lines.append(
-            f"where data changed: {_percent(report.mean('before', drifted=True))} before,"
-            f" {_percent(report.mean('under', drifted=True))} with the model that met the change,"
-            f" {_percent(report.mean('after', drifted=True))} at the end"
+            f"where data changed: {score_text(report.mean('before', drifted=True), report)} before,"
+            f" {score_text(report.mean('under', drifted=True), report)} with the model that met the change,"
+            f" {score_text(report.mean('after', drifted=True), report)} at the end"
         )
-    lines.append(f"forgotten of the original data: {_points(report.mean('forgotten'))} on average")
+    forgotten = report.mean("forgotten")
+    told = f"{forgotten:+.3g}" if report.targets and forgotten is not None else _points(forgotten)
+    lines.append(f"forgotten of the original data: {told} on average")
     drifted = [d for d in report.devices if d.drifts and (d.lost_h is None or (d.changed_h or 0) < d.lost_h)]
     seen = [d.delay_h for d in drifted if d.delay_h is not None]
     delay = f", {np.median(seen):.1f} h after it (median)" if seen else ""
@@ -453,8 +524,30 @@ def summary_lines(report: FleetReport) -> list[str]:
     return lines
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
+def _how_good(report: FleetReport) -> str:
+    """Score of all devices over the whole run, with its band."""
+    made = np.array([device.predictions for device in report.devices])
+    if report.targets:
+        off = np.array([(device.error or 0.0) * device.predictions for device in report.devices])
+        band = error_band(off, np.zeros_like(off), made)
+    else:
+        band = share_band(np.array([device.right for device in report.devices]), made)
+    if band is None:
+        return ""
+    value, low, high = (score_text(part, report) for part in band)
+    if not report.targets:
+        return f", {value} right (95 %: {low} to {high})"
+    told = f", off by {value} standard deviations"
+    if len(report.targets) == 1:
+        told += f" ({band[0] * next(iter(report.targets.values())):.3g} of {next(iter(report.targets))})"
+    return told + (f", 95 %: {low} to {high}" if len(report.devices) > 1 else "")
+
+
+def score_text(value: float | None, report: FleetReport) -> str:
+    """An accuracy in percent, or an error."""
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if report.targets else f"{value:.1%}"
 
 
 def _points(share: float | None) -> str:
@@ -492,11 +585,17 @@ class Difference(msgspec.Struct, frozen=True):
         return abs(self.second - self.first) > self.spread
 
 
-_COLUMNS = {
-    "accuracy": lambda d: d.right / d.predictions if d.predictions else None,
-    "accuracy before drift": lambda d: d.before,
-    "accuracy under drift": lambda d: d.under,
-    "accuracy after learning": lambda d: d.after,
+Column = Callable[[DeviceSummary], float | None]
+
+_ACCURACY: dict[str, Column] = {"accuracy": lambda d: d.right / d.predictions if d.predictions else None}
+_ERROR: dict[str, Column] = {
+    "error": lambda d: d.error,
+    "within tolerance": lambda d: d.right / d.predictions if d.predictions else None,
+}
+_COLUMNS: dict[str, Column] = {
+    "{} before drift": lambda d: d.before,
+    "{} under drift": lambda d: d.under,
+    "{} after learning": lambda d: d.after,
     "forgotten": lambda d: d.forgotten,
     "alarms a day": lambda d: d.alarms / d.days if d.days else None,
     "false alarms a clear day": lambda d: d.false_alarms / d.clear_days if d.clear_days else None,
@@ -515,17 +614,25 @@ def compare(first: FleetReport, second: FleetReport) -> list[Difference]:
 
     Devices of the same name under the same seed meet the same data, so that they are compared one by one; otherwise the
     two fleets are taken for independent.
+
+    Raises:
+        ConfigError: One predicts labels, the other numbers; or other numbers.
     """
+    if set(first.targets) != set(second.targets):
+        told = [", ".join(report.targets) or "labels" for report in (first, second)]
+        raise ConfigError(f"one report is about {told[0]}, the other about {told[1]}: they cannot be compared")
+    score, columns = ("error", _ERROR) if first.targets else ("accuracy", _ACCURACY)
+    columns = columns | {name.format(score): column for name, column in _COLUMNS.items()}
     names = [device.device for device in first.devices]
     paired = first.seed == second.seed and names == [device.device for device in second.devices]
-    found = [_difference(name, column, first, second, paired=paired) for name, column in _COLUMNS.items()]
+    found = [_difference(name, column, first, second, paired=paired) for name, column in columns.items()]
     for name, key in (("learner seconds a device", "learner_s"), ("joules a device", "joules")):
         a, b = (sum(getattr(c, key) for c in r.costs) / max(1, len(r.costs)) for r in (first, second))
         found.append(Difference(name, a, b, None))
     return found
 
 
-def _difference(name: str, column: Any, first: FleetReport, second: FleetReport, *, paired: bool) -> Difference:
+def _difference(name: str, column: Column, first: FleetReport, second: FleetReport, *, paired: bool) -> Difference:
     a, b = (np.array([math.nan if (v := column(d)) is None else v for d in r.devices], float) for r in (first, second))
     if paired:
         both = ~np.isnan(a) & ~np.isnan(b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from edge_sdk.pending import Label, LoggedPrediction, Pending, Taught
 from edge_sdk.serving import Served
 from edge_sdk.stats import share_of
 from edge_sdk.tasks import is_right, store_truth, stored_answer
-from edge_sdk.types import NO_VALUES, NOTHING, AnyArray, Prediction, Truth
+from edge_sdk.types import NO_VALUES, NOTHING, AnyArray, DoubleArray, FloatArray, Prediction, Truth
 
 
 class Front:
@@ -107,13 +108,26 @@ class Front:
 
     def evaluate(self, served: Served, x: Any, y: Sequence[Truth]) -> float:
         """Share of samples that are right; see `EdgeDevice.evaluate`."""
-        checked, manifest = _as_many(served.check_batch(x), y), served.manifest
-        truths = [store_truth(truth, manifest) for truth in y]
-        scores = served.run(checked).scores
+        scores, truths = self._judged(served, x, y)
+        manifest = served.manifest
         said = [
             stored_answer(row, *answer, manifest.task) for row, answer in zip(scores, served.read(scores), strict=True)
         ]
         return float(np.mean([is_right(a, b, manifest) for a, b in zip(said, truths, strict=True)]))
+
+    def mean_error(self, served: Served, x: Any, y: Sequence[Truth]) -> DoubleArray:
+        """Mean absolute error of each target; see `EdgeDevice.mean_error`."""
+        if served.manifest.task != "regression":
+            raise LabelError(f"{served.manifest.name} has task={served.manifest.task}: only numbers can be off by some")
+        scores, truths = self._judged(served, x, y)
+        result: DoubleArray = np.abs(scores - np.array([json.loads(truth) for truth in truths])).mean(axis=0)
+        return result
+
+    def _judged(self, served: Served, x: Any, y: Sequence[Truth]) -> tuple[FloatArray, list[str]]:
+        """What the model makes of samples, and their truths in stored form."""
+        checked = _as_many(served.check_batch(x), y)
+        truths = [store_truth(truth, served.manifest) for truth in y]
+        return served.run(checked).scores, truths
 
     def _answer(
         self, served: Served, checked: AnyArray, more: Arrays, names: list[str], started: float, slice_: str

@@ -10,7 +10,6 @@ import bisect
 import math
 import re
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +37,7 @@ from edge_sdk.scenario import (
     named_cohorts,
 )
 from edge_sdk.streams import HOUR_S, Drift, ScriptedStream, World
-from edge_sdk.types import IndexArray
+from edge_sdk.types import AnyArray, Truth
 from edge_sdk.worlds import open_world
 
 DAY_S = 86_400.0
@@ -58,7 +57,7 @@ class LateLabel(NamedTuple):
 
     row: int
     due_s: float
-    label: str
+    label: Truth
 
 
 class LateLabels:
@@ -66,23 +65,24 @@ class LateLabels:
 
     Args:
         plan: The device's.
-        names: Name of each label number.
-        occurring: The labels that a wrong one is taken from.
+        world: The data.
     """
 
-    def __init__(self, plan: DevicePlan, names: Sequence[str], occurring: Sequence[str]) -> None:
-        self._label, self._poison, self._names = plan.label, plan.poison, tuple(names)
-        self._others = tuple(occurring)
-        self._rng = plan.rng("labels")
+    def __init__(self, plan: DevicePlan, world: World) -> None:
+        self._label, self._poison, self._world = plan.label, plan.poison, world
+        self._others = plan.labels or world.labels  # that a wrong one is taken from
+        self._rng, self._errors = plan.rng("labels"), plan.rng("errors")
         self._day, self._told = -1, 0
 
-    def draw(self, y: IndexArray, time_s: float) -> list[LateLabel]:
+    def draw(self, y: AnyArray, time_s: float) -> list[LateLabel]:
         """What will be said about samples drawn at a time.
 
         Args:
-            y: int64 [N]: what each sample really is at that time (a concept drift included).
+            y: What each sample really is at that time (a concept drift included), as in `Pool`.
             time_s: When it was predicted; never earlier than in the call before.
         """
+        truths = self._world.truths(y)
+        seen = self._seen(y) if self._label.error else truths
         told, late, wrong, lies, which = self._rng.random((5, len(y)))  # always as many: one setting moves no other
         day = int(time_s // DAY_S)
         if day != self._day:
@@ -92,16 +92,21 @@ class LateLabels:
             if self._label.per_day and self._told >= self._label.per_day:
                 break
             self._told += 1
-            label = self._names[y[row]]
+            label = seen[row]
             if wrong[row] < self._label.noise:
                 label = self._other(label, which[row])
             if self._poison is not None and time_s >= self._poison.from_h * HOUR_S and lies[row] < self._poison.labels:
-                label = self._lie(self._names[y[row]], which[row])
+                label = self._lie(truths[row], which[row])
             delay_h = self._label.delay_h - self._label.delay_spread_h * math.log1p(-late[row])
             said.append(LateLabel(row, time_s + delay_h * HOUR_S, label))
         return said
 
-    def _lie(self, truth: str, chance: float) -> str:
+    def _seen(self, y: AnyArray) -> list[Truth]:
+        """Numbers as somebody reads them off."""
+        off = self._errors.normal(0, self._label.error, y.shape) * self._world.spreads
+        return self._world.truths(y + off)
+
+    def _lie(self, truth: Truth, chance: float) -> Truth:
         assert self._poison is not None
         if self._poison.kind == "target":
             return self._poison.label
@@ -110,7 +115,10 @@ class LateLabels:
         place = self._others.index(truth) if truth in self._others else -1
         return self._others[(place + 1) % len(self._others)]
 
-    def _other(self, truth: str, chance: float) -> str:
+    def _other(self, truth: Truth, chance: float) -> Truth:
+        if self._world.targets:
+            row = int(chance * len(self._world.pool.y))
+            return self._world.truths(self._world.pool.y[row : row + 1])[0]
         others = [label for label in self._others if label != truth]
         return others[int(chance * len(others))] if others else truth
 
@@ -166,7 +174,7 @@ class DevicePlan:
 
     def late_labels(self, world: World) -> LateLabels:
         """Who tells it the truth."""
-        return LateLabels(self, world.labels, self.labels or world.labels)
+        return LateLabels(self, world)
 
     def predictions(self, from_s: float, to_s: float) -> int:
         """Predictions due from one time to another; they add up over ticks of any length."""
@@ -390,17 +398,35 @@ def _power(
 
 
 def _check_model(scenario: Scenario, manifest: Manifest, world: World) -> None:
-    if manifest.task != "classification":
-        raise fault(scenario.file, "fleet.checkpoint",
-                     f"{manifest.name} has task={manifest.task}; simulations take classifiers: try this one on an "
-                     "EdgeDevice with a ManualClock")  # fmt: skip
+    _check_task(scenario, manifest, world)
     taken, given = manifest.input.shape, world.spec.shape
     if len(taken) != len(given) or any(size not in (-1, got) for size, got in zip(taken, given, strict=True)):
         raise fault(scenario.file, "fleet.checkpoint", f"{manifest.name} takes samples of shape {taken}; "
                      f"{scenario.data.source} (data.source) gives {given}")  # fmt: skip
-    if not set(manifest.labels) & set(world.labels):
+    if not world.targets and not set(manifest.labels) & set(world.labels):
         raise fault(scenario.file, "fleet.checkpoint", f"{manifest.name} knows none of the data's labels "
                      f"({', '.join(world.labels[:10])}), but {', '.join(manifest.labels[:10])}")  # fmt: skip
+
+
+def _check_task(scenario: Scenario, manifest: Manifest, world: World) -> None:
+    """The model predicts what the data tell, and what is expected fits it."""
+    if manifest.task not in ("classification", "regression"):
+        raise fault(scenario.file, "fleet.checkpoint", f"{manifest.name} has task={manifest.task}; simulations take "
+                     "classifiers and regressions: try this one on an EdgeDevice with a ManualClock")  # fmt: skip
+    numbers = manifest.task == "regression"
+    what = "numbers" if numbers else "labels"
+    told, given = (", ".join(names[:10]) for names in (manifest.labels, world.targets or world.labels))
+    if numbers != bool(world.targets):
+        hint = "; name a table's columns of numbers in data.target_columns" if numbers else ""
+        raise fault(scenario.file, "fleet.checkpoint", f"{manifest.name} predicts {what} ({told}); "
+                     f"{scenario.data.source} (data.source) gives {'labels' if numbers else 'numbers'} ({given}){hint}",
+                    )  # fmt: skip
+    if numbers and tuple(manifest.labels) != world.targets:
+        raise fault(scenario.file, "fleet.checkpoint", f"{manifest.name} predicts {told}; the data give {given}, and "
+                     "the order counts (data.target_columns)")  # fmt: skip
+    wrong, right = ("min_accuracy", "max_error") if numbers else ("max_error", "min_accuracy")
+    if getattr(scenario.expect, wrong) is not None:
+        raise fault(scenario.file, f"expect.{wrong}", f"{manifest.name} predicts {what}; state expect.{right}")
 
 
 def _check_world(scenario: Scenario, cohort: Cohort, key: str, world: World) -> None:
@@ -416,6 +442,12 @@ def _check_world(scenario: Scenario, cohort: Cohort, key: str, world: World) -> 
         number = int(match[1])
         at = f"drift[{number}]" if number < fleet_wide else f"{key}.drift[{number - fleet_wide}]"
         raise fault(scenario.file, at, text) from error
+    if world.targets and cohort.poison.share and cohort.poison.kind != "random":
+        raise fault(scenario.file, f"{key}.poison.kind", f"{cohort.poison.kind!r} is for labels; the truths of "
+                     f'{world.name} are numbers: say kind = "random"')  # fmt: skip
+    if cohort.label.error and not world.targets:
+        raise fault(scenario.file, f"{key}.label.error", f"it is for numbers; the truths of {world.name} are labels: "
+                     "say how many are wrong (noise)")  # fmt: skip
     if cohort.poison.label and cohort.poison.label not in world.labels:
         raise fault(scenario.file, f"{key}.poison.label", f"no label {cohort.poison.label!r}; the data have "
                      f"{', '.join(world.labels[:20])}")  # fmt: skip

@@ -67,7 +67,9 @@ class LabelConfig(_Section, frozen=True):
     delay_spread_h: Hours = 0.0
     """What it takes beyond that, on average (exponential), in hours."""
     noise: Share = 0.0
-    """Part of the labels that are wrong by mistake: any other label."""
+    """Part of the labels that are wrong by mistake: any other label; of numbers: the truth of any other sample."""
+    error: Annotated[float, Meta(ge=0)] = 0.0
+    """Of numbers: standard deviation of what every label is off by (Gaussian), in standard deviations of its target."""
     per_day: Annotated[int, Meta(ge=0)] = 0
     """Most labels of a device in 24 hours; 0: no limit."""
     source: str = ""
@@ -146,7 +148,8 @@ class PoisonConfig(_Section, frozen=True):
     share: Share = 0.0
     """Part of the cohort; at least one device if above 0."""
     kind: Literal["flip", "random", "target"] = "flip"
-    """flip: every label becomes the next one, always the same way; random: any other; target: always `label`."""
+    """flip: every label becomes the next one, always the same way; random: any other; target: always `label`. Numbers
+    have no next one, and no name: of them only random, the truth of any other sample."""
     label: str = ""
     """With target."""
     labels: Share = 1.0
@@ -222,6 +225,8 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 
     accuracy: float | None = None
     """Share of right predictions from `min_accuracy_from_h` on, over all devices that are not poisoned."""
+    error: float | None = None
+    """Of numbers, in place of `accuracy`: mean error from `max_error_from_h` on, as `FleetReport.targets` has it."""
     false_alarms_per_device_day: float | None = None
     """Drift alarms raised while a device's data had never changed, by the device-days in which they had not."""
     bytes_per_device_day: float | None = None
@@ -236,6 +241,11 @@ class Expect(_Section, frozen=True):
     """Share of right predictions, over all devices that are not poisoned."""
     min_accuracy_from_h: Hours = 0.0
     """From when on they count, in hours since the start."""
+    max_error: Hours | None = None
+    """Of numbers, in place of `min_accuracy`: mean absolute error, in standard deviations of each target as the
+    checkpoint has them, over all devices that are not poisoned."""
+    max_error_from_h: Hours = 0.0
+    """From when on it counts, in hours since the start."""
     max_false_alarms_per_device_day: Hours | None = None
     """Drift alarms of devices whose data have not changed yet, by their device-days."""
     max_bytes_per_device_day: Hours | None = None
@@ -250,6 +260,7 @@ class Expect(_Section, frozen=True):
         lines = []
         for key, value, least in (
             ("min_accuracy", found.accuracy, True),
+            ("max_error", found.error, False),
             ("max_false_alarms_per_device_day", found.false_alarms_per_device_day, False),
             ("max_bytes_per_device_day", found.bytes_per_device_day, False),
         ):
@@ -443,7 +454,7 @@ def _check_times(scenario: Scenario) -> None:
     end = scenario.fleet.duration_h
     times = [(f"drift[{i}].at_h", drift.at_h) for i, drift in enumerate(scenario.drift)]
     times += [(f"release[{i}].at_h", release.at_h) for i, release in enumerate(scenario.release)]
-    times.append(("expect.min_accuracy_from_h", scenario.expect.min_accuracy_from_h))
+    times += [(f"expect.{key}", getattr(scenario.expect, key)) for key in ("min_accuracy_from_h", "max_error_from_h")]
     for number, cohort in enumerate(scenario.cohort):
         times += [(f"cohort[{number}].drift[{i}].at_h", drift.at_h) for i, drift in enumerate(cohort.drift)]
         times += [

@@ -26,8 +26,8 @@ from edge_sdk.clock import Clock, ManualClock
 from edge_sdk.device import EdgeDevice
 from edge_sdk.errors import EdgeError, InputError, LabelError, NotConnectedError, TransportError
 from edge_sdk.files import without_flushing
-from edge_sdk.fleet_report import Cost, DeviceSummary, FleetEvent, alarm_facts, changed_at, extreme_at
-from edge_sdk.manifest import MANIFEST_NAME, parse_manifest
+from edge_sdk.fleet_report import Cost, DeviceSummary, FleetEvent, Lived, alarm_facts, changed_at, extreme_at
+from edge_sdk.manifest import MANIFEST_NAME, Manifest, parse_manifest
 from edge_sdk.messages import Ack, Desired, Envelope, Topics, decode
 from edge_sdk.model import Trunks
 from edge_sdk.plan import DAY_S, DevicePlan, Prepared, SkewedClock, prepare_scenario
@@ -35,8 +35,9 @@ from edge_sdk.policy import ResourceState
 from edge_sdk.runtime import ModelRuntime, WholeModel
 from edge_sdk.scenario import Scenario
 from edge_sdk.streams import HOUR_S, Pool, ScriptedStream, World
+from edge_sdk.tasks import rows_loss, rows_right
 from edge_sdk.transport import MemoryBroker, MemoryTransport, Message, Qos, Transport
-from edge_sdk.types import FloatArray, IndexArray, LatentArray, Prediction
+from edge_sdk.types import AnyArray, FloatArray, LatentArray, Prediction, Truth
 
 logger = logging.getLogger(__name__)
 STARTED = 1_767_225_600.0
@@ -47,17 +48,6 @@ _POOL_ROWS, _POOLS = 100, 16
 """From so many rows on, the latents of a batch are remembered, and of how many batches."""
 _SQLITE_BYTES = 32_000_000
 """What the databases of all devices of a process may hold in memory, beyond which they read again."""
-
-
-class Lived(msgspec.Struct, frozen=True, array_like=True):
-    """One device in one tick."""
-
-    made: int
-    right: int
-    release: int
-    head: int
-    kept: float | None = None
-    """Accuracy on the data without any drift, when another version has begun to serve."""
 
 
 class Turned(msgspec.Struct, frozen=True, array_like=True):
@@ -247,6 +237,7 @@ class SimulatedDevice:
         trunks: Loaded trunks, shared by content.
         transport: Its connection to the broker.
         original: The data without any drift, for judging.
+        judge: Tells how good predictions are.
         files: Files of releases by their hash, shared by content.
     """
 
@@ -260,6 +251,7 @@ class SimulatedDevice:
         trunks: Trunks,
         transport: Transport,
         original: Pool,
+        judge: _Judge,
         files: dict[str, Path],
     ) -> None:
         self.plan, self.line = plan, Line(transport, Topics(plan.config.prefix), plan.name)
@@ -268,8 +260,8 @@ class SimulatedDevice:
         self._stream: ScriptedStream = plan.stream(self._world)
         self._truths = plan.late_labels(self._world)
         self._rng = plan.rng("device")
-        self._original = (original.x, _names(self._world, original.y))
-        self._due: list[tuple[float, int, str, str]] = []
+        self._judge, self._original = judge, (original.x, self._world.truths(original.y))
+        self._due: list[tuple[float, int, str, Truth]] = []
         self._told = self._key = 0
         self._version = (0, 0)
         self._duration_s = self._scenario.fleet.duration_h * HOUR_S
@@ -282,6 +274,7 @@ class SimulatedDevice:
         self._learner_s = 0.0
         self._kept: float | None = None
         self.made = self.right = self.refused = self.learned = 0
+        self._off = 0.0
         self.before: float | None = None
         self.under: float | None = None
         self.device: EdgeDevice | None = None
@@ -305,7 +298,7 @@ class SimulatedDevice:
 
     def live(self, start_s: float, end_s: float) -> Lived:
         """A tick of life, and one turn of the device."""
-        began, made, right = time.process_time(), 0, 0
+        began, made, right, off, squares = time.process_time(), 0, 0, 0.0, 0.0
         if not self.plan.is_on(end_s):
             self._switch_off(end_s)
         else:
@@ -313,13 +306,13 @@ class SimulatedDevice:
                 self.open()
             self.line.online = self.plan.online(end_s)
             judging = self._meet_change(end_s)
-            made, right = self._predict(self.plan.predictions(start_s, end_s), end_s)
+            made, right, off, squares = self._predict(self.plan.predictions(start_s, end_s), end_s)
             self._tell(end_s)
             self.turn()
             began += judging
         self._cpu_s += time.process_time() - began
         kept, self._kept = self._kept, None
-        return Lived(made, right, *self._version, kept)
+        return Lived(made, right, *self._version, kept, off, squares)
 
     def turn(self) -> None:
         """One turn of the device."""
@@ -353,26 +346,27 @@ class SimulatedDevice:
 
     # ---- what happens to it
 
-    def _predict(self, count: int, now_s: float) -> tuple[int, int]:
-        """Samples come; returns predictions made and right ones, as only the simulation can know."""
+    def _predict(self, count: int, now_s: float) -> tuple[int, int, float, float]:
+        """Samples come; returns predictions made, and what the judge says of them."""
         assert self.device is not None
         if not count or not self.device.ready:
-            return 0, 0
+            return 0, 0, 0.0, 0.0
         x, y = self._stream.draw(count, now_s)
         said: Sequence[Prediction | None]
         try:
             said = self.device.predict_batch(x)
         except InputError:
             said = [self._one(row) for row in x]
-        right = sum(p is not None and p.label == self._world.labels[i] for p, i in zip(said, y, strict=True))
         made = sum(p is not None for p in said)
+        right, off, squares = self._judge.count(said, y)
         for late in self._truths.draw(y, now_s):
             prediction = said[late.row]
             if prediction is not None:
                 self._told += 1
                 heapq.heappush(self._due, (late.due_s, self._told, prediction.id, late.label))
         self.made, self.right, self.refused = self.made + made, self.right + right, self.refused + count - made
-        return made, right
+        self._off += off
+        return made, right, off, squares
 
     def _one(self, row: object) -> Prediction | None:
         assert self.device is not None
@@ -397,16 +391,16 @@ class SimulatedDevice:
         self.under = self._score(*self._changed())
         return time.process_time() - began
 
-    def _changed(self) -> tuple[object, list[str]]:
+    def _changed(self) -> tuple[object, list[Truth]]:
         x, y = self._stream.view(self._world.score, extreme_at(self.plan, self._duration_s))
-        return x, _names(self._world, y)
+        return x, self._world.truths(y)
 
-    def _score(self, x: object, labels: list[str]) -> float | None:
-        """Accuracy of the version in use; None if it cannot take the samples."""
-        if self.device is None or not self.device.ready or not labels:
+    def _score(self, x: object, truths: list[Truth]) -> float | None:
+        """Score of the version in use; None if it cannot take the samples."""
+        if self.device is None or not self.device.ready or not truths:
             return None
         try:
-            return self.device.evaluate(x, labels)
+            return self._judge.score(self.device, x, truths)
         except (InputError, LabelError):
             return None
 
@@ -446,6 +440,8 @@ class SimulatedDevice:
         changed_s = None if self._changed_s is None or self._changed_s >= there_s else self._changed_s
         false, clear_days, delay_h = alarm_facts(self._alarms, changed_s, there_s)
         self._learner_s = sum(float(entry.detail.get("cpu_s") or 0) for entry in device.lineage(limit=1_000_000))
+        original = self._score(*self._original)
+        known = self.before is not None and original is not None
         self._summary = DeviceSummary(
             device=plan.name,
             cohort=plan.cohort,
@@ -455,12 +451,14 @@ class SimulatedDevice:
             days=there_s / DAY_S,
             predictions=self.made,
             right=self.right,
+            error=self._off / self.made if self._judge.numbers and self.made else None,
             refused=self.refused,
             labels=counters.labelled,
             before=self.before,
             under=self.under,
             after=self._score(*self._changed()) if self._met else None,
-            original=self._score(*self._original),
+            original=original,
+            forgotten=self._judge.loss(self.before, original) if known else None,  # type: ignore[arg-type]
             alarms=len(self._alarms),
             false_alarms=false,
             clear_days=clear_days,
@@ -477,6 +475,42 @@ class SimulatedDevice:
         )
         device.stop()
         self.device = None
+
+
+class _Judge:
+    """Tells how good predictions are, as only the simulation can know.
+
+    Args:
+        world: The data.
+        manifest: Of the checkpoint that devices start with: errors of all releases are told in the spreads of its
+            targets.
+    """
+
+    def __init__(self, world: World, manifest: Manifest) -> None:
+        self._labels, self._manifest = world.labels, manifest
+        self.numbers = bool(world.targets)
+
+    def count(self, said: Sequence[Prediction | None], y: AnyArray) -> tuple[int, float, float]:
+        """How many predictions are right; of numbers also the sum of their errors, and of the errors' squares."""
+        if not self.numbers:
+            return sum(p is not None and p.label == self._labels[i] for p, i in zip(said, y, strict=True)), 0.0, 0.0
+        rows = [row for row, prediction in enumerate(said) if prediction is not None]
+        if not rows:
+            return 0, 0.0, 0.0
+        values = np.stack([prediction.values for prediction in said if prediction is not None])
+        errors = rows_loss(values, y[rows], self._manifest)
+        return int(rows_right(values, y[rows], self._manifest).sum()), float(errors.sum()), float((errors**2).sum())
+
+    def score(self, device: EdgeDevice, x: object, truths: list[Truth]) -> float:
+        """Accuracy of the version in use, or its mean error."""
+        if not self.numbers:
+            return device.evaluate(x, truths)
+        spreads = np.array([target.std for target in self._manifest.targets])
+        return float((device.mean_error(x, truths) / spreads).mean())
+
+    def loss(self, before: float, after: float) -> float:
+        """By how much a score has become worse."""
+        return after - before if self.numbers else before - after
 
 
 class _Trunks(dict[str, ModelRuntime | WholeModel]):
@@ -512,10 +546,6 @@ class _KnowsPools:
                 del self._known[next(iter(self._known))]
             self._known[key] = found
         return found
-
-
-def _names(world: World, y: IndexArray) -> list[str]:
-    return [world.labels[i] for i in y]
 
 
 def _share_files(slots: Path, known: dict[str, Path]) -> None:
@@ -583,6 +613,7 @@ class Shard:
         self._post.subscribe(f"{prefix}/d/+/up/#")
         self._post.connect()
         world, trunks, files = prepared.world, _Trunks(), dict[str, Path]()
+        judge = _Judge(world, prepared.manifest)
         labels = prepared.scenario.data.labels
         original = world.score.only(world.numbers(labels)) if labels else world.score
         for number in numbers:
@@ -590,7 +621,7 @@ class Shard:
             transport = transports(plan.name) if transports else MemoryTransport(self._broker)
             self.devices.append(
                 SimulatedDevice(plan, prepared, home=home / plan.name, clock=self.clock, trunks=trunks,
-                                transport=transport, original=original, files=files)
+                                transport=transport, original=original, judge=judge, files=files)
             )  # fmt: skip
 
     def begin(self, order: Order) -> None:

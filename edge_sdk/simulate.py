@@ -30,11 +30,11 @@ import msgspec
 from edge_sdk.clock import Clock, ManualClock
 from edge_sdk.errors import ConfigError, EdgeError, MissingExtraError, TransportError
 from edge_sdk.files import without_flushing
-from edge_sdk.fleet_report import FleetEvent, FleetReport, ReleaseSummary, Tally, build_report
+from edge_sdk.fleet_report import FleetEvent, FleetReport, Lived, ReleaseSummary, Tally, build_report
 from edge_sdk.messages import Ack, Envelope, Topics, decode, encode
 from edge_sdk.plan import Prepared
 from edge_sdk.scenario import Release
-from edge_sdk.shard import STARTED, Ended, Lived, Order, Shard, ShardProcess, Shards, SimulatedDevice, Start, Turned
+from edge_sdk.shard import STARTED, Ended, Order, Shard, ShardProcess, Shards, SimulatedDevice, Start, Turned
 from edge_sdk.streams import HOUR_S
 from edge_sdk.transport import MemoryBroker, MemoryTransport, Transport, allow_connections
 
@@ -165,7 +165,8 @@ class Progress:
         time_s: Of the simulation.
         duration_s: Of the whole.
         made: Predictions in this tick.
-        right: Right ones among them.
+        right: Right ones among them; of numbers: those within the tolerance.
+        off: Of numbers: the sum of their errors; None: labels are predicted.
         predictions: So far.
         alarms: So far, as all below.
         promotions: Of heads.
@@ -177,6 +178,7 @@ class Progress:
     duration_s: float
     made: int
     right: int
+    off: float | None
     predictions: int
     alarms: int
     promotions: int
@@ -317,15 +319,15 @@ class Fleet:
         self.coordinator.advance()
         self._settle()
         for device, life in enumerate(lived):
-            self._tally.add(device, now_s, life.made, life.right)
+            self._tally.add(device, now_s, life)
             if life.kept is not None:
                 self._tally.kept[device].append((now_s, life.kept))
         self._collect()
         made, right = sum(life.made for life in lived), sum(life.right for life in lived)
         self._predictions += made
         self._wall_s += time.monotonic() - began
-        counts = self._counts
-        return Progress(now_s, self._duration_s, made, right, self._predictions, counts["drift_alarm"],
+        counts, off = self._counts, sum(life.off for life in lived) if self.prepared.world.targets else None
+        return Progress(now_s, self._duration_s, made, right, off, self._predictions, counts["drift_alarm"],
                         counts["promoted"], counts["rolled_back"], lived)  # fmt: skip
 
     def report(self) -> FleetReport:

@@ -155,26 +155,30 @@ class _Teller:
     def __init__(self) -> None:
         self._live = sys.stderr.isatty()
         self._began, self._told, self._tenth = time.monotonic(), 0.0, 0
-        self._made = self._right = 0
+        self._made, self._good = 0, 0.0
 
     def __call__(self, progress: Progress) -> None:
-        self._made, self._right = self._made + progress.made, self._right + progress.right
+        self._made += progress.made
+        self._good += progress.right if progress.off is None else progress.off
         share, now = progress.time_s / progress.duration_s, time.monotonic()
         done = share >= 1 - 1e-9
         if self._live and (now - self._told >= 0.2 or done):
             self._told = now
             click.echo(f"\r{self._line(progress, share, now)}\x1b[K", nl=done, err=True)
-            self._made = self._right = 0
+            self._made, self._good = 0, 0.0
         elif not self._live and (int(share * 10) > self._tenth or done):
             self._tenth = int(share * 10)
             click.echo(self._line(progress, share, now), err=True)
-            self._made = self._right = 0
+            self._made, self._good = 0, 0.0
 
     def _line(self, progress: Progress, share: float, now: float) -> str:
         took = now - self._began
-        right = f"{self._right / self._made:.1%} right" if self._made else "no predictions"
+        lately = "no predictions"
+        if self._made:
+            mean = self._good / self._made
+            lately = f"{mean:.1%} right" if progress.off is None else f"off by {mean:.3g}"
         return (
             f"{progress.time_s / 3600:.1f} of {progress.duration_s / 3600:g} h, {progress.predictions:,} predictions,"
-            f" {right} lately, {progress.alarms} alarms, {progress.promotions} promotions, {progress.rollbacks}"
+            f" {lately} lately, {progress.alarms} alarms, {progress.promotions} promotions, {progress.rollbacks}"
             f" rollbacks; {took:.0f} s, {took / share - took:.0f} to go"
         )

@@ -1,6 +1,6 @@
 """Data whose drift is known: what simulations and tests feed to devices.
 
-A `World` holds labelled samples. A `Drift` says what changes in them, its effect, and when, its course. A
+A `World` holds samples and their truths. A `Drift` says what changes in them, its effect, and when, its course. A
 `ScriptedStream` draws samples as they look at some time; `DriftingStream` is the short form for one sudden drift.
 All chance comes from the generator that is given: the same seed gives the same bytes.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -18,7 +18,7 @@ import numpy as np
 from msgspec import Meta
 
 from edge_sdk.schema import InputSpec
-from edge_sdk.types import AnyArray, DoubleArray, FloatArray, IndexArray
+from edge_sdk.types import AnyArray, DoubleArray, FloatArray, IndexArray, Truth
 
 HOUR_S = 3600.0
 
@@ -230,15 +230,15 @@ def on_sensors(transform: Transform, places: Sequence[int], *, axis: int = -1) -
 
 @dataclass(frozen=True)
 class Pool:
-    """Labelled samples to draw from: x float32 [N, ...], y int64 [N].
+    """Samples and their truths to draw from: x float32 [N, ...]; y int64 [N], numbers of labels, or float64 [N, T].
 
-    `others` holds, for generated data, the labels that the same samples would have under other relations between x
+    `others` holds, for generated data, the truths that the same samples would have under other relations between x
     and y, by the number of the relation.
     """
 
     x: FloatArray
-    y: IndexArray
-    others: tuple[IndexArray, ...] = ()
+    y: AnyArray
+    others: tuple[AnyArray, ...] = ()
 
     def only(self, labels: Collection[int]) -> Pool:
         """The samples of some labels."""
@@ -258,10 +258,11 @@ class World:
         factory: For who makes the model; devices never see them.
         pool: What devices draw from.
         score: For judging; neither trained on nor drawn.
-        labels: Name of each label number.
+        labels: Name of each label number; none where truths are numbers.
         spec: What one sample looks like; a model may ask for more.
         sensors: Names of the places along `axis` of a sample; empty: they have none.
         axis: Of one sample: where its sensors or columns lie.
+        targets: Names of the numbers that are the truth of a sample; none where truths are labels.
     """
 
     name: str
@@ -272,6 +273,17 @@ class World:
     spec: InputSpec
     sensors: tuple[str, ...] = ()
     axis: int = -1
+    targets: tuple[str, ...] = ()
+
+    @cached_property
+    def spreads(self) -> DoubleArray:
+        """Standard deviation of each target over what devices draw from, float64 [T]; 1 for one that never changes."""
+        found = self.pool.y.std(axis=0, dtype=np.float64)
+        return np.where(found > 0, found, 1.0)
+
+    def truths(self, y: AnyArray) -> list[Truth]:
+        """Rows of a pool's `y` as devices are told them."""
+        return y.tolist() if self.targets else [self.labels[i] for i in y]
 
     def numbers(self, labels: Collection[str]) -> list[int]:
         """The numbers of labels, in the given order.
@@ -284,9 +296,12 @@ class World:
 
 def _place(name: str, names: tuple[str, ...], what: str, told: str) -> int:
     if name not in names:
-        known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        raise ValueError(f"no {what} {name!r}; {told} {known or 'none with a name'}")
+        raise ValueError(f"no {what} {name!r}; {told} {_some(names) or 'none with a name'}")
     return names.index(name)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
 
 
 # ---- drifts: what changes, and when
@@ -296,7 +311,7 @@ Course = Literal["sudden", "gradual", "incremental", "recurring", "seasonal"]
 EffectName = Literal[
     "rotation", "darkening", "brightness", "contrast", "blur", "occlusion", "pixelate",
     "noise", "offset", "unit", "spikes", "missing", "stuck", "dead",
-    "labels", "swap", "relation",
+    "labels", "swap", "shift", "relation",
 ]  # fmt: skip
 
 
@@ -304,7 +319,7 @@ class Effect(NamedTuple):
     """What a drift can do.
 
     Attributes:
-        kind: covariate: inputs; prior: how often each label comes; concept: which label an input has.
+        kind: covariate: inputs; prior: how often each label comes; concept: which truth an input has.
         meaning: What it does, and in what unit its size is.
         make: The transform of a size; None for a prior or concept drift.
         size: Where the drift names none; None: there is no such number.
@@ -314,6 +329,7 @@ class Effect(NamedTuple):
         high: Largest size.
         keys: What else a drift with this effect may say.
         images: Whether samples must be images.
+        truths: What truths must be; "": no matter.
     """
 
     kind: Kind
@@ -325,6 +341,7 @@ class Effect(NamedTuple):
     high: float = math.inf
     keys: tuple[str, ...] = ()
     images: bool = False
+    truths: Literal["", "labels", "numbers"] = ""
 
 
 EFFECTS: dict[str, Effect] = {
@@ -355,9 +372,12 @@ EFFECTS: dict[str, Effect] = {
     "stuck": Effect("covariate", "a sensor always reads `size`, in the data's units; without one, what it read in some "
                     "sample of the data", lambda size, *_: stuck(size), keys=("columns",)),
     "dead": Effect("covariate", "a sensor reads 0", lambda *_: stuck(0.0), keys=("columns",)),
-    "labels": Effect("prior", "labels come as often as `labels` says", keys=("labels",)),
-    "swap": Effect("concept", "each label of `cycle` becomes the next one, the last the first", keys=("cycle",)),
-    "relation": Effect("concept", "labels follow the relation number `variant` (generated data)", keys=("variant",)),
+    "labels": Effect("prior", "labels come as often as `labels` says", keys=("labels",), truths="labels"),
+    "swap": Effect("concept", "each label of `cycle` becomes the next one, the last the first", keys=("cycle",),
+                   truths="labels"),
+    "shift": Effect("concept", "truths are larger; in standard deviations of each target", None, 1, 0,
+                    truths="numbers"),
+    "relation": Effect("concept", "truths follow the relation number `variant` (generated data)", keys=("variant",)),
 }  # fmt: skip
 """By name."""
 
@@ -508,8 +528,9 @@ class ScriptedStream:
     ) -> None:
         self.world, self.drifts = world, tuple(drifts)
         self._rng, self._chances = rng, rng.spawn(len(self.drifts))
-        self._by_label = np.argsort(world.pool.y, kind="stable")
-        self._counts = np.bincount(world.pool.y, minlength=len(world.labels))
+        labelled = np.zeros(len(world.pool.y), np.int64) if world.targets else world.pool.y  # numbers are all alike
+        self._by_label = np.argsort(labelled, kind="stable")
+        self._counts = np.bincount(labelled, minlength=len(world.labels))
         self._starts = np.cumsum(self._counts) - self._counts
         base = self._counts.astype(np.float64)
         if labels is not None:
@@ -524,8 +545,8 @@ class ScriptedStream:
             except ValueError as error:
                 raise ValueError(f"drift[{number}]: {error}") from error
 
-    def draw(self, count: int, time_s: float) -> tuple[FloatArray, IndexArray]:
-        """`count` samples as they look at a time, in seconds since the start: x float32 [count, ...], y int64 [count].
+    def draw(self, count: int, time_s: float) -> tuple[FloatArray, AnyArray]:
+        """`count` samples as they look at a time, in seconds since the start: x and y as in `Pool`.
 
         Values stay inside the range that the world declares; a drift may have made some NaN.
         """
@@ -536,12 +557,14 @@ class ScriptedStream:
         within = np.minimum((place * self._counts[labels]).astype(np.int64), self._counts[labels] - 1)
         return self._look(self.world.pool.rows(self._by_label[self._starts[labels] + within]), time_s, self._chances)
 
-    def view(self, pool: Pool, time_s: float) -> tuple[FloatArray, IndexArray]:
+    def view(self, pool: Pool, time_s: float) -> tuple[FloatArray, AnyArray]:
         """All samples of `pool`, such as `world.score`, whose labels occur at a time, as they look then.
 
         Draws nothing from the stream's generator; the same arguments give the same bytes.
         """
-        occurring = pool.only({int(i) for i in np.flatnonzero(self.shares(time_s) > 0)})
+        occurring = pool.rows(np.arange(len(pool.y)))
+        if not self.world.targets:
+            occurring = pool.only({int(i) for i in np.flatnonzero(self.shares(time_s) > 0)})
         return self._look(occurring, time_s, [np.random.default_rng([7, i]) for i in range(len(self.drifts))])
 
     def shares(self, time_s: float) -> DoubleArray:
@@ -557,7 +580,7 @@ class ScriptedStream:
         """Whether any drift acts at a time."""
         return any(drift.acts(time_s) for drift in self.drifts)
 
-    def _look(self, pool: Pool, time_s: float, chances: Sequence[np.random.Generator]) -> tuple[FloatArray, IndexArray]:
+    def _look(self, pool: Pool, time_s: float, chances: Sequence[np.random.Generator]) -> tuple[FloatArray, AnyArray]:
         for change, chance in zip(self._changes, chances, strict=True):
             share, strength = change.drift.extent(time_s)
             if share and change.drift.kind != "prior" and len(pool.y):
@@ -578,8 +601,13 @@ class _Change:
         self._high = math.inf if spec.high is None else spec.high
         if self._effect.images and len(shape) != 3:
             raise ValueError(f"effect {drift.effect!r} is for images [C, H, W]; the data have shape {shape}")
+        given = "numbers" if world.targets else "labels"
+        if self._effect.truths not in ("", given):
+            raise ValueError(f"effect {drift.effect!r} is for {self._effect.truths}; the truths of {world.name} are "
+                             f"{given} ({_some(world.targets or world.labels)})")  # fmt: skip
         self._places = [_place(name, world.sensors, "column", "the data have") for name in drift.columns]
         self._axis = world.axis
+        self._spreads = world.spreads if world.targets else np.ones(0)
         self._hold: FloatArray | None = None
         if drift.effect == "stuck" and drift.size is None:
             held = world.pool.x[rng.integers(len(world.pool.x))]
@@ -629,6 +657,8 @@ class _Change:
             return Pool(self._transform(strength)(pool.x, rng), pool.y, pool.others)
         if self.drift.effect == "relation":
             return Pool(pool.x, pool.others[self.drift.variant], pool.others)
+        if self.drift.effect == "shift":
+            return Pool(pool.x, pool.y + strength * self._size * self._spreads, pool.others)
         y = pool.y.copy()
         for label, following in zip(self._cycle, [*self._cycle[1:], self._cycle[0]], strict=True):
             y[pool.y == label] = following

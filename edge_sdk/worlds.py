@@ -9,11 +9,11 @@ from __future__ import annotations
 import csv
 import gzip
 import importlib.util
+import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
@@ -24,11 +24,11 @@ from edge_sdk.errors import ConfigError, InputError, MissingExtraError
 from edge_sdk.rows import Row, need_parquet, open_source
 from edge_sdk.schema import Column, InputSpec
 from edge_sdk.streams import Pool, World
-from edge_sdk.types import AnyArray, FloatArray, IndexArray
+from edge_sdk.types import AnyArray, DoubleArray, FloatArray, IndexArray
 
 Source = Literal[
     "digits", "fashion-mnist", "basic-motions",
-    "sea", "stagger", "sine", "mixed", "agrawal", "led", "random-rbf", "waveform",
+    "sea", "stagger", "sine", "mixed", "agrawal", "led", "random-rbf", "waveform", "friedman",
     "table",
 ]  # fmt: skip
 SOURCES: dict[str, str] = {
@@ -44,7 +44,10 @@ SOURCES: dict[str, str] = {
     "led": "river's LED: 7 bits, ten labels, a tenth of the bits wrong",
     "random-rbf": "river's RandomRBF: 10 numbers, four labels",
     "waveform": "river's Waveform: 21 numbers, three labels",
-    "table": "a CSV or Parquet file of one's own with a row for each sample and a column for its label",
+    "friedman": "river's Friedman: 10 numbers, of which one is to be predicted (y), relations 0 to 3: as published, "
+    "two with other columns in it, and one that differs in a corner",
+    "table": "a CSV or Parquet file of one's own with a row for each sample and a column for its label, or columns of "
+    "the numbers that are to be predicted",
 }
 """What each source gives."""
 
@@ -79,6 +82,8 @@ class DataConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Number of the relation that holds until a drift changes it (generated data)."""
     label_column: str = "label"
     """Column with the label (table)."""
+    target_columns: tuple[str, ...] = ()
+    """Columns with numbers to predict, in the order of the model's targets, in place of `label_column` (table)."""
     columns: tuple[str, ...] = ()
     """Columns that make a sample (table); empty: those that the model takes, or else all others."""
 
@@ -103,6 +108,8 @@ def open_world(data: DataConfig, *, spec: InputSpec | None = None) -> World:
         raise ConfigError("data.score_share: with factory_share it leaves devices nothing; both must stay below 1")
     if data.path and data.source not in ("table", "fashion-mnist", "basic-motions"):
         raise ConfigError(f"data.path: the source {data.source!r} reads no file; leave it out")
+    if data.target_columns and data.source != "table":
+        raise ConfigError(f"data.target_columns: the source {data.source!r} has no columns to choose; leave it out")
     openers: dict[str, Callable[[], World]] = {
         "digits": lambda: _digits(data),
         "fashion-mnist": lambda: _fashion(data),
@@ -115,6 +122,10 @@ def open_world(data: DataConfig, *, spec: InputSpec | None = None) -> World:
             raise ConfigError(f"data.{key}: {getattr(data, key):g} of the samples is none; there are too few")
     if not len(world.pool.y):
         raise ConfigError("data.source: there are too few samples for devices to draw from")
+    if data.labels and world.targets:
+        raise ConfigError(
+            f"data.labels: {data.source} gives numbers ({_listed(world.targets)}), not labels; leave it out"
+        )
     if unknown := [label for label in data.labels if label not in world.labels]:
         raise ConfigError(f"data.labels: no label {unknown[0]!r}; {data.source} has {_listed(world.labels)}")
     return world
@@ -247,25 +258,36 @@ def _recordings(folder: Path, part: str) -> tuple[FloatArray, IndexArray]:
 
 
 class _Generator(NamedTuple):
-    """A generator of river: its class, the argument that picks the relation, and how many there are."""
+    """A generator of river: its class, what its labels or targets are called, and the options of each relation."""
 
     name: str
-    argument: str
-    relations: int
     labels: tuple[str, ...]
-    options: Mapping[str, Any] = MappingProxyType({})
+    relations: Sequence[Mapping[str, Any]]
+    targets: tuple[str, ...] = ()
 
 
+def _numbered(argument: str, count: int) -> Sequence[Mapping[str, Any]]:
+    return [{argument: number} for number in range(count)]
+
+
+_AFTER, _YES_NO = 10**9, ("no", "yes")
 _GENERATORS = {
-    "sea": _Generator("SEA", "variant", 4, ("no", "yes")),
-    "stagger": _Generator("STAGGER", "classification_function", 3, ("no", "yes")),
-    "sine": _Generator("Sine", "classification_function", 4, ("no", "yes")),
-    "mixed": _Generator("Mixed", "classification_function", 2, ("no", "yes")),
-    "agrawal": _Generator("Agrawal", "classification_function", 10, ("no", "yes")),
-    "led": _Generator("LED", "", 0, tuple("0123456789"), {"noise_percentage": 0.1}),
-    "random-rbf": _Generator("RandomRBF", "", 0, ("a", "b", "c", "d"), {"n_classes": 4}),
-    "waveform": _Generator("Waveform", "", 0, ("a", "b", "c")),
-}
+    "sea": _Generator("SEA", _YES_NO, _numbered("variant", 4)),
+    "stagger": _Generator("STAGGER", _YES_NO, _numbered("classification_function", 3)),
+    "sine": _Generator("Sine", _YES_NO, _numbered("classification_function", 4)),
+    "mixed": _Generator("Mixed", _YES_NO, _numbered("classification_function", 2)),
+    "agrawal": _Generator("Agrawal", _YES_NO, _numbered("classification_function", 10)),
+    "led": _Generator("LED", tuple("0123456789"), [{"noise_percentage": 0.1}]),
+    "random-rbf": _Generator("RandomRBF", ("a", "b", "c", "d"), [{"n_classes": 4}]),
+    "waveform": _Generator("Waveform", ("a", "b", "c"), [{}]),
+    # the relations of one stream of river's, each held for ever: it changes them at the given numbers of samples
+    "friedman": _Generator("FriedmanDrift", (), [
+        {"drift_type": "gra", "position": (_AFTER, _AFTER + 1)},
+        {"drift_type": "gra", "position": (0, _AFTER)},
+        {"drift_type": "gsg", "position": (-1, 0), "transition_window": 0},
+        {"drift_type": "lea", "position": (-2, -1, 0)},
+    ], targets=("y",)),
+}  # fmt: skip
 
 
 def _generated(data: DataConfig) -> World:
@@ -275,25 +297,23 @@ def _generated(data: DataConfig) -> World:
     except ImportError as error:
         raise MissingExtraError(f"the source {data.source!r}", "simulate") from error
     generator = _GENERATORS[data.source]
-    if data.variant >= max(1, generator.relations):
-        raise ConfigError(f"data.variant: {data.source} has relations 0 to {max(1, generator.relations) - 1}")
+    if data.variant >= len(generator.relations):
+        raise ConfigError(f"data.variant: {data.source} has relations 0 to {len(generator.relations) - 1}")
     make = getattr(synth, generator.name)
-    options = dict(generator.options)
-    if data.source == "random-rbf":
-        options |= {"seed_model": data.split_seed, "seed_sample": data.split_seed}
-    else:
-        options["seed"] = data.split_seed
-    drawn = []
-    for relation in range(max(1, generator.relations)):
-        chosen = {generator.argument: relation} if generator.argument else {}
-        drawn.append(list(islice(make(**options, **chosen), data.rows)))
+    seeds = ("seed_model", "seed_sample") if data.source == "random-rbf" else ("seed",)
+    drawn = [list(islice(make(**dict.fromkeys(seeds, data.split_seed), **options), data.rows))
+             for options in generator.relations]  # fmt: skip
     first = drawn[data.variant]
     x = np.array([[float(value) for value in row.values()] for row, _ in first], dtype=np.float32)
-    labels = tuple(np.array([int(label) for _, label in rows], dtype=np.int64) for rows in drawn)
+    truths: tuple[AnyArray, ...]
+    if generator.targets:
+        truths = tuple(np.array([[float(value)] for _, value in rows]) for rows in drawn)
+    else:
+        truths = tuple(np.array([int(label) for _, label in rows], dtype=np.int64) for rows in drawn)
     names = tuple(name if isinstance(name, str) else f"x{name}" for name in first[0][0])
-    pool = Pool(x, labels[data.variant], labels if generator.relations else ())
+    pool = Pool(x, truths[data.variant], truths if len(truths) > 1 else ())
     spec = InputSpec(shape=[len(names)], name="row", columns=[Column(name=name) for name in names])
-    return World(data.source, *_split(data, pool), generator.labels, spec, names)
+    return World(data.source, *_split(data, pool), generator.labels, spec, names, targets=generator.targets)
 
 
 # ---- a table of one's own
@@ -307,42 +327,66 @@ def _table(data: DataConfig, spec: InputSpec | None) -> World:
         raise ConfigError(f"data.path: there is no file {path}; paths are relative to the scenario file")
     try:
         spec = _table_spec(path, data, spec)
-        rows = _table_rows(path, data, spec)
+        truth_columns = data.target_columns or (data.label_column,)
+        rows = _table_rows(path, truth_columns[0], spec)
         x = spec.check_batch([row.value for row in rows]).astype(np.float32)
+        named = [rows, *(_table_rows(path, name, spec) for name in truth_columns[1:])]
+        truths = [[row.name for row in column] for column in named]
     except InputError as error:
         raise ConfigError(f"data.path: {path.name}: {error}") from error
-    labels, y = np.unique([str(row.name) for row in rows], return_inverse=True)
+    sensors = tuple(column.name for column in spec.columns)
+    if data.target_columns:
+        columns = [_as_numbers(path, name, cells) for name, cells in zip(truth_columns, truths, strict=True)]
+        parts = _split(data, Pool(x, np.column_stack(columns)))
+        return World("table", *parts, (), spec, sensors, targets=data.target_columns)
+    labels, y = np.unique([str(cell) for cell in truths[0]], return_inverse=True)
     if len(labels) > min(_MOST_LABELS, max(2, len(rows) // 2)):
         raise ConfigError(
-            f"data.label_column: {data.label_column!r} has {len(labels)} different values in {len(rows)} rows; "
-            "simulations take classes, not numbers"
+            f"data.label_column: {data.label_column!r} has {len(labels)} different values in {len(rows)} rows; if it "
+            f'holds numbers to predict, say target_columns = ["{data.label_column}"]'
         )
-    sensors = tuple(column.name for column in spec.columns)
-    factory, life, score = _split(data, Pool(x, y.astype(np.int64)))
-    return World("table", factory, life, score, tuple(str(label) for label in labels), spec, sensors)
+    parts = _split(data, Pool(x, y.astype(np.int64)))
+    return World("table", *parts, tuple(str(label) for label in labels), spec, sensors)
 
 
 def _table_spec(path: Path, data: DataConfig, spec: InputSpec | None) -> InputSpec:
-    """What the file's columns make: what the model takes, the columns that are named, or all but the label."""
+    """What the file's columns make: what the model takes, the columns that are named, or all but the truth."""
     header = _header(path)
-    for key, names in (("label_column", (data.label_column,)), ("columns", data.columns)):
+    truths = ("target_columns", data.target_columns) if data.target_columns else ("label_column", (data.label_column,))
+    for key, names in (truths, ("columns", data.columns)):
         if missing := [name for name in names if name not in header]:
             raise ConfigError(f"data.{key}: {path.name} has no column {missing[0]!r}; it has {_listed(tuple(header))}")
+    if twice := set(data.columns) & set(truths[1]):
+        raise ConfigError(f"data.columns: {min(twice)!r} is what is to be predicted (data.{truths[0]}); leave it out")
     if spec is not None and not data.columns:
         return spec
-    return _chosen(data.columns or tuple(name for name in header if name != data.label_column), spec)
+    return _chosen(data.columns or tuple(name for name in header if name not in truths[1]), spec)
 
 
-def _table_rows(path: Path, data: DataConfig, spec: InputSpec) -> list[Row]:
-    """All rows; each one's name is its label."""
-    rows = [row for batch, _ in open_source(path, spec, id_column=data.label_column).batches(0, 1024) for row in batch]
+def _table_rows(path: Path, truth_column: str, spec: InputSpec) -> list[Row]:
+    """All rows; each one's name is its truth."""
+    rows = [row for batch, _ in open_source(path, spec, id_column=truth_column).batches(0, 1024) for row in batch]
     if not rows:
         raise ConfigError(f"data.path: {path.name} holds no rows")
     for number, row in enumerate(rows):
-        problem = row.error or ("" if row.name else f"{data.label_column!r} is empty")
+        problem = row.error or ("" if row.name else f"{truth_column!r} is empty")
         if problem:
             raise ConfigError(f"data.path: {path.name}, row {number}: {problem}; mend or delete the row")
     return rows
+
+
+def _as_numbers(path: Path, name: str, cells: Sequence[int | str]) -> DoubleArray:
+    """A column of truths, float64 [N]."""
+    numbers = np.empty(len(cells))
+    for row, cell in enumerate(cells):
+        try:
+            numbers[row] = float(cell)
+        except ValueError:
+            numbers[row] = math.nan
+        if not math.isfinite(numbers[row]):
+            raise ConfigError(f"data.target_columns: {path.name}, row {row}: {name!r} is {cell!r}, no finite number; "
+                              "mend or delete the row")  # fmt: skip
+    return numbers
 
 
 def _chosen(names: tuple[str, ...], spec: InputSpec | None) -> InputSpec:

@@ -15,7 +15,7 @@ import pytest
 
 from demo import factory
 from edge_sdk import EdgeDevice, ManualClock, plan, scenario, streams, worlds
-from edge_sdk.manifest import MANIFEST_NAME, REQUIRED, FileEntry, LatentSpec, Manifest
+from edge_sdk.manifest import MANIFEST_NAME, REQUIRED, FileEntry, LatentSpec, Manifest, TargetSpec
 from edge_sdk.schema import InputSpec
 
 ROOT = Path(__file__).parent.parent
@@ -85,13 +85,14 @@ def effects():
     for name, effect in streams.EFFECTS.items():
         size = "" if effect.size is None else f"{effect.size:g}"
         further = ", ".join(f"`{key}`" for key in effect.keys)
-        meaning = effect.meaning + (" (images only)" if effect.images else "")
+        only = "images" if effect.images else effect.truths
+        meaning = effect.meaning + (f" ({only} only)" if only else "")
         text += f"| `{name}` | {effect.kind} | {meaning} | {size} | {further} |\n"
     return text + (
-        "\nCovariate: inputs change; prior: how often each label comes; concept: which label an input has. With an\n"
-        "incremental or seasonal course, sizes go from what changes nothing to `size`; `unit`, `stuck`, `dead` and\n"
-        "the effects on labels know no half measures and come to more and more of the samples. Values stay in the\n"
-        "range that the data declare.\n\n"
+        "\nCovariate: inputs change; prior: how often each label comes; concept: which truth an input has. With an\n"
+        "incremental or seasonal course, sizes go from what changes nothing to `size`; `unit`, `stuck`, `dead`,\n"
+        "`relation` and the effects on labels know no half measures and come to more and more of the samples. Inputs\n"
+        "stay in the range that the data declare. Truths are labels, or numbers where the model predicts numbers.\n\n"
     )
 
 
@@ -115,8 +116,10 @@ def test_every_section_of_a_scenario_has_a_place_on_the_page():
 def checkout(tmp_path):
     """The examples beside manifests of the checkpoints that they name."""
     shutil.copytree(ROOT / "examples" / "scenarios", tmp_path / "examples" / "scenarios")
-    shapes = {"digits": [1, 8, 8], "basic-motions": [6, 50], "sine": [2]}
-    labels = {"digits": list("01234567"), "basic-motions": list(worlds.MOTIONS), "sine": ["no", "yes"]}
+    shapes = {"digits": [1, 8, 8], "basic-motions": [6, 50], "sine": [2], "friedman": [10]}
+    labels = {"digits": list("01234567"), "basic-motions": list(worlds.MOTIONS), "sine": ["no", "yes"],
+              "friedman": ["y"]}  # fmt: skip
+    numbers = {"task": "regression", "targets": [TargetSpec(14.0, 5.0, 2.5)]}
     for source, shape in shapes.items():
         for release in (1, 2, 3):
             folder = tmp_path / "build" / "checkpoints" / source / f"release-{release}"
@@ -124,7 +127,7 @@ def checkout(tmp_path):
             manifest = Manifest(
                 name=source, release=release, created="2026-01-01T00:00:00Z", labels=labels[source],
                 files={name: FileEntry(1, "0" * 64) for name in REQUIRED}, input=InputSpec(shape=shape),
-                latent=LatentSpec(dim=4),
+                latent=LatentSpec(dim=4), **(numbers if source == "friedman" else {}),
             )  # fmt: skip
             (folder / MANIFEST_NAME).write_bytes(msgspec.json.encode(manifest))
     return tmp_path / "examples" / "scenarios"

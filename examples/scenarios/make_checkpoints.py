@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from demo import factory
 from edge_quantize import CalibrationWarning, CardText, Dataset, build_checkpoint
+from edge_sdk.manifest import TargetSpec
 from edge_sdk.schema import Impute, InputSpec, Scale
 from edge_sdk.streams import World
 from edge_sdk.worlds import DataConfig, open_world
@@ -40,6 +41,8 @@ def small(world: World, target: Path) -> None:
     order = np.random.default_rng(0).permutation(len(world.factory.y))
     x, y = world.factory.x[order], world.factory.y[order]
     cut = len(y) - max(200, len(y) // 5)  # the others are held out
+    numbers = bool(world.targets)
+    middle, spread = (y[:cut].mean(0), y[:cut].std(0)) if numbers else (0.0, 1.0)
     sensors = tuple(i for i in range(x.ndim) if i != (1 if world.axis == 0 else x.ndim - 1))
     mean, std = x[:cut].mean(sensors), np.maximum(x[:cut].std(sensors), 1e-3)
     spec = world.spec
@@ -50,24 +53,31 @@ def small(world: World, target: Path) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(x[0].size, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(),
-                        nn.Linear(32, len(world.labels)))  # fmt: skip
-    ready, truth = torch.from_numpy(spec.apply(x)), torch.from_numpy(y)
+                        nn.Linear(32, len(world.labels or world.targets)))  # fmt: skip
+    ready = torch.from_numpy(spec.apply(x))
+    truth = torch.from_numpy(((y - middle) / spread).astype(np.float32) if numbers else y)
+    loss = nn.functional.mse_loss if numbers else nn.functional.cross_entropy
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     for _ in range(30):
         for rows in torch.randperm(cut).split(64):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(net(ready[rows]), truth[rows]).backward()
+            loss(net(ready[rows]), truth[rows]).backward()
             optimizer.step()
+    targets = []
+    if numbers:  # a prediction is right within half a standard deviation
+        targets = [TargetSpec(float(m), float(s), float(s) / 2) for m, s in zip(middle, spread, strict=True)]
     data = Dataset(x[:cut], y[:cut], x[cut:], y[cut:])
     build_checkpoint(
-        net.eval(), data, labels=list(world.labels), name=world.name, release=1, target=target / "release-1",
-        created=factory.CREATED, input_spec=spec, card=CardText(data=f"the factory part of {world.name}"),
+        net.eval(), data, labels=list(world.labels or world.targets), name=world.name, release=1,
+        target=target / "release-1", created=factory.CREATED, input_spec=spec,
+        task="regression" if numbers else "classification", targets=targets,
+        card=CardText(data=f"the factory part of {world.name}"),
     )  # fmt: skip
 
 
 if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("sources", nargs="*", default=["digits", "basic-motions", "sine"])
+    options.add_argument("sources", nargs="*", default=["digits", "basic-motions", "sine", "friedman"])
     options.add_argument("--out", type=Path, default=BUILD)
     chosen = options.parse_args()
     for source in chosen.sources:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from edge_sdk.clock import ManualClock
 from edge_sdk.errors import ConfigError
-from edge_sdk.manifest import MANIFEST_NAME, REQUIRED, FileEntry, LatentSpec, Manifest
+from edge_sdk.manifest import MANIFEST_NAME, REQUIRED, FileEntry, LatentSpec, Manifest, TargetSpec
 from edge_sdk.plan import SkewedClock, plan_devices, prepare
 from edge_sdk.scenario import Scenario
 from edge_sdk.schema import InputSpec
@@ -20,6 +20,10 @@ from edge_sdk.streams import HOUR_S, Pool, World
 HOURS = 200
 POOL = Pool(np.arange(90, dtype=np.float32).reshape(30, 3), np.arange(30, dtype=np.int64) % 3)
 WORLD = World("made", POOL, POOL, POOL, ("a", "b", "c"), InputSpec(shape=[3]), ("t", "u", "v"))
+
+
+NUMBERS = Pool(POOL.x, np.stack([np.arange(30.0), -10 * np.arange(30.0)], axis=1))
+MEASURED = World("made", NUMBERS, NUMBERS, NUMBERS, (), InputSpec(shape=[3]), ("t", "u", "v"), targets=("p", "q"))
 
 
 def planned(*cohorts, world=WORLD, devices=10, seed=0, **options):
@@ -286,6 +290,55 @@ def test_other_settings_do_not_change_which_labels_come():
     assert [label.row for label in plain] == [label.row for label in noisy]
 
 
+# ---- numbers in place of labels
+
+
+def told_numbers(**cohort):
+    (plan,) = planned({"name": "a", **cohort}, devices=1, world=MEASURED)
+    y = np.tile(NUMBERS.y, (100, 1))
+    said = plan.late_labels(MEASURED).draw(y, 0)
+    return y[[label.row for label in said]], np.array([label.label for label in said])
+
+
+def test_numbers_are_told_as_they_are_by_default():
+    truths, said = told_numbers(label={"share": 0.25})
+    assert len(said) / 3_000 == pytest.approx(0.25, abs=0.03)
+    np.testing.assert_array_equal(truths, said)
+
+
+def test_each_number_may_be_read_off_with_an_error_in_its_own_spread():
+    truths, said = told_numbers(label={"share": 1, "error": 0.1})
+    np.testing.assert_allclose((said - truths).std(axis=0), 0.1 * NUMBERS.y.std(axis=0), rtol=0.1)
+    np.testing.assert_allclose((said - truths).mean(axis=0), 0, atol=0.01 * NUMBERS.y.std(axis=0).max())
+
+
+@pytest.mark.parametrize(
+    ("cohort", "share"),
+    [({"label": {"share": 1, "noise": 0.2}}, 0.2),
+     ({"label": {"share": 1}, "poison": {"share": 1, "kind": "random", "labels": 0.6}}, 0.6)],
+)  # fmt: skip
+def test_a_wrong_number_is_that_of_another_sample(cohort, share):
+    truths, said = told_numbers(**cohort)
+    assert (truths != said).any(axis=1).mean() == pytest.approx(share, abs=0.05)
+    np.testing.assert_array_equal(said[:, 1], -10 * said[:, 0])  # both are of the same one
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"drift": [{"effect": "labels", "labels": {"a": 0.5}}]}, "drift[0]: effect 'labels' is for labels"),
+        ({"cohort": [{"name": "a", "drift": [{"effect": "swap", "cycle": ["a", "b"]}]}]}, "cohort[0].drift[0]: effect"),
+        ({"cohort": [{"name": "a", "poison": {"share": 0.5}}]}, "cohort[0].poison.kind: 'flip' is for labels"),
+        ({"cohort": [{"name": "a", "poison": {"share": 0.5, "kind": "target", "label": "b"}}]},
+         "cohort[0].poison.kind: 'target' is for labels"),
+    ],
+)  # fmt: skip
+def test_what_means_nothing_to_numbers_is_an_error_with_file_and_key(options, key):
+    with pytest.raises(ConfigError) as caught:
+        planned(**options, world=MEASURED)
+    assert str(caught.value).startswith(f"made.toml: {key}")
+
+
 # ---- the whole
 
 
@@ -296,6 +349,8 @@ def test_other_settings_do_not_change_which_labels_come():
         ({"drift": [{"effect": "swap", "cycle": ["a", "z"]}]}, "drift[0]: no label 'z'"),
         ({"cohort": [{"name": "a", "poison": {"kind": "target", "label": "z"}}]}, "cohort[0].poison.label: no label"),
         ({"data": {"source": "sea", "labels": ["z"]}}, "data.labels: no label 'z'"),
+        ({"cohort": [{"name": "a", "label": {"error": 0.1}}]}, "cohort[0].label.error: it is for numbers"),
+        ({"drift": [{"effect": "shift"}]}, "drift[0]: effect 'shift' is for numbers"),
     ],
 )
 def test_what_does_not_fit_the_data_is_an_error_with_file_and_key(options, key):
@@ -308,7 +363,7 @@ def test_what_does_not_fit_the_data_is_an_error_with_file_and_key(options, key):
 def file(tmp_path):
     """A scenario on river's SEA, beside the manifest of a model that takes it."""
 
-    def write(*, devices=4, **options):
+    def write(*, devices=4, source="sea", more="", **options):
         files = dict.fromkeys(REQUIRED, FileEntry(1, "0" * 64))
         manifest = Manifest(
             name="made", release=1, created="2026-01-01T00:00:00Z", files=files, latent=LatentSpec(dim=4),
@@ -317,7 +372,9 @@ def file(tmp_path):
         (tmp_path / "one").mkdir(exist_ok=True)
         (tmp_path / "one" / MANIFEST_NAME).write_bytes(msgspec.json.encode(manifest))
         path = tmp_path / "scenario.toml"
-        path.write_text(f'[fleet]\ncheckpoint = "one"\ndevices = {devices}\n[data]\nsource = "sea"\nrows = 200\n')
+        path.write_text(
+            f'[fleet]\ncheckpoint = "one"\ndevices = {devices}\n[data]\nsource = "{source}"\nrows = 200\n{more}'
+        )
         return path
 
     return write
@@ -341,6 +398,36 @@ def test_prepare_gives_all_that_an_engine_needs(file):
         ),
         ({"labels": ["x", "y"]}, "fleet.checkpoint: made knows none of the data's labels (no, yes), but x, y"),
         ({"task": "multilabel", "thresholds": [0.5, 0.5]}, "fleet.checkpoint: made has task=multilabel"),
+        (
+            {"labels": ["y"], "task": "regression", "targets": [TargetSpec(0, 1, 1)]},
+            "fleet.checkpoint: made predicts numbers (y); sea (data.source) gives labels (no, yes); name a table's",
+        ),
+        (
+            {"source": "friedman", "input": InputSpec(shape=[10])},
+            "fleet.checkpoint: made predicts labels (no, yes); friedman (data.source) gives numbers (y)",
+        ),
+        (
+            {
+                "source": "friedman",
+                "input": InputSpec(shape=[10]),
+                "labels": ["z"],
+                "task": "regression",
+                "targets": [TargetSpec(0, 1, 1)],
+            },
+            "fleet.checkpoint: made predicts z; the data give y, and the order counts",
+        ),
+        (
+            {
+                "source": "friedman",
+                "input": InputSpec(shape=[10]),
+                "labels": ["y"],
+                "task": "regression",
+                "targets": [TargetSpec(0, 1, 1)],
+                "more": "[expect]\nmin_accuracy = 0.5\n",
+            },
+            "expect.min_accuracy: made predicts numbers; state expect.max_error",
+        ),
+        ({"more": "[expect]\nmax_error = 0.5\n"}, "expect.max_error: made predicts labels; state expect.min_accuracy"),
     ],
 )
 def test_a_model_that_does_not_fit_the_data_is_refused(file, options, says):

@@ -144,6 +144,7 @@ DRIFT = '[[drift]]\neffect = "noise"\n[[cohort]]\nname = "a"\n[[cohort.drift]]\n
         (DRIFT + "effect = 'noise'\nat_h = 200", "cohort[0].drift[0].at_h", "not before the end"),
         ("[[release]]\ncheckpoint = 'two'\nat_h = 100", "release[0].at_h", "not before the end"),
         ("[expect]\nmin_accuracy_from_h = 100", "expect.min_accuracy_from_h", "not before the end"),
+        ("[expect]\nmax_error_from_h = 100", "expect.max_error_from_h", "not before the end"),
         ("[[cohort]]\nname = 'a'\nnetwork.outage = [{ at_h = 100, for_h = 1 }]", "cohort[0].network.outage[0].at_h",
          "not before the end"),
         ("[[cohort]]\nname = 'a'\nloss = { from_h = 9, until_h = 8 }", "cohort[0].loss.until_h", "between from_h (9)"),
@@ -236,6 +237,8 @@ def test_what_was_expected_and_came_out_is_no_failure():
     [
         (Expect(min_accuracy=0.8), Measured(accuracy=0.79), "min_accuracy"),
         (Expect(min_accuracy=0.8), Measured(), "min_accuracy"),
+        (Expect(max_error=0.3), Measured(error=0.31), "max_error"),
+        (Expect(max_error=0.3), Measured(), "max_error"),
         (Expect(max_false_alarms_per_device_day=0.1), Measured(false_alarms_per_device_day=0.2), "max_false_alarms"),
         (Expect(max_bytes_per_device_day=10), Measured(bytes_per_device_day=None), "max_bytes"),
         (Expect(), Measured(releases=(ReleaseOutcome("3", True, "completed"),)), "bad_releases_stop"),

@@ -194,12 +194,13 @@ def test_what_a_report_says_adds_up(story):
     assert not story.partial
     assert story.measured.accuracy == pytest.approx(story.total("right") / story.total("predictions"))
     assert story.measured.bytes_per_device_day > 0
-    assert set(story.accuracy) == {ALL, "steady", "tilted", "weak"}
-    for curve in story.accuracy.values():
-        known = [row for row in zip(curve.low, curve.share, curve.high, strict=True) if None not in row]
+    assert set(story.scores) == {ALL, "steady", "tilted", "weak"}
+    for curve in story.scores.values():
+        known = [row for row in zip(curve.low, curve.value, curve.high, strict=True) if None not in row]
         assert all(0 <= low <= share <= high <= 1 for low, share, high in known)
-    assert len(story.accuracy[ALL].hours) == 30
-    assert story.kept["tilted"].share[0] == pytest.approx(
+    assert len(story.scores[ALL].hours) == 30
+    assert all(device.forgotten == device.before - device.original for device in story.devices)
+    assert story.kept["tilted"].value[0] == pytest.approx(
         np.mean([device.before for device in story.devices[2:4]]), abs=1e-4
     )
     alarms = [event for event in story.events if event.name == "drift_alarm"]
@@ -279,7 +280,7 @@ def test_a_fleet_that_is_stopped_reports_what_there_is_and_says_so(scenario):
     assert report.ended_h == pytest.approx(5 * 1200 / 3600)
     assert summary_lines(report)[0].startswith("PARTIAL: stopped after 1.7 of 10 hours")
     assert "Partial: stopped" in page(report)
-    assert len(report.accuracy[ALL].hours) == 5
+    assert len(report.scores[ALL].hours) == 5
     assert seen[-1].predictions == report.total("predictions")
     assert not any(is_alive(pid) for pid in pids)
 
@@ -487,7 +488,7 @@ def test_bad_files_are_one_line_with_the_usage_code(edge, scenario, tmp_path):
     missing = edge(scenario(), "--html", tmp_path / "no" / "o.html")
     assert missing.exit_code == 2
     assert "there is no folder" in missing.stderr
-    (tmp_path / "odd.json").write_text('{"schema": 1}')
+    (tmp_path / "odd.json").write_text('{"schema": 2}')
     odd = edge("compare", tmp_path / "odd.json", tmp_path / "odd.json")
     assert odd.exit_code == 2
     assert "no report of `edge simulate --json`" in odd.stderr
@@ -516,9 +517,9 @@ def test_a_report_survives_its_file(story, tmp_path):
     path = tmp_path / "report.json"
     path.write_bytes(msgspec.json.encode(story))
     assert load_report(path) == story
-    newer = msgspec.structs.replace(story, schema=2)
+    newer = msgspec.structs.replace(story, schema=3)
     path.write_bytes(msgspec.json.encode(newer))
-    with pytest.raises(ConfigError, match="schema 2"):
+    with pytest.raises(ConfigError, match="schema 3"):
         load_report(path)
 
 

@@ -1,5 +1,6 @@
 """Streams whose drift is known: what they draw, when they change, and that the seed decides all of it."""
 
+import dataclasses
 import math
 import typing
 
@@ -347,6 +348,21 @@ def rows(rng):
     return World("rows", pool, pool, pool, ("no", "yes"), InputSpec(shape=[3]), ("t", "u", "v"))
 
 
+def measured(world):
+    """The same world, but what is true of a sample is a number: its label, and three times that."""
+
+    def pool(part):
+        y, *others = (np.stack([y, 3.0 * y], axis=1) for y in (part.y, *part.others))
+        return Pool(part.x, y, tuple(others))
+
+    parts = {name: pool(getattr(world, name)) for name in ("factory", "pool", "score")}
+    return dataclasses.replace(world, **parts, labels=(), targets=("one", "three"))
+
+
+def fitting(world, effect):
+    return measured(world) if EFFECTS[effect].truths == "numbers" else world
+
+
 def script(world, *drifts, seed=0, **options):
     return ScriptedStream(world, rng=np.random.default_rng(seed), drifts=drifts, **options)
 
@@ -365,12 +381,12 @@ def example(effect, **options):
 @pytest.mark.parametrize("effect", EFFECTS)
 def test_every_effect_in_every_course_is_decided_by_the_seed(world, effect, course):
     def drawn(seed):
-        stream = script(world, example(effect, course=course, at_h=1, over_h=4, period_h=6), seed=seed)
+        stream = script(fitting(world, effect), example(effect, course=course, at_h=1, over_h=4, period_h=6), seed=seed)
         return [part for hour in range(8) for part in stream.draw(7, hour * HOUR_S)]
 
     first, second = drawn(1), drawn(1)
     for a, b in zip(first, second, strict=True):
-        assert a.dtype in (np.float32, np.int64)
+        assert a.dtype in (np.float32, np.int64, np.float64)
         assert a.tobytes() == b.tobytes()
     assert any(a.tobytes() != b.tobytes() for a, b in zip(first, drawn(2), strict=True))
     for x in first[::2]:
@@ -381,6 +397,7 @@ def test_every_effect_in_every_course_is_decided_by_the_seed(world, effect, cour
 
 @pytest.mark.parametrize("effect", EFFECTS)
 def test_nothing_is_changed_before_the_beginning_and_something_after_it(world, effect):
+    world = fitting(world, effect)
     clean, changed = script(world), script(world, example(effect, at_h=5))
     for part, other in zip(clean.draw(200, 4 * HOUR_S), changed.draw(200, 4 * HOUR_S), strict=True):
         np.testing.assert_array_equal(part, other)
@@ -462,6 +479,33 @@ def test_another_relation_gives_the_same_samples_other_labels(world):
     np.testing.assert_array_equal((y + 1) % 3, other)
 
 
+def test_numbers_grow_with_a_shift_by_the_spread_of_each_target(world):
+    world = measured(world)
+    wandering = Drift(effect="shift", size=2, course="incremental", at_h=10, over_h=10)
+    for hour, grown in ((0, 0), (15, 1), (20, 2), (90, 2)):
+        (x, y), (same, clean) = (script(world, *drifts).draw(50, hour * HOUR_S) for drifts in ([wandering], []))
+        np.testing.assert_array_equal(x, same)
+        np.testing.assert_allclose(y - clean, np.broadcast_to(grown * world.pool.y.std(axis=0), (50, 2)))
+
+
+def test_numbers_change_for_a_share_of_the_samples_and_follow_other_relations(world):
+    world = measured(world)
+    half = script(world, Drift(effect="shift", course="gradual", at_h=0, over_h=10)).draw(400, 5 * HOUR_S)[1]
+    clean = script(world).draw(400, 5 * HOUR_S)[1]
+    assert (half != clean).any(axis=1).mean() == pytest.approx(0.5, abs=0.1)
+    other = script(world, Drift(effect="relation", variant=1)).draw(400, HOUR_S)[1]
+    np.testing.assert_array_equal(other[:, 0], (clean[:, 0] + 1) % 3)
+    x, y = script(world).view(world.score, 0)
+    np.testing.assert_array_equal(y, world.score.y)
+    assert len(x) == 30
+
+
+@pytest.mark.parametrize("effect", ["labels", "swap"])
+def test_effects_on_labels_mean_nothing_to_numbers(world, effect):
+    with pytest.raises(ValueError, match=rf"drift\[0\]: effect '{effect}' is for labels; .* numbers \(one, three\)"):
+        script(measured(world), example(effect))
+
+
 def test_a_view_shows_held_out_samples_as_they_look_then_and_draws_nothing(world):
     stream = script(world, Drift(effect="noise", size=0.2, at_h=5), labels=("a", "b"))
     x, y = stream.view(world.score, 0)
@@ -472,9 +516,13 @@ def test_a_view_shows_held_out_samples_as_they_look_then_and_draws_nothing(world
     np.testing.assert_array_equal(stream.draw(5, 0)[1], script(world, labels=("a", "b")).draw(5, 0)[1])
 
 
-def test_a_script_never_touches_the_world(world):
+@pytest.mark.parametrize("truths", ["labels", "numbers"])
+@pytest.mark.parametrize("drifts", [True, False])
+def test_a_script_never_touches_the_world(world, truths, drifts):
+    world = measured(world) if truths == "numbers" else world
     before = world.pool.x.tobytes(), world.pool.y.tobytes()
-    stream = script(world, *(example(effect) for effect in EFFECTS if effect != "labels"))
+    effects = [name for name, effect in EFFECTS.items() if effect.truths in ("", truths) and name != "labels"]
+    stream = script(world, *(example(effect) for effect in effects if drifts))
     x, y = stream.draw(60, 0)
     x[:], y[:] = 0, 0
     stream.view(world.pool, 0)[0][:] = 0
@@ -489,6 +537,10 @@ def test_a_script_never_touches_the_world(world):
         (Drift(effect="swap", cycle=("no", "maybe")), "no label 'maybe'; the data have no, yes"),
         (Drift(effect="labels", labels={"maybe": 0.1}), "no label 'maybe'"),
         (Drift(effect="relation"), "no relation 1; rows has none"),
+        (
+            Drift(effect="shift"),
+            r"drift\[1\]: effect 'shift' is for numbers; the truths of rows are labels \(no, yes\)",
+        ),
     ],
 )
 def test_a_drift_that_does_not_fit_the_world_is_refused_by_its_number(rows, drift, says):

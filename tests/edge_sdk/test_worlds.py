@@ -64,6 +64,20 @@ def test_sea_is_what_its_paper_says():
         np.testing.assert_array_equal(pool.x[:, :2].sum(1) > threshold, pool.others[relation] == 1)
 
 
+def test_friedman_is_what_its_paper_says_and_has_the_same_samples_under_every_relation():
+    world = opened(source="friedman", rows=2_000)
+    pool, x = world.pool, world.pool.x.astype(float)
+    assert (world.targets, world.labels, len(pool.others)) == (("y",), (), 4)
+    said = 10 * np.sin(np.pi * x[:, 0] * x[:, 1]) + 20 * (x[:, 2] - 0.5) ** 2 + 10 * x[:, 3] + 5 * x[:, 4]
+    errors = [(other[:, 0] - said).std() for other in pool.others]
+    assert errors[0] == pytest.approx(1, abs=0.1)
+    assert min(errors[1:3]) > 3
+    corner = (x[:, 1] < 0.3) & (x[:, 2] < 0.3) | (x[:, 1] > 0.7) & (x[:, 2] > 0.7)
+    np.testing.assert_allclose(pool.others[3][~corner], pool.y[~corner])
+    assert np.abs(pool.others[3][corner] - pool.y[corner]).mean() > 2
+    np.testing.assert_array_equal(opened(source="friedman", rows=2_000, variant=2).pool.y, pool.others[2])
+
+
 def test_digits_come_in_three_parts_that_share_none():
     world = opened(source="digits")
     check(world)
@@ -151,6 +165,25 @@ def test_a_table_of_ones_own_is_a_world(tmp_path, columns, ending):
     np.testing.assert_array_equal(world.pool.y, world.pool.x[:, 0] % 2 == 0)
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_table_may_hold_numbers_to_predict(tmp_path, columns, ending):
+    path = write(tmp_path / f"mine.{ending}", {**columns, "w": [2 * cell for cell in columns["t"]]})
+    world = opened(source="table", path=path, target_columns=("u", "w"), columns=("t",))
+    assert (world.targets, world.labels, world.sensors) == (("u", "w"), (), ("t",))
+    every = np.concatenate([pool.y for pool in (world.factory, world.pool, world.score)])
+    assert sorted(every[:, 0]) == list(range(40))
+    np.testing.assert_allclose(world.pool.y[:, 1], 2 * world.pool.x[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(world.spreads, world.pool.y.std(axis=0))
+    assert world.truths(world.pool.y[:1]) == world.pool.y[:1].tolist()
+
+
+def test_a_number_that_is_none_is_named_with_its_row(tmp_path):
+    for cell in ("high", "nan", "inf"):
+        (tmp_path / "mine.csv").write_text(f"t,y\n1,2.5\n2,{cell}\n")
+        with pytest.raises(ConfigError, match=f"data.target_columns: mine.csv, row 1: 'y' is '{cell}'"):
+            opened(source="table", path=str(tmp_path / "mine.csv"), target_columns=("y",))
+
+
 def test_the_model_says_how_a_table_becomes_numbers(tmp_path, columns):
     path = write(tmp_path / "mine.csv", columns)
     kinds = [Column(name="site", kind="category", values=["east", "north", "south", "west"]), Column(name="t")]
@@ -167,7 +200,10 @@ def test_the_model_says_how_a_table_becomes_numbers(tmp_path, columns):
         ({"label_column": "truth"}, r"data.label_column: mine.csv has no column 'truth'; it has t, what, u, site"),
         ({"columns": ("v",)}, r"data.columns: mine.csv has no column 'v'"),
         ({"columns": ()}, r"data.path: mine.csv: row 0: column 'site'"),
-        ({"label_column": "u"}, r"data.label_column: 'u' has 40 different values"),
+        ({"label_column": "u"}, r"data.label_column: 'u' has 40 .* say target_columns = \[\"u\"\]"),
+        ({"target_columns": ("v",)}, r"data.target_columns: mine.csv has no column 'v'"),
+        ({"target_columns": ("t",)}, r"data.columns: 't' is what is to be predicted"),
+        ({"target_columns": ("u",), "labels": ("on",)}, r"data.labels: table gives numbers \(u\), not labels"),
         ({"path": "nowhere.csv"}, r"data.path: there is no file"),
         ({"path": "mine.txt"}, r"data.path: .*\.csv or \.parquet"),
         ({"path": ""}, r"data.path"),
@@ -209,6 +245,7 @@ def test_missing_packages_are_named_with_the_line_that_installs_them(monkeypatch
         ({"source": "basic-motions", "path": "nowhere"}, "data.path: nowhere/BasicMotions_TRAIN.ts cannot be read"),
         ({"source": "digits", "path": "x.csv"}, "data.path: the source 'digits' reads no file"),
         ({"source": "sea", "variant": 4}, "data.variant: sea has relations 0 to 3"),
+        ({"source": "friedman", "target_columns": ("y",)}, "data.target_columns: the source 'friedman' has no columns"),
         ({"source": "led", "variant": 1}, "data.variant: led has relations 0 to 0"),
     ],
 )
