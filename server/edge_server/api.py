@@ -25,6 +25,7 @@ from edge_server.records import (
     ReleaseRecord,
     Role,
     RolloutRecord,
+    SegmentDetail,
     UserRecord,
 )
 from edge_server.registry import Registry
@@ -124,6 +125,14 @@ def _groups(call: Call) -> list[GroupView]:
     return [group_view(group) for group in call.registry.store.groups.all()]
 
 
+def _segments(call: Call) -> list[SegmentDetail]:
+    return call.registry.segments.all()
+
+
+def _segment(call: Call) -> SegmentDetail:
+    return call.registry.segments.show(call.name)
+
+
 def group_view(group: GroupRecord) -> GroupView:
     """A group without the message as it is published."""
     return GroupView(name=group.name, revision=group.revision, base=group.base, revoked=group.revoked, mode=group.mode)
@@ -219,7 +228,7 @@ READING = (
         "GET", "/devices", "viewer", _devices, "Devices by name",
         query=(
             Param("group", "name", "Only devices of this group."),
-            Param("where", "text", "Only devices that this label query is true of, such as site=berlin.", ""),
+            Param("where", "text", "Only devices that this label query is true of, such as site=berlin or @pilot.", ""),
             Param("after", "text", "Only names after this one: `next` of the page before.", ""),
             LIMIT,
         ),
@@ -231,6 +240,11 @@ READING = (
         query=(BEFORE, LIMIT), page=("reports", int), reply=ReportRecord,
     ),
     Endpoint("GET", "/groups", "viewer", _groups, "Groups that were ever told something", reply=list[GroupView]),
+    Endpoint("GET", "/segments", "viewer", _segments, "Label queries that have a name", reply=list[SegmentDetail]),
+    Endpoint(
+        "GET", "/segments/{name}", "viewer", _segment, "A segment, how many devices are in it, and rollouts for it",
+        reply=SegmentDetail,
+    ),
     Endpoint(
         "GET", "/releases", "viewer", _releases, "Releases, newest first",
         query=(BEFORE, LIMIT), page=("releases", int), reply=ReleaseRecord,

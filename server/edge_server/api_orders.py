@@ -13,7 +13,7 @@ from edge_server.alerts import Silence
 from edge_server.api import DeviceDetail, GroupView, ReleaseView, device_detail, group_view, release_view
 from edge_server.endpoint import BadRequestError, Call, Endpoint, Reason
 from edge_server.labels import parse_label
-from edge_server.records import CommandRecord, Role, RolloutRecord
+from edge_server.records import CommandRecord, Role, RolloutRecord, SegmentDetail
 from edge_server.registry import Registry
 
 ORDERS = tuple(name for name in COMMANDS if name != "renew-certificate")
@@ -45,6 +45,13 @@ class SetLabels(msgspec.Struct, forbid_unknown_fields=True):
     """Set labels of a device; null takes one away, what is not named stays."""
 
     labels: dict[str, str | None]
+
+
+class NewSegment(msgspec.Struct, forbid_unknown_fields=True):
+    """A label query that is to have a name."""
+
+    name: str
+    query: str
 
 
 class SetMode(msgspec.Struct, forbid_unknown_fields=True):
@@ -201,6 +208,14 @@ def _end_silence(call: Call) -> None:
     call.registry.alerts.end_silence(call.number, actor=call.caller.name)
 
 
+def _create_segment(call: Call) -> SegmentDetail:
+    return call.registry.segments.create(call.body.name, call.body.query, actor=call.caller.name)
+
+
+def _delete_segment(call: Call) -> None:
+    call.registry.segments.delete(call.name, actor=call.caller.name)
+
+
 def _add_user(call: Call) -> Token:
     order: NewUser = call.body
     token = call.registry.users.add(order.name, order.role, actor=call.caller.name)
@@ -229,6 +244,14 @@ ORDERING = (
     Endpoint(
         "PUT", "/devices/{name}/labels", "operator", _label, "Set labels of a device; null takes one away",
         body=SetLabels, reply=DeviceDetail,
+    ),
+    Endpoint(
+        "POST", "/segments", "operator", _create_segment, "Give a label query a name, for queries that say @name",
+        body=NewSegment, reply=SegmentDetail, status=201,
+    ),
+    Endpoint(
+        "DELETE", "/segments/{name}", "operator", _delete_segment,
+        "Forget a segment that no rollout is under way for", status=204,
     ),
     Endpoint(
         "POST", "/groups/{name}/commands", "operator", _group_command, "Tell every device of a group what to do",

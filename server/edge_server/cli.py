@@ -25,6 +25,7 @@ from edge_server.cli_groups import group
 from edge_server.cli_keys import keys
 from edge_server.cli_releases import releases
 from edge_server.cli_rollouts import push, rollout
+from edge_server.cli_segments import segments
 
 
 class _Group(click.Group):
@@ -176,6 +177,7 @@ for family in (
     rollout,
     group,
     devices,
+    segments,
     releases,
     fleet,
     alerts,

@@ -11,6 +11,8 @@ EdgeError
     │   └─ UnknownReleaseError  there is no release of that number
     ├─ RolloutError             the rollout cannot start or change now
     │   └─ UnknownRolloutError  there is no rollout of that number
+    ├─ SegmentError             a segment cannot be made or deleted
+    │   └─ UnknownSegmentError  there is none of that name
     ├─ UploadError              what came over the API is no checkpoint's archive
     │   └─ UploadTooLargeError  it has more bytes than are taken
     ├─ UnknownAlertError        there is no alert or silence of that number
@@ -61,6 +63,14 @@ class RolloutError(CoordinatorError):
 
 class UnknownRolloutError(RolloutError):
     """There is no rollout of that number. A retry does not help."""
+
+
+class SegmentError(CoordinatorError):
+    """A segment cannot be made or deleted: its name is taken, or a rollout is for it. A retry helps once it is over."""
+
+
+class UnknownSegmentError(SegmentError):
+    """There is no segment of that name. A retry does not help."""
 
 
 class UploadError(CoordinatorError):

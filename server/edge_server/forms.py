@@ -92,6 +92,16 @@ def _end_silence(call: Call) -> str:
     return "/alerts#silences"
 
 
+def _create_segment(call: Call) -> str:
+    call.registry.segments.create(call.body.get("name", ""), call.body.get("query", ""), actor=call.caller.name)
+    return "/segments"
+
+
+def _delete_segment(call: Call) -> str:
+    call.registry.segments.delete(call.name, actor=call.caller.name)
+    return "/segments"
+
+
 def _add_user(call: Call) -> Shown:
     name, role = call.body.get("name", ""), call.body.get("role", "")
     known = next((known for known in ROLES if known == role), None)
@@ -117,6 +127,8 @@ FORMS = (
     *map(_on_rollout, VERBS),
     Form("/releases/{number}/ship", "releaser", _ship),
     Form("/devices/{name}/command", "operator", _command),
+    Form("/segments", "operator", _create_segment),
+    Form("/segments/{name}/delete", "operator", _delete_segment),
     Form("/alerts/{number}/resolve", "operator", _resolve),
     Form("/silences", "operator", _silence),
     Form("/silences/{number}/end", "operator", _end_silence),

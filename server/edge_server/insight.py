@@ -232,7 +232,7 @@ class Insight:
         if by not in known:
             raise ConfigError(f"devices cannot be told apart by {by!r}; there are {', '.join(sorted(known))}")
         until = self._clock.now() if until is None else until
-        query = parse(where) if where else None
+        query = parse(self._store.segments.spell_out(where)) if where else None
         chosen = [name for name, told in members.items() if query is None or query.matches(told)]
         if sample is not None:
             chosen = sorted(chosen, key=lambda name: share_of(name, "fleet view"))[:sample]

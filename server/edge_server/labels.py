@@ -3,6 +3,7 @@
     site=berlin and hw!=pi3
     site in (berlin, hamburg) and not (line=3 or spare)
     group=plant-a release!=4          # "and" may be left out
+    @pilot and not spare              # in a segment, a query that has a name
 
 A comparison is `key=value`, `key!=value`, `key in (value, ...)`, or `key` alone: the device has such a label. `and`
 binds closer than `or`, `not` closest. Values with other characters than letters, digits and `_.:/+-` stand in quotes.
@@ -32,6 +33,7 @@ MAX_LABELS = 32
 _MAX_VALUE = 128
 _MAX_QUERY = 1024
 _MAX_DEPTH = 32
+_SEGMENT = re.compile(r'"[^"]*"|@(?P<name>[A-Za-z0-9_.-]*)')
 _KEY = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,62}")
 _WORDS = {"and", "or", "not", "in"}
 _TOKEN = re.compile(r'\s*(?:(?P<sign>!=|=|\(|\)|,)|(?P<quoted>"[^"]*")|(?P<word>[A-Za-z0-9_.:/+-]+))')
@@ -129,6 +131,42 @@ def parse(text: str) -> Query:
     if len(text) > _MAX_QUERY:
         raise ConfigError(f"a label query of {len(text)} characters; at most {_MAX_QUERY} are read")
     return _Parser(text).whole()
+
+
+def spell_out(text: str, segments: Mapping[str, str]) -> str:
+    """A text with each `@name` replaced by the query of that name.
+
+    Args:
+        text: Of a query, not parsed yet.
+        segments: Queries by their names.
+
+    Raises:
+        ConfigError: There is none of a name.
+
+    Example:
+        >>> spell_out('@pilot hw="@home"', {"pilot": "site=a or site=b"})
+        '(site=a or site=b) hw="@home"'
+    """
+
+    def query(found: re.Match[str]) -> str:
+        name = found["name"]
+        if name is None:  # what stands in quotes is a value
+            return found[0]
+        if name not in segments:
+            raise ConfigError(f"there is no segment {name[:64]!r}; there are: {', '.join(sorted(segments)) or 'none'}")
+        return f"({segments[name]})"
+
+    return _SEGMENT.sub(query, text)
+
+
+def segments_of(text: str) -> tuple[str, ...]:
+    """The names of the segments in the text of a query, each once."""
+    return tuple(dict.fromkeys(found["name"] for found in _SEGMENT.finditer(text) if found["name"] is not None))
+
+
+def is_segment_name(name: str) -> bool:
+    """Whether a segment can be called so."""
+    return bool(_KEY.fullmatch(name))
 
 
 def keys_of(query: Query) -> set[str]:

@@ -84,7 +84,7 @@ class RolloutRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Attributes:
         strategy: canary: stages that run it; shadow: first beside the release in use, then in stages; ab: against a
             control group that is held out, and kept only if it is shown to be better.
-        where: Labels that the devices must have (`site=north hw=pi4`); empty: the whole group.
+        where: Labels that the devices must have (`site=north hw=pi4`, or `@pilot`: a segment); empty: the whole group.
         stages: Each the share that may run the release, in percent (10 or "10%"), or a number ("5 devices"); rising,
             ending in 100.
         control_percent: Share of the devices that are held out to compare with until the end; 0: none, and of an A/B
@@ -199,10 +199,15 @@ class RolloutRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class RolloutPlan(RolloutRules, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One release on its way to one group, by these rules."""
+    """One release on its way to one group, by these rules.
+
+    Attributes:
+        segments: Names of those that `where` was made from; it is spelled out itself once the rollout is started.
+    """
 
     release: int
     group: str = "default"
+    segments: tuple[str, ...] = ()
 
     @property
     def salt(self) -> str:

@@ -174,6 +174,33 @@ class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True):
     state: RolloutState
 
 
+class SegmentRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A label query that has a name.
+
+    Attributes:
+        query: Spelled out: it names no other segment.
+        created: Seconds since the epoch.
+        actor: Who made it.
+    """
+
+    name: str
+    query: str
+    created: float
+    actor: str
+
+
+class SegmentDetail(SegmentRecord, frozen=True, kw_only=True):
+    """A segment as it is now.
+
+    Attributes:
+        devices: How many it is true of.
+        rollouts: Those for it that are not over.
+    """
+
+    devices: int
+    rollouts: list[int]
+
+
 class GroupRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What a group should run.
 

@@ -22,7 +22,7 @@ from edge_server.errors import DeviceError, UnknownDeviceError, UnknownReleaseEr
 from edge_server.identity import Identities
 from edge_server.insight import Insight
 from edge_server.keys import Repository
-from edge_server.labels import MAX_LABELS, Is, Several, parse
+from edge_server.labels import MAX_LABELS, Is, Query, Several, parse
 from edge_server.modes import Modes
 from edge_server.plan import RolloutPlan, RolloutRules
 from edge_server.power import Power
@@ -36,6 +36,7 @@ from edge_server.records import (
     RolloutRecord,
 )
 from edge_server.releases import BlobStore
+from edge_server.segments import Segments
 from edge_server.settings import Settings
 from edge_server.shipping import Shipping
 from edge_server.store import Store
@@ -76,6 +77,7 @@ class Registry:
             settings=self.settings.alerts,
             clock=self.clock,
         )
+        self.segments = Segments(self.store, clock=self.clock)
         self.users = Users(self.store, clock=self.clock, session_s=self.settings.http.session_hours * 3600)
         self.modes = Modes(self.store, self.identities, clock=self.clock)
         self.shipping = Shipping(
@@ -94,7 +96,7 @@ class Registry:
         """Names of a group's devices with the labels of a query; None: all of them."""
         if not where:
             return None
-        return set(self.store.labels.matching(Several((Is("group", (group,)), parse(where)), all_of=True)))
+        return set(self.store.labels.matching(Several((Is("group", (group,)), self._parse(where)), all_of=True)))
 
     # ---- labels
 
@@ -126,7 +128,10 @@ class Registry:
         Raises:
             ConfigError: It is no query.
         """
-        return self.store.labels.matching(parse(query))
+        return self.store.labels.matching(self._parse(query))
+
+    def _parse(self, query: str) -> Query:
+        return parse(self.store.segments.spell_out(query))
 
     # ---- releases and rollouts
 

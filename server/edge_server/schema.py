@@ -321,6 +321,15 @@ def _summaries_of_days(db: Database) -> None:
     db.table("summaries").create_index(["span", "hour"])
 
 
+def _segments_and_cards(db: Database) -> None:
+    db.table("segments").create(
+        {"name": str, "query": str, "created": float, "actor": str},
+        pk="name",
+        not_null={"query", "created", "actor"},
+    )
+    db.table("candidates").add_column("card", str, not_null_default="")
+
+
 STEPS: tuple[Callable[[Database], None], ...] = (
     _first_tables,  # 1
     _summaries,  # 2
@@ -335,6 +344,7 @@ STEPS: tuple[Callable[[Database], None], ...] = (
     _version_days,  # 11
     _users,  # 12
     _summaries_of_days,  # 13
+    _segments_and_cards,  # 14
 )
 """Step n leads from `user_version` n - 1 to n. Steps are only ever appended, and never changed once they are on main:
 who changes a table, changes it in a step of its own."""

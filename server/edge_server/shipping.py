@@ -21,7 +21,7 @@ from edge_server.desired import Kept, changed, compose
 from edge_server.errors import ReleaseError, RolloutError, UnknownReleaseError, UnknownRolloutError
 from edge_server.gates import DeviceMetrics
 from edge_server.keys import Repository
-from edge_server.labels import keys_of, parse
+from edge_server.labels import keys_of, parse, segments_of
 from edge_server.plan import RolloutPlan, RolloutRules
 from edge_server.power import Power, power_of
 from edge_server.records import ReleaseRecord, RolloutRecord
@@ -208,6 +208,8 @@ class Shipping:
     # ---- rollouts
 
     def _start(self, plan: RolloutPlan, actor: str, force: str) -> int:
+        named = segments_of(plan.where)
+        plan = msgspec.structs.replace(plan, where=self._store.segments.spell_out(plan.where), segments=named)
         if plan.where and (moving := keys_of(parse(plan.where)) & _MOVING):
             raise ConfigError(
                 f"where = {plan.where!r}: {', '.join(sorted(moving))} changes while a rollout goes on; choose by labels"

@@ -118,11 +118,21 @@ def _devices(call: Call) -> dict[str, Any]:
     return {
         "query": query,
         "groups": sorted({device.group for device in glance}),
+        "segments": _segment_names(call),
         "words": HEALTH,
         "count": len(found),
         "devices": call.registry.store.devices.named(shown[:_PAGE]),
         "more": more,
     }
+
+
+def _segments(call: Call) -> dict[str, Any]:
+    return {"segments": call.registry.segments.all()}
+
+
+def _segment_names(call: Call) -> list[str]:
+    """What fields for label queries propose."""
+    return [segment.name for segment in call.registry.store.segments.all()]
 
 
 def _device(call: Call) -> dict[str, Any]:
@@ -151,6 +161,7 @@ def _drift(call: Call) -> dict[str, Any]:
         "advice": LOCAL,
         "query": call.query,
         "cohorts": list(cohorts),
+        "segments": _segment_names(call),
         "sample": SAMPLE,
     }
 
@@ -281,6 +292,7 @@ VIEWS = (
             Param("after", "text", "Names after this one.", ""),
         ),
     ),
+    View("/segments", _segments, "segments.html", (), "/devices"),
     View("/devices/{name}", _device, "device.html", (BEFORE,), "/devices", "devices"),
     View(
         "/drift", _drift, "drift.html", section="/drift",

@@ -433,7 +433,8 @@ def post(request_):
 
 @pytest.fixture
 def small_fleet(coordinator, make_device, settle, checkpoint):
-    """Three devices that reported, one of them in drift; release 2 on its way to them."""
+    """Three devices that reported, one of them in drift, and a segment; release 2 on its way to them."""
+    coordinator.registry.segments.create("a", "site=berlin", actor="test")
     devices = [make_device(name) for name in ("a", "b", "c")]
     for device in devices:
         device.release = 1

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.browser
 SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 QUICK = RolloutRules(stages=(25, 100), soak_s=20.0, timeout_s=600.0, min_labelled=100, max_accuracy_drop=0.05)
 PAGES = (
-    "/", "/devices", "/devices/d0", "/drift", "/rollouts", "/rollouts/1", "/releases", "/releases/1", "/alerts",
-    "/alerts/1", "/audit", "/users",
+    "/", "/devices", "/devices/d0", "/segments", "/drift", "/rollouts", "/rollouts/1", "/releases", "/releases/1",
+    "/alerts", "/alerts/1", "/audit", "/users",
 )  # fmt: skip
 WAIT_MS = 20_000
 expect.set_options(timeout=WAIT_MS)

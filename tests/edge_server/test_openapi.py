@@ -124,6 +124,20 @@ def test_orders_over_the_api(request_, token, small_fleet, coordinator, tmp_path
     assert order("PUT", "/groups/pumps/mode", {"mode": "monitor"}).json()["mode"] == "monitor"
     assert order("PUT", "/groups/pumps/mode", {"mode": "wild"}).status_code == 400
 
+    pilot = order("POST", "/segments", {"name": "pilot", "query": "site=berlin"})
+    assert (pilot.status_code, pilot.json()["devices"], pilot.json()["actor"]) == (201, 1, "rita")
+    assert order("POST", "/segments", {"name": "pilot", "query": "site=rome"}).status_code == 409
+    assert order("POST", "/segments", {"name": "other", "query": "site="}).status_code == 400
+    assert [device["name"] for device in order("GET", "/devices?where=%40pilot").json()["devices"]] == ["pump"]
+    assert order("GET", "/fleet/view?where=%40nobody").status_code == 400
+    for_pilot = order("POST", "/rollouts", {"release": 2, "group": "pumps", "rules": {"where": "@pilot"}}).json()
+    assert (for_pilot["plan"]["where"], for_pilot["plan"]["segments"]) == ("(site=berlin)", ["pilot"])
+    refused = order("DELETE", "/segments/pilot")
+    assert (refused.status_code, refused.json()["error"]["type"]) == (409, "SegmentError")
+    assert order("POST", f"/rollouts/{for_pilot['id']}/abort").status_code == 200
+    assert order("DELETE", "/segments/a").status_code == 204
+    assert order("GET", "/segments/a").status_code == 404
+
     silence = order("POST", "/silences", {"kind": "device_*", "hours": 2, "reason": "moving"}).json()
     assert order("DELETE", f"/silences/{silence['id']}").status_code == 204
     assert order("DELETE", f"/silences/{silence['id']}").status_code == 404

@@ -31,7 +31,7 @@ def signed_in(browser, token):
 
 class TestEveryPage:
     def test_it_can_be_seen_before_anything_happened(self, signed_in):
-        for path in ("/", "/devices", "/drift", "/rollouts", "/releases", "/alerts", "/audit", "/users"):
+        for path in ("/", "/devices", "/segments", "/drift", "/rollouts", "/releases", "/alerts", "/audit", "/users"):
             answer = signed_in.get(path)
             assert answer.status_code == 200, (path, answer.text)
         assert "edge-coordinator devices add" in signed_in.get("/").text
