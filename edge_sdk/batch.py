@@ -152,18 +152,18 @@ class _Run:
     def go(self, batch: int, progress: Callable[[int, int], None]) -> Summary:
         """Score what is left and give the output its name."""
         was_there = self._part.exists()
-        with self._locked() as file:
-            record = self._found(was_there=was_there)
-            if record.complete and not was_there:  # killed after the renaming
-                self._part.unlink()
-                self._record_path.unlink()
-                return self._summary(record, record.rows)
-            resumed = record.rows
-            try:
+        try:
+            with self._locked() as file:  # on a full disk closing it fails, too: what was not flushed is tried again
+                record = self._found(was_there=was_there)
+                if record.complete and not was_there:  # killed after the renaming
+                    self._part.unlink()
+                    self._record_path.unlink()
+                    return self._summary(record, record.rows)
+                resumed = record.rows
                 self._grow(file, record, batch, progress)
                 self._finish()
-            except OSError as error:
-                raise storage_error(error, f"{self._output.name} cannot be written") from error
+        except OSError as error:
+            raise storage_error(error, f"{self._output.name} cannot be written") from error
         return self._summary(record, resumed)
 
     def _summary(self, record: _Progress, resumed: int) -> Summary:

@@ -26,12 +26,10 @@ from edge_sdk.errors import ArtifactError, ConfigError, EdgeError, MissingExtraE
 from edge_sdk.simulate_cli import simulate
 
 if TYPE_CHECKING:
-    from edge_sdk.config import DeviceConfig
     from edge_sdk.device import EdgeDevice
     from edge_sdk.installed import Use
     from edge_sdk.slots import Version
     from edge_sdk.store import HistoryEntry, Lineage, Store
-    from edge_sdk.transport import Transport
 
 T = TypeVar("T")
 EXIT_FAILED, EXIT_USAGE, EXIT_INTEGRITY, EXIT_NETWORK = 1, 2, 3, 4
@@ -74,6 +72,11 @@ class _Group(click.Group):
                 raise
             click.echo(f"edge: {error}", err=True)
             sys.exit(exit_code(error))
+        except OSError as error:  # a folder of somebody else's, a full disk: what to do is in its own words
+            if "--debug" in sys.argv:
+                raise
+            click.echo(f"edge: {error.filename or 'a file'}: {error.strerror or error}", err=True)
+            sys.exit(EXIT_FAILED)
 
 
 def exit_code(error: EdgeError) -> int:
@@ -184,20 +187,31 @@ def _tls_toml(broker: _BundleBroker) -> str:
 @click.option("--checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path), help="To start with.")
 def run(home: Path | None, checkpoint: Path | None) -> None:
     """Run the device from its device.toml until SIGTERM. Tells systemd that it is ready and alive."""
-    from edge_sdk.config import load_config
-    from edge_sdk.device import EdgeDevice
     from edge_sdk.systemd import supervised
 
-    folder = home or _default_home()
-    config = load_config(folder / CONFIG_NAME)
     stop = threading.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: stop.set())
-    device = EdgeDevice(folder, checkpoint=checkpoint, config=config, transport=_transport(config, folder))
-    with device, supervised(device.status, os.environ):
+    with _own_device(home, checkpoint) as device, supervised(device.status, os.environ):
         click.echo(f"{device.name} runs; stop with SIGTERM", err=True)
         stop.wait()
     click.echo(f"{device.name} stopped", err=True)
+
+
+def _own_device(home: Path | None, checkpoint: Path | None) -> EdgeDevice:
+    """The device that this process is, not started yet."""
+    from edge_sdk.config import load_config
+    from edge_sdk.device import EdgeDevice
+
+    folder = home or _default_home()
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        raise ConfigError(f"{path} is missing: `edge enroll` writes it; without a coordinator an empty one will do")
+    device = EdgeDevice(folder, checkpoint=checkpoint, config=load_config(path))
+    if not device.ready and not device.config.broker.host:
+        device.stop()
+        raise ConfigError(f"{folder} has no release, and {path} no broker to get one from: give a --checkpoint")
+    return device
 
 
 @main.command()
@@ -224,12 +238,8 @@ def serve(
         from edge_sdk import http
     except ImportError as error:
         raise MissingExtraError("edge serve", "serve") from error
-    from edge_sdk.config import load_config
-    from edge_sdk.device import EdgeDevice
     from edge_sdk.systemd import supervised
 
-    folder = home or _default_home()
-    config = load_config(folder / CONFIG_NAME)
     limits = http.Limits(workers=workers, queue=queue, max_body_bytes=max_body_mb * 1_000_000)
     if path is not None and port is None:
         listening = http.listen_unix(path)
@@ -239,34 +249,12 @@ def serve(
         raise click.UsageError("give either --socket PATH or --port NUMBER")
     with (
         listening as listener,
-        EdgeDevice(folder, checkpoint=checkpoint, config=config, transport=_transport(config, folder)) as device,
+        _own_device(home, checkpoint) as device,
         supervised(device.status, os.environ),
     ):
         where = http.address_of(listener)
         http.serve(device, listener, limits, on_ready=lambda: click.echo(f"{device.name} answers on {where}", err=True))
     click.echo(f"{device.name} stopped", err=True)
-
-
-def _transport(config: DeviceConfig, folder: Path) -> Transport | None:
-    if not config.broker.host:
-        return None
-    from edge_sdk.mqtt import MqttTransport, Tls
-
-    broker = config.broker
-    names = (folder / name if name else None for name in (broker.ca_file, broker.cert_file, broker.key_file))
-    tls = Tls(*names) if broker.tls else None
-    return MqttTransport(
-        broker.host,
-        broker.port,
-        client_id=config.device,
-        username=broker.username or None,
-        password=broker.password or None,
-        keepalive_s=broker.keepalive_s,
-        tls=tls,
-        session_expiry_s=broker.session_expiry_s,
-        receive_maximum=broker.receive_maximum,
-        version=broker.version,
-    )
 
 
 version_options = (
@@ -592,7 +580,8 @@ def privacy(home: Path | None) -> None:
     click.echo(
         "What the detail of each event holds: docs/protocol.md, section 7.\n"
         "No input, latent or single label leaves the device; counts below report.min_count are merged or held back.\n"
-        "Names of labels (new ones too), features and metrics leave it; slices, sources, rewards, requests and ids of predictions do not."
+        "Names of labels (new ones too), features and metrics leave it; slices, sources, rewards, requests and ids of\n"
+        "predictions do not."
     )
     if ((home or _default_home()) / "edge.db").exists():
         with _open_store(home) as store:

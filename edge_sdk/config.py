@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from edge_sdk.errors import ConfigError
-from edge_sdk.messages import DEFAULT_PREFIX
+from edge_sdk.errors import ConfigError, ProtocolError
+from edge_sdk.messages import DEFAULT_PREFIX, check_name
 from edge_sdk.types import Mode
 
 _KEY = re.compile("[0-9a-f]{64}")
@@ -302,7 +302,7 @@ class MetricConfig(_Section, frozen=True):
         for lower, upper in (("low", "high"), ("floor", "ceiling")):
             below, above = getattr(self, lower), getattr(self, upper)
             if below is not None and above is not None and not below < above:
-                raise ValueError(f"{lower} must be below {upper}, got {below:g} and {above:g}")
+                raise ConfigError(f"{lower} must be below {upper}, got {below:g} and {above:g}")
 
 
 class UpdateConfig(_Section, frozen=True):
@@ -386,9 +386,28 @@ class DeviceConfig(_Section, frozen=True):
     """The app's own metrics, by name."""
 
     def __post_init__(self) -> None:
-        """Refuse a key that is none, without repeating it."""
+        """Refuse a key that is none, without repeating it, and names that no topic can hold."""
         if self.command_key and not _KEY.fullmatch(self.command_key):
-            raise ValueError("command_key must be 64 hexadecimal digits")
+            raise ConfigError("command_key must be 64 hexadecimal digits")
+        try:
+            for key in ("device", "group", "prefix"):
+                check_name(getattr(self, key), key)
+        except (ProtocolError, TypeError) as error:
+            raise ConfigError(str(error)) from error
+
+
+def check_config(config: DeviceConfig) -> DeviceConfig:
+    """The settings themselves: a struct that was made in Python has checked none of its values yet.
+
+    Raises:
+        ConfigError: A value is impossible, or of another type; the message names its key.
+    """
+    if not isinstance(config, DeviceConfig):
+        raise ConfigError(f"config: expected a DeviceConfig, got {type(config).__name__}; `load_config` reads a file")
+    try:
+        return msgspec.convert(msgspec.to_builtins(config), DeviceConfig)
+    except (msgspec.MsgspecError, TypeError) as error:
+        raise ConfigError(f"config: {error}") from error
 
 
 def load_config(path: Path) -> DeviceConfig:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -22,15 +22,15 @@ from edge_sdk.adapt import Adaptation
 from edge_sdk.ask import LabelRequest
 from edge_sdk.clock import Clock, SystemClock
 from edge_sdk.commands import Desk, Handlers
-from edge_sdk.config import DeviceConfig
-from edge_sdk.errors import ConfigError, LabelError, ModelError, StoreError
-from edge_sdk.files import lock_folder
+from edge_sdk.config import DeviceConfig, check_config
+from edge_sdk.errors import ConfigError, LabelError, ModelError, StoppedError, StoreError
+from edge_sdk.files import lock_folder, storage_error
 from edge_sdk.front import checked_id
 from edge_sdk.identity import renew
 from edge_sdk.labelling import LabellingFunctions
+from edge_sdk.learn.base import check_learner_name
 from edge_sdk.learn.executor import LearnExecutor, new_executor
 from edge_sdk.maintenance import Maintenance
-from edge_sdk.messages import check_name
 from edge_sdk.model import Arrays, Trunks
 from edge_sdk.policy import check_policy
 from edge_sdk.reporter import Counters
@@ -56,7 +56,7 @@ class EdgeDevice:
         checkpoint: A base checkpoint to start with, and to go to whenever it is newer than the one in use. Without
             one the first release comes from the coordinator.
         config: Settings.
-        transport: Connection to the broker; None works alone.
+        transport: Connection to the broker; None: as configured, and where no broker is, the device works alone.
         clock: Source of time.
         executor: Where learning runs; None: as configured.
         resources: What the machine can spare.
@@ -90,11 +90,11 @@ class EdgeDevice:
         labelling: LabellingFunctions | None = None,
         rng: np.random.Generator | None = None,
     ) -> None:
-        self.config = config or DeviceConfig()
+        self.config = check_config(config or DeviceConfig())
         check_policy(self.config)
-        self.name = check_name(self.config.device)
+        check_learner_name(self.config.learn.learner)
+        self.name = self.config.device
         self._home = Path(home)
-        self._home.mkdir(parents=True, exist_ok=True)
         self._clock = clock or SystemClock()
         self._labelling = labelling
         self._step_lock = threading.RLock()
@@ -102,6 +102,10 @@ class EdgeDevice:
         self._stop = threading.Event()
         self._stopped = False
 
+        try:
+            self._home.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, f"{self._home} cannot be made") from error
         with ExitStack() as opened:
             opened.enter_context(lock_folder(self._home))
             key_file = self.config.update.inputs_key_file
@@ -115,7 +119,7 @@ class EdgeDevice:
                 store=self._store,
                 slots=self._slots,
                 config=self.config,
-                transport=transport or NoTransport(),
+                transport=transport or _configured_transport(self.config, self._home),
                 clock=self._clock,
                 executor=executor or new_executor(self.config.learn.executor),
                 resources=SafeReader(resources or PsutilReader(), self._clock),
@@ -125,7 +129,10 @@ class EdgeDevice:
             self._front, self._reporter = self._maintenance.front, self._maintenance.reporter
             self._desk = Desk(self._store, device=self.name, key=self.config.command_key, emit=self._reporter.emit)
             self.store_id, self.boot = self._maintenance.store_id, self._maintenance.boot
-            self._maintenance.start(None if checkpoint is None else Path(checkpoint), self._clock.now())
+            try:
+                self._maintenance.start(None if checkpoint is None else Path(checkpoint), self._clock.now())
+            except OSError as error:
+                raise storage_error(error, f"{error.filename or self._home} cannot be used") from error
             self._files = opened.pop_all()
             """The database and the folder's lock, open until `stop`."""
 
@@ -156,6 +163,8 @@ class EdgeDevice:
 
     @mode.setter
     def mode(self, mode: Mode) -> None:
+        if mode not in get_args(Mode):
+            raise ConfigError(f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r:.80}")
         self._reporter.mode = mode
 
     @property
@@ -197,6 +206,7 @@ class EdgeDevice:
             DuplicateIdError: The id is in use.
             LabelError: The id or the slice is none.
             ModelError: There is no model yet, or the engine failed.
+            StoppedError: The device was stopped.
         """
         return self._front.predict(self._model(), x, id, state, slice)
 
@@ -229,6 +239,7 @@ class EdgeDevice:
         Raises:
             UnknownLabelError: It is not one of the model's labels and may not become one.
             LabelError: It is of another task, or not finite.
+            StoppedError: The device was stopped.
             StoreError: `durable`, and it could not be written in time; it is kept and tried again.
         """
         self._front.observe(self._model(), id, truth, source)
@@ -357,12 +368,24 @@ class EdgeDevice:
 
     # ---- the turn
 
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """Alone with the database, which is open.
+
+        Raises:
+            StoppedError: It is closed.
+        """
+        with self._step_lock:
+            if self._stopped:
+                raise StoppedError(f"{self.name} was stopped; make another EdgeDevice on {self._home}")
+            yield
+
     def step(self) -> StepReport:
         """Take one maintenance turn: flush, listen, update, learn, report, send.
 
         What fails is recorded in the report and in the status, and the other parts go on.
         """
-        with self._step_lock:
+        with self._open():
             report = self._maintenance.turn(self._clock.now())
             self._obey()
             return report
@@ -401,13 +424,13 @@ class EdgeDevice:
         Raises:
             RollbackRefusedError: There is none.
         """
-        with self._step_lock:
+        with self._open():
             current = self._model().version
             return self._maintenance.leave(current, self._slots.rollback(), "asked for", self._clock.now())
 
     def reset_to_base(self) -> Version:
         """Drop the personal head: serve the one that came with the release."""
-        with self._step_lock:
+        with self._open():
             current = self._model().version
             if current.head == 0:
                 return current
@@ -416,7 +439,7 @@ class EdgeDevice:
 
     def learn_now(self) -> None:
         """Learn at the next step for which there are enough new labelled rows, cool-down or not."""
-        with self._step_lock:
+        with self._open():
             if self._adaptation is None:
                 raise ModelError("no release is installed yet: there is nothing to learn on")
             self._adaptation.demand()
@@ -429,7 +452,7 @@ class EdgeDevice:
         Args:
             count: Most of them; the day's budget (`feedback.requests_per_day`) may leave fewer.
         """
-        with self._step_lock:
+        with self._open():
             adaptation, served = self._adaptation, self._model()
             if adaptation is None or adaptation.experience is None:
                 return []
@@ -461,7 +484,7 @@ class EdgeDevice:
         if isinstance(ids, str):
             raise LabelError(f"give a list of ids, got the string {ids!r:.80}")
         names = {checked_id(name) for name in ids}
-        with self._step_lock:
+        with self._open():
             return self._maintenance.erase(names, self._clock.now())
 
     def forget_all(self) -> Version:
@@ -471,7 +494,7 @@ class EdgeDevice:
             ModelError: No release is installed yet: there is nothing to forget.
             StoreError: They could not all be erased; call it again.
         """
-        with self._step_lock:
+        with self._open():
             self._model()
             self._maintenance.write(self._clock.now())
             self.reset_to_base()
@@ -488,7 +511,7 @@ class EdgeDevice:
         self._decide_label(label, accept=False)
 
     def _decide_label(self, label: str, *, accept: bool) -> None:
-        with self._step_lock:
+        with self._open():
             if self._adaptation is None:
                 raise ModelError("no release is installed yet: there is nothing to learn on")
             if label in self._model().labels:
@@ -504,17 +527,17 @@ class EdgeDevice:
 
     def lineage(self, *, limit: int = 100) -> list[Lineage]:
         """How each head came to be, or why it did not, oldest first."""
-        with self._step_lock:
+        with self._open():
             return self._store.lineage(limit=limit)
 
     def status(self) -> Status:
         """How the device is."""
-        with self._step_lock:
+        with self._open():
             return self._maintenance.status()
 
     def history(self, *, limit: int = 100, after: int = 0) -> list[HistoryEntry]:
         """What happened, oldest first."""
-        with self._step_lock:
+        with self._open():
             return self._store.history(limit=limit, after=after)
 
     def waits_for(self, revision: int) -> str:
@@ -541,15 +564,25 @@ class EdgeDevice:
         self._reporter.connect()
 
     def start(self) -> None:
-        """Connect, and run `step` in a thread of its own until `stop`."""
-        if self._thread is None:
+        """Connect, and run `step` in a thread of its own until `stop`.
+
+        Raises:
+            StoppedError: It was stopped before.
+        """
+        with self._open():
+            if self._thread is not None:
+                return
             self.connect()
             self._stop.clear()
             self._thread = threading.Thread(target=self._run, name=f"edge-{self.name}", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """Flush, say goodbye and close. Whatever was observed before is on disk afterwards. Twice is once."""
+        """Flush, say goodbye and close. Whatever was observed before is on disk afterwards. Twice is once.
+
+        Raises:
+            StoreError: It is closed, but the disk did not take what was predicted and observed since the last flush.
+        """
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -557,10 +590,15 @@ class EdgeDevice:
         with self._step_lock:
             if self._stopped:
                 return
-            self._stopped = True
-            with self._files:
-                self.step()
-                self._maintenance.close(self._clock.now())
+            try:
+                with self._files:
+                    self._maintenance.pending.close()
+                    self.step()
+                    self._maintenance.close(self._clock.now())
+            finally:
+                self._stopped = True
+            if lost := self._maintenance.joiner.lost_now():
+                raise StoreError(f"{self.name} is stopped, and {lost} are lost: {self._maintenance.problem}")
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -581,4 +619,17 @@ class EdgeDevice:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop()
+        try:
+            self.stop()
+        except StoreError as problem:
+            if error is None:
+                raise
+            logger.error("%s", problem)  # noqa: TRY400 - the app's own error goes on
+
+
+def _configured_transport(config: DeviceConfig, home: Path) -> Transport:
+    if not config.broker.host:
+        return NoTransport()
+    from edge_sdk.mqtt import new_transport  # noqa: PLC0415 - a device that works alone loads no network library
+
+    return new_transport(config, home)

@@ -1,7 +1,7 @@
 """Every error this package raises.
 
 EdgeError
-├─ ConfigError                  bad or unknown field; names file and key
+├─ ConfigError (ValueError)     bad or unknown field; names file and key
 ├─ MissingExtraError            carries the exact pip line
 ├─ InputError (ValueError)      a prediction input the model cannot take
 │   ├─ DtypeError
@@ -21,6 +21,7 @@ EdgeError
 │   │   └─ ClockUntrustedError  the clock is too wrong to tell
 │   ├─ SelfTestError            the model does not reproduce its stored outputs here
 │   └─ RollbackRefusedError     older than the installed release, revoked, or nothing to go back to
+├─ StoppedError                 the device was stopped; make another
 ├─ LearnError
 │   ├─ EmptyBufferError         nothing to learn from
 │   └─ DivergedError            non-finite loss or weights; the champion is untouched
@@ -38,7 +39,7 @@ class EdgeError(Exception):
     """Root of every error of the SDK."""
 
 
-class ConfigError(EdgeError):
+class ConfigError(EdgeError, ValueError):
     """A setting is unknown, missing or out of range. Fix the file; a retry does not help."""
 
 
@@ -120,6 +121,10 @@ class SelfTestError(ArtifactError):
 
 class RollbackRefusedError(ArtifactError):
     """The release is older than the installed one or revoked, or there is nothing to go back to."""
+
+
+class StoppedError(EdgeError):
+    """The device was stopped: it takes nothing any more. Make another one on its folder."""
 
 
 class LearnError(EdgeError):

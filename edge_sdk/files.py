@@ -6,6 +6,7 @@ flushed to disk, renamed into place, and the folder flushed as well.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -102,7 +103,8 @@ def replace_file(path: Path, data: bytes | Iterable[bytes], *, mode: int = 0o644
         if durable:
             fsync_folder(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise storage_error(error, f"cannot write {path.name}") from error
     except EdgeError:
         temporary.unlink(missing_ok=True)
@@ -140,9 +142,12 @@ def lock_folder(folder: Path) -> IO[str]:
     """Take a folder for this process until the returned file is closed.
 
     Raises:
-        StoreError: Another process has it.
+        StoreError: Another process has it, or it cannot be written.
     """
-    file = (folder / "lock").open("a")
+    try:
+        file = (folder / "lock").open("a")
+    except OSError as error:
+        raise storage_error(error, f"{folder} cannot be written") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

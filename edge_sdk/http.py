@@ -36,7 +36,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from edge_sdk.ask import LabelRequest
-from edge_sdk.errors import ConfigError, DuplicateIdError, EdgeError, InputError, LabelError, StoreError, TransportError
+from edge_sdk.errors import (
+    ConfigError,
+    DuplicateIdError,
+    EdgeError,
+    InputError,
+    LabelError,
+    StoppedError,
+    StoreError,
+    TransportError,
+)
 from edge_sdk.openapi import (
     BINARY_PARAMETERS,
     DTYPES,
@@ -208,6 +217,7 @@ _STATUS: tuple[tuple[type[EdgeError], int], ...] = (
     (InputError, 422),
     (LabelError, 422),
     (StoreError, 503),
+    (StoppedError, 503),
 )
 _HTTP_ERRORS = {404: "NotFoundError", 405: "MethodNotAllowedError"}
 

@@ -90,6 +90,12 @@ class Joiner:
         """Whether something waits that could not be written."""
         return bool(self._unsaved)
 
+    def lost_now(self) -> str:
+        """What would be lost if this process ended here, in words; nothing: ""."""
+        labels = sum(len(batch.labels) + len(batch.taught) for batch in self._unsaved)
+        predictions = sum(len(batch.predictions) for batch in self._unsaved)
+        return f"{labels} labels and {predictions} predictions" if labels or predictions else ""
+
     def drain(self) -> bool:
         """Take over what came since the last call; True if there is anything to write."""
         if batch := self._pending.drain():

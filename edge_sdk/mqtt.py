@@ -47,6 +47,7 @@ from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersi
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from edge_sdk.config import DeviceConfig
 from edge_sdk.errors import ConfigError, NotConnectedError
 from edge_sdk.messages import to_counts
 from edge_sdk.transport import Message, Qos, check_size
@@ -520,6 +521,29 @@ class MqttTransport:
             client.ack(number, _QOS)
         if newly_full:
             logger.warning("%s: the inbox is full at %d messages; dropping", self._client_id, self._max_inbox)
+
+
+def new_transport(config: DeviceConfig, folder: Path) -> MqttTransport:
+    """The connection to the broker that the settings of a device name.
+
+    Args:
+        config: Of the device.
+        folder: Its own, which the names of certificates are relative to.
+    """
+    broker = config.broker
+    names = (folder / name if name else None for name in (broker.ca_file, broker.cert_file, broker.key_file))
+    return MqttTransport(
+        broker.host,
+        broker.port,
+        client_id=config.device,
+        username=broker.username or None,
+        password=broker.password or None,
+        keepalive_s=broker.keepalive_s,
+        tls=Tls(*names) if broker.tls else None,
+        session_expiry_s=broker.session_expiry_s,
+        receive_maximum=broker.receive_maximum,
+        version=broker.version,
+    )
 
 
 def _publication(topic: str, payload: bytes, *, retain: bool, v5: bool) -> bytes:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edge_sdk.errors import DuplicateIdError
+from edge_sdk.errors import DuplicateIdError, StoppedError
 from edge_sdk.manifest import Manifest
 from edge_sdk.slots import Version
 from edge_sdk.tasks import stored_answer
@@ -104,11 +104,21 @@ class Pending:
         self._labels: deque[Label] = deque()
         self._taught: deque[Taught] = deque()
         self._rejected = self._errors = self._rows_lost = self._labels_lost = 0
+        self._closed = False
         self._inputs: OrderedDict[str, AnyArray] = OrderedDict()
         self.most_inputs = 0
         """So many inputs of the latest predictions are held; 0: none, and what is held goes with the next one."""
         self.refused: frozenset[str] = frozenset()
         """Labels that a person said are none; what came with one of them before that is not to be written, either."""
+
+    def close(self) -> None:
+        """Take nothing more: what came before is in the next drain, and the last."""
+        with self._lock:
+            self._closed = True
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise StoppedError("this device was stopped; make another EdgeDevice on its folder")
 
     def new_id(self, given: str | None) -> str:
         """An id for a prediction: the app's own, if it gave one.
@@ -135,8 +145,13 @@ class Pending:
             self._given.difference_update(ids)
 
     def log(self, predictions: Iterable[LoggedPrediction]) -> None:
-        """Keep served predictions."""
+        """Keep served predictions.
+
+        Raises:
+            StoppedError: Nothing will write them any more.
+        """
         with self._lock:
+            self._refuse_if_closed()
             for prediction in predictions:
                 if len(self._predictions) >= self._max_rows:
                     gone = self._predictions.popleft()
@@ -164,16 +179,18 @@ class Pending:
                 self._inputs.pop(name, None)
 
     def label(self, label: Label) -> None:
-        """Keep a label."""
+        """Keep a label. Errors as in `log`."""
         with self._lock:
+            self._refuse_if_closed()
             if len(self._labels) >= self._max_rows:
                 self._labels.popleft()
                 self._labels_lost += 1
             self._labels.append(label)
 
     def teach(self, rows: list[Taught]) -> None:
-        """Keep labelled rows that were never predicted."""
+        """Keep labelled rows that were never predicted. Errors as in `log`."""
         with self._lock:
+            self._refuse_if_closed()
             for row in rows:
                 if len(self._taught) >= self._max_rows:
                     self._taught.popleft()

@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_sdk.errors import ConfigError, IntegrityError, MissingExtraError
+from edge_sdk.errors import ConfigError, IntegrityError, MissingExtraError, StoreError
 from edge_sdk.files import replace_file, storage_error
 
 if TYPE_CHECKING:
@@ -67,10 +67,17 @@ def is_sealed(data: bytes) -> bool:
     return data.startswith(MARK)
 
 
+def _make_key(path: Path) -> None:
+    try:
+        replace_file(path, os.urandom(KEY_BYTES), mode=0o600)
+    except StoreError as error:
+        raise type(error)(f"the key file {path} cannot be made: {error}") from error
+
+
 def _read_key(path: Path) -> bytes:
     try:
         if not path.exists():
-            replace_file(path, os.urandom(KEY_BYTES), mode=0o600)
+            _make_key(path)
         mode, key = stat.S_IMODE(path.stat().st_mode), path.read_bytes()
     except OSError as error:
         raise storage_error(error, f"the key file {path} cannot be read") from error

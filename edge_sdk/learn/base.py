@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import msgspec
 import numpy as np
 
 from edge_sdk.config import LearnConfig
-from edge_sdk.errors import ConfigError, EmptyBufferError, IntegrityError
+from edge_sdk.errors import ConfigError, EmptyBufferError, IntegrityError, MissingExtraError
 from edge_sdk.files import load_npz, npz_bytes, replace_file
 from edge_sdk.head import Head, Weights
 from edge_sdk.learn.moments import Moments
@@ -240,6 +242,25 @@ def needs_moments(name: str) -> bool:
     return name not in _WITHOUT_MOMENTS
 
 
+def check_learner_name(name: str) -> None:
+    """See that the learner of a configuration can be found, and import nothing of it: torch is large.
+
+    Raises:
+        ConfigError: There is none of this name, or no such module.
+        MissingExtraError: It needs torch, which is not installed.
+    """
+    module, _, function = LEARNERS.get(name, name).partition(":")
+    if not (module and function):
+        raise ConfigError(f"learn.learner: {name!r} is none of {', '.join(LEARNERS)} and no module:function")
+    try:
+        if module not in sys.modules and importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"No module named {module!r}")
+    except (ImportError, ValueError) as error:  # ValueError: a relative name
+        raise ConfigError(f"learn.learner: {name!r} cannot be imported: {error}") from error
+    if name == "torch" and "torch" not in sys.modules and importlib.util.find_spec("torch") is None:
+        raise MissingExtraError('learn.learner = "torch"', "train")
+
+
 def load_learner(name: str) -> Learner:
     """The learner of a configuration: one of `LEARNERS`, or `module:function` of the app's own.
 
@@ -247,9 +268,8 @@ def load_learner(name: str) -> Learner:
         ConfigError: There is none of this name, or it cannot be imported.
         MissingExtraError: It needs torch, which is not installed.
     """
+    check_learner_name(name)
     module, _, function = LEARNERS.get(name, name).partition(":")
-    if not (module and function):
-        raise ConfigError(f"learn.learner: {name!r} is none of {', '.join(LEARNERS)} and no module:function")
     try:
         found: Learner = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, TypeError) as error:  # TypeError: a relative name

@@ -1,6 +1,7 @@
 """The device's command line: what it says, and with which exit code."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -404,7 +405,26 @@ def test_debug_shows_the_traceback(tmp_path, monkeypatch):
 def test_running_without_settings_is_a_usage_error(home):
     result = edge("run", "--home", home)
     assert result.exit_code == 2
-    assert "device.toml" in result.output
+    assert "device.toml is missing: `edge enroll` writes it" in result.output
+
+
+def test_running_with_nothing_to_serve_and_nobody_to_get_it_from_is_a_usage_error(home):
+    home.mkdir()
+    (home / "device.toml").touch()
+    result = edge("run", "--home", home)
+    assert result.exit_code == 2
+    assert "give a --checkpoint" in result.output
+
+
+@pytest.mark.torch
+def test_what_the_system_refuses_is_one_line(tmp_path, checkpoint, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    result = edge("verify", checkpoint)
+    assert result.exit_code == 1
+    assert result.output == f"edge: {checkpoint}/manifest.json: Permission denied\n"
 
 
 @pytest.mark.torch

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edge_sdk.clock import ManualClock
-from edge_sdk.config import JoinConfig, LearnConfig, ReportConfig
+from edge_sdk.config import BrokerConfig, JoinConfig, LearnConfig, ReportConfig, check_config
 from edge_sdk.errors import (
     ConfigError,
     DtypeError,
@@ -22,6 +22,7 @@ from edge_sdk.errors import (
     RangeError,
     RollbackRefusedError,
     ShapeError,
+    StoppedError,
     StoreError,
     UnknownLabelError,
 )
@@ -753,7 +754,7 @@ def test_stopping_twice_is_stopping_once_and_keeps_what_was_observed(make_device
     assert device.status().counters.labelled == 1
 
 
-def test_a_stopped_device_says_goodbye_and_writes_no_more(make_device, digits):
+def test_a_stopped_device_says_goodbye(make_device):
     broker = MemoryBroker()
     coordinator = Coordinator(broker)
     device = make_device(transport=MemoryTransport(broker))
@@ -762,9 +763,6 @@ def test_a_stopped_device_says_goodbye_and_writes_no_more(make_device, digits):
     device.stop()
     coordinator.pump()
     assert b"stopped" in coordinator.states[-1]
-    prediction = device.predict(digits.life.x[0])
-    with pytest.raises(StoreError):
-        device.observe(prediction.id, "3", durable=True)
 
 
 def test_a_bug_in_one_part_of_a_step_does_not_keep_the_others_from_their_turn(make_device, digits, monkeypatch, caplog):
@@ -778,3 +776,90 @@ def test_a_bug_in_one_part_of_a_step_does_not_keep_the_others_from_their_turn(ma
     assert "nobody foresaw" in caplog.text
     device.stop()
     assert make_device().status().counters.labelled == 1
+
+
+# ---- settings made in Python, and what comes after the end
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"mode": "adopt"}, r"\$\.mode"),
+        ({"flush_interval_s": -1.0}, r"\$\.flush_interval_s"),
+        ({"holdout_share": float("nan")}, r"\$\.holdout_share"),
+        ({"learn": LearnConfig(passes=0)}, r"\$\.learn\.passes"),
+        ({"learn": LearnConfig(learner="clever")}, "learn.learner: 'clever' is none of"),
+        ({"learn": LearnConfig(learner="no_such_module:train")}, "No module named 'no_such_module'"),
+    ],
+)
+def test_settings_made_in_python_are_held_to_the_bounds_of_the_file(make_device, settings, named):
+    with pytest.raises(ConfigError, match=named):
+        make_device(**settings)
+
+
+def test_settings_that_are_no_settings_are_refused():
+    with pytest.raises(ConfigError, match="expected a DeviceConfig, got dict"):
+        check_config({"mode": "adapt"})
+
+
+def test_a_mode_that_is_none_is_refused_and_the_one_in_use_kept(make_device):
+    device = make_device(mode="shadow")
+    with pytest.raises(ConfigError, match="monitor, shadow, adapt, got 'adept'"):
+        device.mode = "adept"
+    assert device.mode == "shadow"
+
+
+def test_a_broker_in_the_settings_is_connected_to_by_an_embedded_device_too(make_device, embedded_broker):
+    broker = BrokerConfig(host=embedded_broker.host, port=embedded_broker.port)
+    with make_device(broker=broker) as device:
+        deadline = threading.Event()
+        for _ in range(500):
+            if device.connected:
+                break
+            deadline.wait(0.02)
+        assert device.connected
+
+
+def test_nothing_is_taken_after_the_end_instead_of_being_lost(make_device, digits):
+    device = make_device()
+    waiting = device.predict(digits.life.x[0])
+    device.stop()
+    for refused in (
+        lambda: device.predict(digits.life.x[0]),
+        lambda: device.observe(waiting.id, "3"),
+        lambda: device.learn(digits.life.x[:1], ["3"]),
+        device.step,
+        device.status,
+        device.start,
+    ):
+        with pytest.raises(StoppedError, match="make another EdgeDevice"):
+            refused()
+
+
+def test_a_stop_that_the_disk_does_not_let_write_says_what_is_lost(make_device, digits, monkeypatch):
+    device = make_device()
+    device.observe(device.predict(digits.life.x[0]).id, "3")
+
+    def no_room(rows):
+        raise StoreError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device._store, "add_rows", no_room)
+        with pytest.raises(StoreError, match="1 labels and 1 predictions are lost: no room"):
+            device.stop()
+    device.stop()  # it is closed all the same
+    make_device()
+
+
+def test_the_apps_own_error_is_not_hidden_by_a_disk_that_is_full(make_device, digits, monkeypatch):
+    def no_room(rows):
+        raise StoreError("no room")
+
+    def fail():
+        with make_device() as device:
+            monkeypatch.setattr(device._store, "add_rows", no_room)
+            device.predict(digits.life.x[0])
+            raise KeyError("own")
+
+    with pytest.raises(KeyError, match="own"):
+        fail()

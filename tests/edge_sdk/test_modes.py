@@ -169,12 +169,11 @@ def test_a_process_of_its_own_gives_the_bytes_that_learning_in_place_gives(
     assert made["inline"] == made["process"]
 
 
-@pytest.mark.parametrize("learner", ["no_such_module:train", "json:dumps", "nonsense"])
-def test_a_learner_that_is_none_fails_its_job_and_the_champion_serves_on(make_device, life, learner):
-    device = make_device(learn=learning(learner=learner))
+def test_a_function_that_is_no_learner_fails_its_job_and_the_champion_serves_on(make_device, life):
+    device = make_device(learn=learning(learner="json:dumps"))
     assert life(device, lambda device: "learn_failed" in outcomes(device))
     (reason, *_) = [entry.detail["reason"] for entry in device.history(limit=500) if entry.name == "learn_failed"]
-    assert learner in reason or "unexpected keyword argument 'between'" in reason
+    assert "unexpected keyword argument 'between'" in reason
     assert (device.status().head, device.status().phase) == (0, "idle")
 
 

@@ -20,7 +20,7 @@ from edge_sdk.config import load_config
 from edge_sdk.errors import ConfigError
 from edge_sdk.identity import renew
 from edge_sdk.messages import Ack, Envelope, Event, State, Topics, decode, encode, raw
-from edge_sdk.mqtt import MqttTransport, Tls
+from edge_sdk.mqtt import MqttTransport, Tls, new_transport
 from edge_sdk.store import Store
 from edge_sdk.swarm import Swarm
 from edge_server.coordinator import Coordinator
@@ -133,7 +133,7 @@ class Device:
         done = CliRunner().invoke(cli.main, ["enroll", str(bundle), "--home", str(self.home)])
         assert done.exit_code == 0, done.output
         self.config = load_config(self.home / "device.toml")
-        self.transport = cli._transport(self.config, self.home)
+        self.transport = new_transport(self.config, self.home)
         self.transport.subscribe(TOPICS.down(name, "#"))
         self.inbox, self.seq = [], 0
 
