@@ -472,13 +472,16 @@ class Maintenance:
 
     def _facts(self) -> dict[str, Any]:
         """What a report says beside what the reporter counts."""
-        adaptation = self.adaptation
+        adaptation, machine = self.adaptation, self._resources.read()
         return {
             "monitors": self.monitoring.states(),
             "replay_rows": adaptation.replay_rows if adaptation else 0,
             "fresh_rows": adaptation.fresh_rows if adaptation else 0,
             "rss_mb": self._resources.rss_mb(),
-            "temperature_c": self._resources.read().temperature_c,
+            "temperature_c": machine.temperature_c,
+            "disk_free_mb": self._resources.disk_free_mb(self._home),
+            "memory_free_mb": machine.free_mb,
+            "memory_total_mb": machine.total_mb,
             "scores": self.monitoring.scores,
             "shadow": self.upgrade.told_of_shadow(),
         }

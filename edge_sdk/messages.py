@@ -140,6 +140,12 @@ class Report(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Hottest sensor; None: there is none."""
     shadow: list[ShadowTally] = []
     """Of the release that runs beside the one in use because the coordinator asked for it; empty if none does."""
+    disk_free_mb: Count | None = None
+    """Room for this process on the disk of its database, in whole MB; None: unknown, as the next two."""
+    memory_free_mb: Count | None = None
+    """Memory of the machine that can be had without swapping."""
+    memory_total_mb: Count | None = None
+    """Memory of the machine."""
 
 
 class MetricSummary(msgspec.Struct, frozen=True, array_like=True):

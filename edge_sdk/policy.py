@@ -57,6 +57,7 @@ class ResourceState:
         cpu_load: Load average of the last minute by number of cores; 1: all are busy.
         cores: How many `cpu_load` is over.
         local_minute: Minutes since midnight, local time, 0 to 1439.
+        total_mb: All memory of the machine.
     """
 
     battery: float | None = None
@@ -66,6 +67,7 @@ class ResourceState:
     cpu_load: float | None = None
     cores: int = 1
     local_minute: int | None = None
+    total_mb: float | None = None
 
 
 class Spent(msgspec.Struct, frozen=True):

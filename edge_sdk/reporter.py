@@ -395,6 +395,9 @@ def build_report(
     scores: Mapping[str, Any] | None = None,
     temperature_c: float | None = None,
     shadow: Sequence[ShadowTally] = (),
+    disk_free_mb: float | None = None,
+    memory_free_mb: float | None = None,
+    memory_total_mb: float | None = None,
 ) -> tuple[Report, Window]:
     """The report of a window, and the window to go on with.
 
@@ -439,12 +442,19 @@ def build_report(
         p99_ms=round(latency.quantile(0.99), 4),
         temperature_c=None if temperature_c is None else round(temperature_c, 1),
         shadow=list(shadow),
+        disk_free_mb=_whole(disk_free_mb),
+        memory_free_mb=_whole(memory_free_mb),
+        memory_total_mb=_whole(memory_total_mb),
     )
     carried = Window(start=now, release=window.release, head=window.head)
     if carry and not enough:
         carried.labelled, carried.correct = window.labelled, window.correct
         carried.confusion = dict(window.confusion)
     return report, carried
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else max(0, round(value))
 
 
 def _told_cells(cells: dict[str, int], min_count: int) -> dict[str, int]:

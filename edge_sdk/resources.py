@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +24,10 @@ _CALLED = (Path("/proc/device-tree/model"), Path("/sys/class/dmi/id/product_name
 
 
 class ResourceReader(Protocol):
-    """A platform's way to tell; a seam for boards that psutil does not know, and for simulations."""
+    """A platform's way to tell; a seam for boards that psutil does not know, and for simulations.
+
+    It may also tell `hardware()`, what the board calls itself, and `disk_free_mb(folder)`, the room on a folder's disk.
+    """
 
     def read(self) -> ResourceState:
         """The state now; None for what is unknown. `local_minute` may be left open."""
@@ -61,7 +65,12 @@ class PsutilReader:
             free_mb=memory.available / 1e6 if memory else None,
             cpu_load=load[0] / cores if load else None,
             cores=cores,
+            total_mb=memory.total / 1e6 if memory else None,
         )
+
+    def disk_free_mb(self, folder: Path) -> float:
+        """Room for this process on the disk that holds a folder, in MB."""
+        return shutil.disk_usage(folder).free / 1e6
 
     def rss_mb(self) -> float:
         """Memory of this process, in MB."""
@@ -73,9 +82,11 @@ class PsutilReader:
 class FixedReader:
     """Always says the same: for simulations, whose results must not depend on the machine."""
 
-    def __init__(self, state: ResourceState | None = None, *, rss_mb: float = 0.0) -> None:
+    def __init__(
+        self, state: ResourceState | None = None, *, rss_mb: float = 0.0, disk_free_mb: float | None = None
+    ) -> None:
         self.state = state or ResourceState()
-        self._rss_mb = rss_mb
+        self._rss_mb, self._disk_free_mb = rss_mb, disk_free_mb
 
     def read(self) -> ResourceState:
         """The state given."""
@@ -84,6 +95,10 @@ class FixedReader:
     def rss_mb(self) -> float:
         """The memory given."""
         return self._rss_mb
+
+    def disk_free_mb(self, folder: Path) -> float | None:  # noqa: ARG002 - as other readers
+        """The room given, whatever the folder."""
+        return self._disk_free_mb
 
 
 class SafeReader:
@@ -110,6 +125,11 @@ class SafeReader:
     def hardware(self) -> str:
         """What the machine is; empty if the reader does not tell."""
         return self._ask(getattr(self._reader, "hardware", str), "")
+
+    def disk_free_mb(self, folder: Path) -> float | None:
+        """Room on the disk that holds a folder, in MB; None if the reader does not tell."""
+        tell = getattr(self._reader, "disk_free_mb", None)
+        return None if tell is None else self._ask(lambda: tell(folder), None)
 
     def _ask(self, read: Callable[[], T], unknown: T) -> T:
         try:

@@ -50,6 +50,7 @@ class AlertSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         accuracy_floor: Accuracy of a device below which is an alert, 0 to 1; 0: none.
         max_rss_mb: Memory of a device's process above which is an alert; 0: none.
         min_disk_mb: Room on the coordinator's disk below which is an alert.
+        min_device_disk_mb: Room on a device's disk below which is an alert; 0: none.
         certificate_days: A certificate that ends sooner, and has not been renewed, is an alert.
         root_days: So before its end the signed root is an alert.
         behind_s: The coordinator falls behind when the newest rows it takes in are older.
@@ -66,6 +67,7 @@ class AlertSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     accuracy_floor: Annotated[float, Meta(ge=0, le=1)] = 0.0
     max_rss_mb: Annotated[float, Meta(ge=0)] = 0.0
     min_disk_mb: Annotated[float, Meta(ge=0)] = 500.0
+    min_device_disk_mb: Annotated[float, Meta(ge=0)] = 100.0
     certificate_days: Annotated[float, Meta(ge=0)] = 14.0
     root_days: Annotated[float, Meta(ge=0)] = 60.0
     behind_s: Annotated[float, Meta(gt=0)] = 60.0

@@ -92,6 +92,7 @@ class Sources:
             *self._offline(now),
             *self._events(now),
             *self._reports(now),
+            *self._disks(now),
             *self._accuracy(),
             *self._rollouts(now),
             *self._waiting(now),
@@ -130,6 +131,12 @@ class Sources:
             "clock_untrusted", ahead, f"have a clock {self._settings.clock_ahead_s:.0f} s or more ahead"
         )
         yield from _by_group("memory_low", large, f"take more than {limit:.0f} MB of memory")
+
+    def _disks(self, now: float) -> Iterator[Condition]:
+        least = self._settings.min_device_disk_mb
+        machines = self._store.devices.machines(since=now - _DAY_S)
+        low = [(group, device) for group, device, free, *_ in machines if free is not None and free < least]
+        yield from _by_group("disk_low", low, f"have less than {least:.0f} MB left on their disk")
 
     def _accuracy(self) -> Iterator[Condition]:
         floor = self._settings.accuracy_floor

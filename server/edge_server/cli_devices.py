@@ -11,7 +11,7 @@ from edge_server.cli_common import dash, home_option, json_option, open_registry
 
 @click.group()
 def devices() -> None:
-    """Add devices, list them, replace or revoke them."""
+    """Add devices, list and show them, replace or revoke them."""
 
 
 @devices.command("add")
@@ -50,6 +50,28 @@ def devices_list(home: Path, where: str | None, as_json: bool) -> None:
         for r in records
     ]
     print_records(records, columns, rows, as_json=as_json)
+
+
+@devices.command("show")
+@click.argument("name")
+@home_option
+@json_option
+def devices_show(name: str, home: Path, as_json: bool) -> None:
+    """Show a device as it was last heard; with --json also its last report."""
+    from edge_server import records
+
+    with open_registry(home) as registry:
+        device, last = registry.device(name), registry.last_report(name)
+    facts = {
+        "device": device.name, "group": device.group, "health": device.health, "release": dash(device.release),
+        "head": dash(device.head), "mode": device.mode or "-", "hardware": device.hardware or "-",
+        "sdk": device.sdk or "-", "accuracy": "-" if device.accuracy is None else f"{device.accuracy:.1%}",
+        "alarms": device.alarms, "free disk": records.megabytes(device.disk_free_mb), "memory": records.memory(device),
+        "last seen (UTC)": when(device.last_seen),
+        "labels": " ".join(f"{key}={value}" for key, value in device.labels.items()) or "-",
+    }  # fmt: skip
+    text = "\n".join(f"{key:<16} {value}" for key, value in facts.items())
+    tell(text, as_json=as_json, **records.as_json(device), last_report=last)
 
 
 @devices.command("label")

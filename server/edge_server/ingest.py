@@ -106,6 +106,17 @@ class ReportRow(NamedTuple):
     body: bytes
 
 
+class Machine(NamedTuple):
+    """What a device has left, in MB; None: unknown."""
+
+    disk_free_mb: int | None
+    memory_free_mb: int | None
+    memory_total_mb: int | None
+
+
+_UNTOLD = Machine(None, None, None)
+
+
 class SummaryRow(msgspec.Struct, frozen=True):
     """A summary that is to be stored: the latest of its device and window stays."""
 
@@ -196,6 +207,8 @@ class Turn:
         self.joined: set[str] = set()
         self.latest: dict[str, ReportRow | EventRow] = {}
         """The last row of each device that says which release runs."""
+        self.machines: dict[str, Machine] = {}
+        """As the last report of each device tells, if it does."""
         self.positions: dict[tuple[str, str], int] = {}
         """Only those that moved."""
         self.counters: Counter[str] = Counter()
@@ -280,9 +293,7 @@ class Turn:
             self.gaps.append(GapRow(*outbox, last + 1, expected - 1, "coordinator"))
         body = bytes(envelope.body)
         if isinstance(content, Report):
-            report = _report_row(outbox, envelope, content, body, self.now)
-            self.reports.append(report)
-            self.latest[device] = report
+            self._report(_report_row(outbox, envelope, content, body, self.now), content)
         elif isinstance(content, Summary):
             self.summaries.append(SummaryRow(*outbox, envelope.seq, envelope.time, content, body))
         elif isinstance(content, Event):
@@ -297,6 +308,13 @@ class Turn:
             self._problem("rejected_body", f"{device}: {reason}")
         self.counters["accepted"] += 1
         self.positions[outbox] = self._answers[outbox] = envelope.seq
+
+    def _report(self, row: ReportRow, report: Report) -> None:
+        self.reports.append(row)
+        self.latest[row.device] = row
+        machine = Machine(report.disk_free_mb, report.memory_free_mb, report.memory_total_mb)
+        if machine != _UNTOLD:
+            self.machines[row.device] = machine
 
     def _problem(self, counter: str, text: str) -> None:
         self.counters[counter] += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -12,6 +12,8 @@ from edge_server.registry import Registry
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+_DAY_S = 86_400.0
+_LEVELS = (0.0, 0.05, 0.5)
 Labels = Mapping[str, str]
 
 
@@ -40,6 +42,10 @@ def metrics_text(registry: Registry, pulse: Pulse | None) -> str:
     rollouts = Counter(record.state.status for record in registry.store.rollouts.find())
     firing = Counter(alert.severity for alert in registry.store.alerts.find(status="firing", limit=10_000))
     counters = fleet.counters
+    machines = registry.store.devices.machines(since=registry.clock.now() - _DAY_S)
+    disks = sorted(free for _, _, free, _, _ in machines if free is not None)
+    memories = sorted(free for _, _, _, free, _ in machines if free is not None)
+    least = registry.settings.alerts.min_device_disk_mb
     lines = [
         *_family("edge_devices", "gauge", "Devices by health and release.",
                  [({"health": health, "release": release}, n) for (health, release), n in sorted(state.items())]),
@@ -52,6 +58,12 @@ def metrics_text(registry: Registry, pulse: Pulse | None) -> str:
         *_family("edge_alerts_firing", "gauge", "Alerts that are not resolved, by severity.",
                  [({"severity": name}, firing[name]) for name in ("info", "warning", "critical")]),
     ]  # fmt: skip
+    if disks:
+        lines += _quantiles("edge_device_disk_free_bytes", "Room on the disks of devices heard of within a day.", disks)
+        lines += _family("edge_devices_low_on_disk", "gauge", "Those with less than alerts.min_device_disk_mb.",
+                         [({}, sum(free < least for free in disks))])  # fmt: skip
+    if memories:
+        lines += _quantiles("edge_device_memory_free_bytes", "Memory left, of devices heard of within a day.", memories)
     if fleet.accuracy is not None:
         lines += _family(
             "edge_accuracy", "gauge", "Share of labelled predictions that were right.", [({}, fleet.accuracy)]
@@ -64,6 +76,12 @@ def metrics_text(registry: Registry, pulse: Pulse | None) -> str:
             "edge_ingest_lag_seconds", "gauge", "Age of the newest rows taken in last.", [({}, pulse.lag_s)]
         )
     return "\n".join(lines) + "\n"
+
+
+def _quantiles(name: str, text: str, megabytes: Sequence[int]) -> list[str]:
+    """Of ascending values: the least, those that a twentieth and a half of the devices are below."""
+    samples = [({"quantile": f"{q:g}"}, megabytes[int(q * (len(megabytes) - 1))] * 10**6) for q in _LEVELS]
+    return _family(name, "gauge", text, samples)
 
 
 def _family(name: str, kind: str, text: str, samples: Iterable[tuple[Labels, float]]) -> list[str]:

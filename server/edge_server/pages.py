@@ -21,7 +21,7 @@ from edge_server.background import Background
 from edge_server.endpoint import Call, Caller, Param, json_response, read_query
 from edge_server.forms import FORMS, Form, Shown
 from edge_server.live import TOPICS, seen, stream
-from edge_server.records import Role
+from edge_server.records import Role, megabytes, memory
 from edge_server.registry import Registry
 from edge_server.users import may
 from edge_server.views import DATA, VIEWS, View
@@ -57,7 +57,7 @@ class Pages:
         )
         self._templates.filters |= {
             "when": _when, "iso": _iso, "percent": _percent, "details": _details, "words": _words, "figure": _figure,
-            "shortened": _shortened,
+            "shortened": _shortened, "megabytes": megabytes, "memory": memory,
         }  # fmt: skip
 
     def routes(self) -> list[BaseRoute]:

@@ -50,6 +50,11 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """What it runs on, as it says."""
     labels: dict[str, str] = {}
     """Set by people."""
+    disk_free_mb: int | None = None
+    """Room on the disk of its database, in its last report that told; so the next two. None: unknown."""
+    memory_free_mb: int | None = None
+    """Of the machine, that can be had without swapping."""
+    memory_total_mb: int | None = None
 
     @property
     def health(self) -> Health:
@@ -60,6 +65,20 @@ class DeviceRecord(msgspec.Struct, frozen=True, kw_only=True):
     def accuracy(self) -> float | None:
         """Share of labelled predictions that were right, 0 to 1; None without labels."""
         return self.correct / self.labelled if self.labelled else None
+
+
+def megabytes(value: int | None) -> str:
+    """Room in words: in MB, or in GB; "-" for what is unknown."""
+    if value is None:
+        return "-"
+    return f"{value} MB" if value < 1000 else f"{value / 1000:,.1f} GB"
+
+
+def memory(device: DeviceRecord) -> str:
+    """What is left of a device's memory, in words."""
+    if device.memory_free_mb is None or device.memory_total_mb is None:
+        return megabytes(device.memory_free_mb)
+    return f"{megabytes(device.memory_free_mb)} of {megabytes(device.memory_total_mb)} free"
 
 
 class Glance(NamedTuple):

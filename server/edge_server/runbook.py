@@ -76,7 +76,7 @@ RUNBOOK: dict[str, Entry] = {
     ),
     "rollout_waits": Entry(
         title="a rollout waits for a person",
-        meaning="A stage begins only once it is approved, or somebody paused the rollout longer than alerts.paused_s ago.",
+        meaning="A stage begins only once it is approved, or somebody paused the rollout alerts.paused_s ago.",
         todo=(
             "edge-coordinator rollout show NUMBER: how the gates of the stages before stand.",
             "Go on: edge-coordinator rollout approve NUMBER, or rollout resume NUMBER if it is paused.",
@@ -107,6 +107,16 @@ RUNBOOK: dict[str, Entry] = {
             "Coordinator: free room at once; nothing acknowledged is lost, but nothing new is taken in.",
             "Device: smaller replay.max_bytes, other files on the disk; it tries again by itself.",
         ),
+    ),
+    "disk_low": Entry(
+        title="devices are low on disk",
+        meaning="Devices report less room than alerts.min_device_disk_mb on the disk that holds their database.",
+        todo=(
+            "edge-coordinator devices show NAME tells how much is left; most often it is logs or other programs.",
+            "Give room before the next release: a device needs that of the release, and cannot install it else.",
+            "Smaller replay.max_bytes and report.outbox_rows take less.",
+        ),
+        rule=Rule(raise_after=3, resolve_after=10),
     ),
     "memory_low": Entry(
         title="a process has grown too large",

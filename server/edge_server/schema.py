@@ -330,6 +330,11 @@ def _segments_and_cards(db: Database) -> None:
     db.table("candidates").add_column("card", str, not_null_default="")
 
 
+def _machines(db: Database) -> None:
+    for name in ("disk_free_mb", "memory_free_mb", "memory_total_mb"):
+        db.table("devices").add_column(name, int)
+
+
 STEPS: tuple[Callable[[Database], None], ...] = (
     _first_tables,  # 1
     _summaries,  # 2
@@ -345,6 +350,7 @@ STEPS: tuple[Callable[[Database], None], ...] = (
     _users,  # 12
     _summaries_of_days,  # 13
     _segments_and_cards,  # 14
+    _machines,  # 15
 )
 """Step n leads from `user_version` n - 1 to n. Steps are only ever appended, and never changed once they are on main:
 who changes a table, changes it in a step of its own."""

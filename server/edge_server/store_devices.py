@@ -10,7 +10,8 @@ _DEVICE = """
     name, group_name, credential IS NOT NULL, online, reason, coalesce(row_release, state_release),
     coalesce(row_head, state_head), mode, sdk, last_seen, predictions, errors, labelled, correct, alarms,
     warnings, revoked IS NOT NULL, hardware,
-    (SELECT json_group_object(l.key, l.value) FROM labels l WHERE l.device = devices.name)
+    (SELECT json_group_object(l.key, l.value) FROM labels l WHERE l.device = devices.name),
+    disk_free_mb, memory_free_mb, memory_total_mb
 """
 
 
@@ -60,6 +61,15 @@ class DeviceStore:
             " FROM devices WHERE revoked IS NULL ORDER BY group_name, name"
         )
         return [Glance(row[0], row[1], row[2], health_of(*row[3:])) for row in rows]
+
+    def machines(self, *, since: float) -> list[tuple[str, str, int | None, int | None, int | None]]:
+        """(group, name, disk_free_mb, memory_free_mb, memory_total_mb) of those heard of since and not revoked."""
+        rows = self._db.read(
+            "SELECT group_name, name, disk_free_mb, memory_free_mb, memory_total_mb FROM devices"
+            " WHERE revoked IS NULL AND last_seen >= ? ORDER BY group_name, name",
+            since,
+        )
+        return [(row[0], row[1], row[2], row[3], row[4]) for row in rows]
 
     def forget_presence(self) -> None:
         """Set every device offline."""

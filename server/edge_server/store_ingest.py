@@ -25,7 +25,9 @@ _SEEN = (
     " predictions = coalesce(said.column6, predictions), errors = coalesce(said.column7, errors),"
     " alarms = coalesce(said.column8, alarms), warnings = coalesce(said.column9, warnings),"
     " mode = coalesce(said.column10, mode), labelled = coalesce(said.column11, labelled),"
-    " correct = coalesce(said.column12, correct) FROM (VALUES ?) AS said WHERE name = said.column13"
+    " correct = coalesce(said.column12, correct), disk_free_mb = coalesce(said.column13, disk_free_mb),"
+    " memory_free_mb = coalesce(said.column14, memory_free_mb),"
+    " memory_total_mb = coalesce(said.column15, memory_total_mb) FROM (VALUES ?) AS said WHERE name = said.column16"
 )
 """All that a row may change of its device: each further statement costs as much as the row."""
 _OUTCOMES = ("done", "failed", "expired", "interrupted")
@@ -216,12 +218,14 @@ def _identity(row: EventRow | RejectedRow) -> tuple[str, str, int, float]:
 
 def _last_words(turn: Turn) -> dict[str, list[Any]]:
     """What each device that sent something said last, in the order of `_SEEN`; None where it said nothing."""
-    words: dict[str, list[Any]] = {device: [None] * 11 for device in turn.seen}
+    words: dict[str, list[Any]] = {device: [None] * 14 for device in turn.seen}
     for device, row in turn.latest.items():
         body = row if isinstance(row, ReportRow) else row.event
         words[device][:4] = body.release, body.head, row.time, row.store_id
     for device, report in {row.device: row for row in turn.reports}.items():
         words[device][4:9] = report.predictions, report.errors, report.alarms, report.warnings, report.mode
     for device, report in {row.device: row for row in turn.reports if row.labelled}.items():
-        words[device][9:] = report.labelled, report.correct
+        words[device][9:11] = report.labelled, report.correct
+    for device, machine in turn.machines.items():
+        words[device][11:] = machine
     return words

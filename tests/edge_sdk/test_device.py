@@ -28,6 +28,8 @@ from edge_sdk.errors import (
 )
 from edge_sdk.head import Head, dequantize, softmax
 from edge_sdk.messages import Ack, Envelope, Event, Report, Topics, decode, encode, unpack
+from edge_sdk.policy import ResourceState
+from edge_sdk.resources import FixedReader
 from edge_sdk.transport import MemoryBroker, MemoryTransport
 
 pytestmark = pytest.mark.torch
@@ -704,6 +706,20 @@ def test_a_broker_that_dies_and_comes_back_loses_nothing_and_doubles_nothing(mak
     assert coordinator.events() == ["release_activated"]
     starts = [report.start for report in coordinator.reports()]
     assert starts == sorted(set(starts))
+
+
+def test_reports_tell_the_room_that_the_machine_has(make_device, digits, clock):
+    broker = MemoryBroker()
+    coordinator = Coordinator(broker)
+    resources = FixedReader(ResourceState(free_mb=301.4, total_mb=926.0), disk_free_mb=812.6)
+    device = make_device(transport=MemoryTransport(broker), report=ReportConfig(interval_s=60), resources=resources)
+    device.connect()
+    device.predict(digits.life.x[0])
+    clock.advance(61)
+    device.step()
+    coordinator.pump()
+    (report,) = coordinator.reports()
+    assert (report.disk_free_mb, report.memory_free_mb, report.memory_total_mb) == (813, 301, 926)
 
 
 def test_a_message_that_is_none_is_counted_and_ignored(make_device):

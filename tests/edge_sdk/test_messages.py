@@ -110,6 +110,9 @@ MESSAGES = {
         p99_ms=2.5,
         temperature_c=48.5,
         shadow=[ShadowTally(3, 200, 12, 40, 5, 2, 1)],
+        disk_free_mb=812,
+        memory_free_mb=301,
+        memory_total_mb=926,
     ),
     "summary": Summary(
         start=1_767_225_600.0,
@@ -194,10 +197,11 @@ def test_the_block_size_has_a_default_for_older_writers():
 
 
 def test_a_report_of_an_older_writer_has_no_scores():
-    fields = msgspec.msgpack.decode(encode(MESSAGES["report"])[1:])[:-6]
+    fields = msgspec.msgpack.decode(encode(MESSAGES["report"])[1:])[:-9]
     report = decode(bytes([WIRE_VERSION]) + msgspec.msgpack.encode(fields), Report)
     assert (report.written_bytes, report.labels, report.confusion, report.scores) == (40_960, [], b"", {})
     assert (report.p99_ms, report.temperature_c, report.shadow) == (0.0, None, [])
+    assert (report.disk_free_mb, report.memory_free_mb, report.memory_total_mb) == (None, None, None)
 
 
 def test_an_envelope_carries_its_body_unread():

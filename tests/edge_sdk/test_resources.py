@@ -2,7 +2,9 @@
 
 import logging
 import os
+import shutil
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
@@ -43,7 +45,8 @@ def test_this_machine_tells_memory_and_load():
     reader = PsutilReader()
     assert reader.rss_mb() > 1
     state = reader.read()
-    assert state.free_mb > 0
+    assert 0 < state.free_mb < state.total_mb
+    assert reader.disk_free_mb(Path("/")) == pytest.approx(shutil.disk_usage("/").free / 1e6, rel=0.1)
     assert state.cpu_load >= 0
     assert state.cores == os.cpu_count()
 
@@ -83,6 +86,18 @@ class Broken:
     def rss_mb(self):
         raise RuntimeError("neither")
 
+    def disk_free_mb(self, folder):
+        raise OSError(f"{folder} was taken away")
+
+
+def test_room_on_the_disk_is_unknown_where_a_board_of_ones_own_does_not_tell():
+    class Board:
+        def read(self):
+            return ResourceState()
+
+    assert SafeReader(Board(), ManualClock()).disk_free_mb(Path("/")) is None
+    assert SafeReader(FixedReader(disk_free_mb=7.5), ManualClock()).disk_free_mb(Path("/")) == 7.5
+
 
 def test_a_reader_that_raises_is_logged_once_and_all_but_the_time_is_unknown(utc, caplog):
     reader = SafeReader(Broken(), ManualClock(3_600.0))
@@ -90,6 +105,7 @@ def test_a_reader_that_raises_is_logged_once_and_all_but_the_time_is_unknown(utc
         for _ in range(3):
             assert reader.read() == ResourceState(local_minute=60)
             assert reader.rss_mb() == 0.0
+            assert reader.disk_free_mb(Path("/")) is None
     assert [record.getMessage() for record in caplog.records] == ["Broken failed; what it reads counts as unknown"]
 
 

@@ -144,6 +144,27 @@ class TestKinds:
         fleet.talk()
         assert {entry[1:3] for entry in fleet.look(3)} == {("memory_low", "group north"), ("memory_low", "group south")}
 
+    def test_devices_low_on_disk_are_one_alert_a_group_until_there_is_room(self, desk):
+        fleet = desk(min_device_disk_mb=100)
+        fleet.everybody_reports(disk_free_mb=99)
+        fleet.devices[1].report(disk_free_mb=100)
+        fleet.devices[2].report()  # of one that does not tell any more, what it told last counts
+        fleet.talk()
+        assert fleet.look(2) == []
+        assert fleet.look() == [("raised", "disk_low", "group north", "warning"),
+                                ("raised", "disk_low", "group south", "warning")]  # fmt: skip
+        assert {alert.members for alert in fleet.alerts.find()} == {("d3", "d5"), ("d0", "d2", "d4")}
+        assert "3 devices have less than 100 MB left on their disk" in fleet.alerts.find()[0].words
+        fleet.everybody_reports(disk_free_mb=5000)
+        assert fleet.look(9) == []
+        assert [entry[0] for entry in fleet.look(3)] == ["resolved", "resolved"]
+
+    def test_a_device_that_is_not_heard_of_is_not_called_low_on_disk(self, desk, clock):
+        fleet = desk()
+        fleet.everybody_reports(disk_free_mb=1)
+        clock.advance(DAY + 1)
+        assert {entry[1] for entry in fleet.look(9)} == {"device_offline"}
+
     def test_accuracy_below_the_floor_is_told_only_when_it_is_sure(self, desk):
         fleet = desk(accuracy_floor=0.8)
         fleet.devices[0].accuracy = 0.5

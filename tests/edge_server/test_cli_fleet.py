@@ -44,6 +44,18 @@ def fleet(coordinator, make_device, clock, settle, summary):
     return devices
 
 
+def test_a_device_is_shown_with_the_room_it_has_left(run, make_device, settle):
+    device = make_device("pump-1", group="lab")
+    device.report(disk_free_mb=812, memory_free_mb=301, memory_total_mb=3926)
+    device.report()  # a later one that does not tell
+    settle([device])
+    lines = dict(line.split(maxsplit=1) for line in run("devices", "show", "pump-1").splitlines() if "(" not in line)
+    assert (lines["group"], lines["free"], lines["memory"]) == ("lab", "disk        812 MB", "301 MB of 3.9 GB free")
+    told = json.loads(run("devices", "show", "pump-1", "--json"))
+    assert (told["disk_free_mb"], told["health"], told["last_report"]["disk_free_mb"]) == (812, "ok", None)
+    assert "no device 'pump-2'" in run("devices", "show", "pump-2", expect=1)
+
+
 def test_show_adds_up_the_summaries(run, fleet):
     assert "acc_x" in run("fleet", "show")
     (view,) = json.loads(run("fleet", "show", "--json", "--hours", "2.5", "--where", "group=default"))

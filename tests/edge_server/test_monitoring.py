@@ -30,6 +30,21 @@ def test_metrics_tell_the_fleet_in_the_text_format(get, small_fleet):
     assert len({name for name, _ in named}) == len(named)
 
 
+def test_metrics_tell_how_much_room_devices_have(coordinator, make_device, settle, clock):
+    devices = [make_device(f"d{number}") for number in range(21)]
+    for number, device in enumerate(devices[:20]):
+        device.report(disk_free_mb=90 + number, memory_free_mb=500, memory_total_mb=1000)
+    devices[20].report()
+    settle(devices)
+    lines = metrics_text(coordinator.registry, None).splitlines()
+    assert 'edge_device_disk_free_bytes{quantile="0"} 90000000' in lines
+    assert 'edge_device_disk_free_bytes{quantile="0.5"} 99000000' in lines
+    assert 'edge_device_memory_free_bytes{quantile="0.05"} 500000000' in lines
+    assert "edge_devices_low_on_disk 10" in lines
+    clock.advance(86_401.0)
+    assert "disk" not in metrics_text(coordinator.registry, None)
+
+
 def test_metrics_without_a_coordinator_beside_leave_out_what_only_it_knows(coordinator):
     text = metrics_text(coordinator.registry, None)
     assert "edge_broker_connected" not in text

@@ -100,6 +100,14 @@ class TestFleet:
         strict.pump()
         assert "stranger (1)" in get("/").text
 
+    def test_a_device_page_says_how_much_room_is_left(self, get, small_fleet, settle):
+        assert re.search(r"Free disk</dt><dd>-<", get("/devices/a").text)
+        small_fleet[0].report(disk_free_mb=99, memory_free_mb=301)
+        settle(small_fleet)
+        page = get("/devices/a").text
+        assert re.search(r"Free disk</dt><dd>99 MB<", page)
+        assert re.search(r"Memory</dt><dd>301 MB<", page)
+
     def test_odd_details_do_not_break_it(self, get, small_fleet, settle):
         small_fleet[0].event("x" * 256, text="y" * 10_000, big=2**64 - 1, nan=float("nan"))
         settle(small_fleet)
