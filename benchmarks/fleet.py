@@ -53,9 +53,9 @@ FOUND = [
     (
         "Of a device's processor time an eighth is learning; the rest of its job, with files and rows, a twelfth; "
         "gate and promotion an eighth; monitors and diagnosis a fifth; opening it a seventh; taking up each new head a "
-        "tenth; logging and joining a sixteenth. No single part is left that would give the factor of five. In runs on the "
-        "same machine with much other work, wall times were three to four times as long on both sides, and the ratio 0.8 "
-        "to 1.1."
+        "tenth; logging and joining a sixteenth. No single part is left that would give the factor of five. In runs on "
+        "the same machine with much other work, wall times were three to four times as long on both sides, and the "
+        "ratio 0.8 to 1.1."
     ),
     (
         "What devices grew by was SQLite: a statement of its own for each size of flush, 128 of them kept for each "

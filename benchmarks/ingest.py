@@ -62,6 +62,12 @@ EXPECTED = {
     " each report",
     "memory": "90 MB: 55 MB of libraries, a few for 10,000 devices, the rest for batches",
 }
+FOUND = """\
+Beyond counting it, a report costs some 50 us: to take it over and read it 25, to write it 16, and the rest is what two
+threads of one interpreter take from each other. The database works beside the network thread, the reading cannot: with
+that alone the ratio would be about 0.7. One statement for some sixty rows instead of `executemany`, between whose rows
+the other thread gets its turn, brought a quarter more.
+"""
 TARGETS = {"rate": 5_000, "ratio": 0.8, "storage": 0.85, "rss_mb": 150}
 
 
@@ -360,7 +366,6 @@ def markdown(results: dict[str, Any]) -> str:
         f"| {shape} | {found['raw']:,.0f} | {found['stage']:,.0f} | {found['ratio']:.2f} |\n"
         for shape, found in results["storage"].items()
     )
-    notes = "".join(f"\n{note}\n" for note in results.get("notes", []))
     return f"""\
 Reports of {results["bytes"]} bytes (20 features, ten labels) through mosquitto into the coordinator's database, flushed
 to the disk at every commit. A publisher beside it writes packets made before and receives the acknowledgements: one for
@@ -387,7 +392,8 @@ Expected before measuring:
 
 {machine["cpu"]}, {machine["cores"]} cores, Python {machine["python"]}, edge-sdk {machine["edge_sdk"]}. Load of the
 machine before each run: {min(loads):.1f} to {max(loads):.1f}; the runs themselves make 2.
-{notes}"""
+
+{FOUND}"""
 
 
 def line(results: dict[str, Any], shape: str) -> str:
@@ -405,12 +411,22 @@ def line(results: dict[str, Any], shape: str) -> str:
     whole = all(found["rows"] == results["reports"] for found in committed) and not any(
         found["dropped"] for found in committed
     )
-    met = whole and rate >= TARGETS["rate"] and ratio >= TARGETS["ratio"] and memory <= TARGETS["rss_mb"]
+    missed = [
+        what
+        for what, met in (
+            ("lost rows", whole),
+            ("rate", rate >= TARGETS["rate"]),
+            ("ratio", ratio >= TARGETS["ratio"]),
+            ("memory", memory <= TARGETS["rss_mb"]),
+        )
+        if not met
+    ]
+    verdict = f"**not: {', '.join(missed)}**" if missed else "yes"
     rows = statistics.median(found["rows"] / found["batches"] for found in committed)
     return (
         f"| {shape} | {middle(counted, 'rate'):,.0f} /s | {rate:,.0f} /s | {ratio:.2f}"
         f" | {middle(counted, 'us_a_report'):.0f} | {middle(committed, 'us_a_report'):.0f}"
-        f" | {middle(committed, 'broker_us'):.0f} | {rows:.0f} | {memory:.0f} MB | {'yes' if met else '**no**'} |\n"
+        f" | {middle(committed, 'broker_us'):.0f} | {rows:.0f} | {memory:.0f} MB | {verdict} |\n"
     )
 
 

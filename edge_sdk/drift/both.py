@@ -31,7 +31,7 @@ class Both(DriftDetector):
         block = np.asarray(block, dtype=np.float64)
         if block.ndim != 2 or block.shape[1] != self._channels:
             raise ValueError(f"expected rows of {self._channels} channels, got shape {block.shape}")
-        self.means.update(with_spread(block) if self._spread else block)
+        self.means.update(with_spread(block.astype(np.float32)) if self._spread else block)
         if self.steps is not None:
             self.steps.update(block)
 

@@ -113,7 +113,7 @@ class EDetector(DriftDetector):
 
     def _fold(self, rows: AnyArray) -> None:
         """Rows that end the step that was begun, then whole steps, then the beginning of another one."""
-        stride, values = self._stride, rows.astype(np.float32)
+        stride, values = self._stride, np.asarray(rows, np.float32)
         ended = min(len(rows), -self._phase % stride)
         steps = (len(rows) - ended) // stride
         begun = ended + steps * stride
@@ -128,7 +128,8 @@ class EDetector(DriftDetector):
                 shape = (steps, stride, len(self._mean))
                 whole = slice(ended, begun)
                 if rows.dtype == np.bool_:
-                    factors = self._of_counts(rows[whole].reshape(shape).sum(axis=1))
+                    flags = np.ascontiguousarray(rows[whole]).view(np.uint8).reshape(shape)
+                    factors = self._of_counts(np.add.reduce(flags, axis=1, dtype=np.uint8))
                 else:
                     factors = self._product(values[whole].reshape(shape))
                 m = self._m
@@ -151,23 +152,24 @@ class EDetector(DriftDetector):
         return product
 
     def _of_counts(self, counts: AnyArray) -> FloatArray:
-        """The same of whole steps, of which is known how often each channel was 1, int [S, K], and else 0."""
+        """The same of whole steps, of which is known how often each channel was 1, uint8 [S, K], and else 0."""
         if self._by_count is None:
             ones = np.arange(self._stride + 1.0)[:, None, None]
             zero, one = self._constant.astype(np.float64), (self._constant + self._slope).astype(np.float64)
             self._by_count = (zero ** (self._stride - ones) * one**ones).astype(np.float32)
-        bets, channels = self._constant.shape
-        factors: FloatArray = self._by_count[counts[:, None, :], np.arange(bets)[:, None], np.arange(channels)]
+        factors: FloatArray = np.repeat(self._by_count[:1], len(counts), axis=0)
+        steps, channels = counts.nonzero()  # few: these channels are for what is seldom
+        factors[steps, :, channels] = self._by_count[counts[steps, channels], :, channels]
         return factors
 
     def _look(self, m: FloatArray) -> None:
         """At the statistics after each of a few steps, float32 [S, bets, K]."""
-        seen = m.reshape(len(m), -1).sum(axis=1, dtype=np.float64) / m[0].size
-        self._evidence = float(seen[-1])
-        self._peak = max(self._peak, float(seen.max()))
-        loud = np.flatnonzero(seen >= _WARNING * self._run_length)
-        steps = len(seen) - 1 - int(loud[-1]) if len(loud) else len(seen)
-        self._quiet = steps * self._stride + (0 if len(loud) else self._quiet)
+        # in pairs, and far below what single precision holds
+        seen = np.add.reduce(m.reshape(len(m), -1), axis=1) / np.float32(m[0].size)
+        for evidence in seen.tolist():
+            self._evidence = evidence
+            self._peak = max(self._peak, evidence)
+            self._quiet = 0 if evidence >= _WARNING * self._run_length else self._quiet + self._stride
 
     @property
     def evidence(self) -> float:

@@ -97,11 +97,13 @@ class QualityMonitor(OverEDetector):
         if not len(x):
             return
         missing = np.isnan(x)
-        numbers = x[:, self._numbers]
-        chosen = x[:, self._categories]
-        known = (chosen[:, :, None] == self._values).any(axis=2) | missing[:, self._categories]
+        numbers = x if len(self._numbers) == x.shape[1] else x[:, self._numbers]
+        parts = [missing, (numbers < self._low) | (numbers > self._high)]
+        if len(self._categories):
+            chosen = x[:, self._categories]
+            parts.append(~((chosen[:, :, None] == self._values).any(axis=2) | missing[:, self._categories]))
         same = x == np.concatenate([self._last[None], x[:-1]])
-        parts = [missing, (numbers < self._low) | (numbers > self._high), ~known, same[:, self._moving]]
+        parts.append(same[:, self._moving])
         self._detector.update(np.concatenate(parts, axis=1))
         self._last = x[-1].copy()
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_sdk.types import DoubleArray, FloatArray
+from edge_sdk.types import AnyArray, DoubleArray, FloatArray
 
 _ROWS = 16
 """So many at once: the comparisons of these with all edges stay in the cache."""
@@ -77,8 +77,8 @@ def rank_channels(features: FloatArray, edges: FloatArray) -> DoubleArray:
     return ranked(features, edges)[0]
 
 
-def with_spread(ranks: DoubleArray) -> DoubleArray:
-    """Ranks, float64 [N, F], and after them their distances from the middle, |2 rank - 1|: float64 [N, 2 F].
+def with_spread(ranks: AnyArray) -> AnyArray:
+    """Ranks, float [N, F], and after them their distances from the middle, |2 rank - 1|: the same dtype, [N, 2 F].
 
     The mean rank of a feature that only spreads or shrinks stays where it is; the mean distance does not.
     """

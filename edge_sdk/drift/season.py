@@ -63,7 +63,7 @@ class Season:
         if not len(times):
             return False
         first, last = float(times.min()), float(times.max())
-        if not self._hours.used.any() and self._hours.within(first, last) and self._days.within(first, last):
+        if not self._hours.active and self._hours.within(first, last) and self._days.within(first, last):
             total = block.sum(axis=0)  # nearly always a block lies within one hour
             self._hours.add(total, len(times), first)
             self._days.add(total, len(times), first)
@@ -96,7 +96,7 @@ class Season:
     @property
     def established(self) -> bool:
         """Whether any channel has a season that is taken out."""
-        return bool(self.used.any())
+        return self._hours.active or self._days.active
 
     @property
     def used(self) -> BoolArray:
@@ -146,7 +146,7 @@ class _Cycle:
         return cells
 
     def adjust(self, block: DoubleArray, times: DoubleArray) -> DoubleArray:
-        return block - self._effects[self._cells(times)] if self.used.any() else block
+        return block - self._effects[self._cells(times)] if self.active else block
 
     def within(self, first: float, last: float) -> bool:
         """Whether times from first to last are in one cell of the period that runs."""
@@ -190,7 +190,7 @@ class _Cycle:
         shape = means - (means - self._shape[there]).mean(axis=0)
         gain = 1 / (1 + _MEMORY * self._weights[there, None])
         off = shape - self._shape[there]
-        if self.used.any():
+        if self.active:
             most = _CLIP * np.sqrt(self._spread * (1 + 1 / np.maximum(1, self._weights[there, None])))
             off = np.where(self.used, np.clip(off, -most, most), off)
         before = self._weights[there] > 0
@@ -217,6 +217,7 @@ class _Cycle:
             ratio = np.cbrt(signal / np.maximum(self._spread, 1e-12))
             a, b = 2 / (9 * between), 2 / (9 * self._freedom)
             self.used = ((1 - b) * ratio - (1 - a)) / np.sqrt(b * ratio**2 + a) > _SURE
+        self.active = bool(self.used.any())
         self._effects: DoubleArray = np.where(self.used, self._shape, 0.0).astype(np.float64)
         trusted = np.where(self.used, self._spread, 0.0)
         self.error: DoubleArray = _SLACK * np.sqrt(trusted / max(1.0, float(self._weights.max())))

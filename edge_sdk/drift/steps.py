@@ -126,26 +126,28 @@ class StepDetector(DriftDetector):
     def _look(self) -> None:
         """At the window that is full, and at it and the one before."""
         below = np.cumsum(self._counts, axis=1, dtype=np.uint8)[:, :-1]
-        self._evidence = _SHARE * self._run_of(self._distance(below, WINDOW), WINDOW)
+        self._evidence = _SHARE * self._run_of(below, WINDOW)
         if self._windows:
-            both = self._distance(below + self._below, 2 * WINDOW)
-            self._evidence = max(self._evidence, (1 - _SHARE) * self._run_of(both, 2 * WINDOW))
+            both = self._run_of(below + self._below, 2 * WINDOW)
+            self._evidence = max(self._evidence, (1 - _SHARE) * both)
         self._peak = max(self._peak, self._evidence)
         self._quiet = 0 if self._evidence >= self._run_length else self._quiet + WINDOW * self._every
         self._counts, self._below = np.zeros_like(self._counts), below
         self._filled, self._windows = 0, 1
 
-    def _distance(self, below: NDArray[np.uint8], seen: int) -> FloatArray:
-        """Of each channel's distribution from the reference's, float32 [K]."""
+    def _apart(self, below: NDArray[np.uint8], seen: int) -> FloatArray:
+        """How far each channel's distribution is from the reference's, at each level: float32 [K, 31]."""
         off = below * np.float32(1 / seen)
         off -= self._levels
-        distance: FloatArray = np.abs(off, out=off).max(axis=1)
-        return distance
+        if self.ignored.any():
+            off[self.ignored] = 0
+        apart: FloatArray = np.abs(off, out=off)
+        return apart
 
-    def _run_of(self, distance: AnyArray, seen: int) -> float:
+    def _run_of(self, below: NDArray[np.uint8], seen: int) -> float:
         """Rows between false alarms at the level that the largest distance just reaches (Bonferroni)."""
-        most = float(np.where(self.ignored, 0, distance).max())
-        return WINDOW * self._every / max(_TINY, len(distance) * kolmogorov(most, self._rows, seen))
+        most = float(self._apart(below, seen).max())
+        return WINDOW * self._every / max(_TINY, len(below) * kolmogorov(most, self._rows, seen))
 
     @property
     def evidence(self) -> float:
@@ -174,7 +176,7 @@ class StepDetector(DriftDetector):
 
     def suspects(self, count: int = 3) -> list[tuple[int, float]]:
         """Channels by the distance of the last full window from the reference, with the shift of their mean in it."""
-        distance = np.where(self.ignored, 0, self._distance(self._below, WINDOW))
+        distance = self._apart(self._below, WINDOW).max(axis=1)
         order = np.argsort(-distance, kind="stable")[:count]
         # a mean is the area above its distribution function; with cuts it is that of the ranks
         shift = (self._levels - self._below / WINDOW).sum(axis=1) / _BINS

@@ -138,7 +138,7 @@ class Watched:
         self.thinner.learn(block)
         fade = (1 - 1 / LOOK_BACK) ** len(block)
         if len(block):
-            self.recent = fade * self.recent + (1 - fade) * block.mean(axis=0)
+            self.recent = fade * self.recent + (1 - fade) / len(block) * np.add.reduce(block, axis=0)
         if times is None:
             return block
         adjusted = self.season.adjust(block, times)
