@@ -76,12 +76,14 @@ def export_onnx(
             example takes, and torch warns with the line (TracerWarning) where it does.
 
     Raises:
-        ExportError: torch cannot express the network in ONNX, or only for one batch size; the message names
-            the module or line that torch names.
+        ExportError: It is no network, or torch cannot express it in ONNX, or only for one batch size; the message
+            names the module or line that torch names.
         MissingExtraError: torch is not installed.
         ValueError: Names and examples do not match.
     """
     torch = _torch()
+    if not isinstance(model, torch.nn.Module):
+        raise ExportError(f"a network is a torch module, an ONNX graph or the path of one, got {type(model).__name__}")
     arrays: list[AnyArray] = [example] if isinstance(example, np.ndarray) else list(example)
     names = list(input_names or ([input_name] if len(arrays) == 1 else []))
     if len(names) != len(arrays) or not set(batch_axes or {}) <= set(names):

@@ -10,6 +10,7 @@ import importlib
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from edge_sdk.manifest import HEAD_NPZ, MANIFEST_NAME, MOMENTS_NPZ, Manifest, di
 from edge_sdk.schema import InputSpec
 from edge_sdk.tasks import standardise
 from edge_sdk.types import AnyArray, Task
+from edge_server.errors import TrainerError
 from edge_server.evaluate import Evaluation, evaluate
 from edge_server.records import CandidateRecord, ReleaseRecord
 from edge_server.registry import Registry
@@ -160,6 +162,7 @@ def build(
 
     Raises:
         ConfigError: A setting does not fit, or the trainer cannot be imported.
+        TrainerError: The trainer failed.
         EdgeError: As in `build_checkpoint` and `evaluate`.
     """
     recipe = load_build(path)
@@ -173,9 +176,7 @@ def build(
         progress(1, 5, "reading and checking rows")
         job = _job(recipe, path.resolve().parent, champion)
         progress(2, 5, f"training: {recipe.trainer}")
-        trained = (_trainer(recipe, path.resolve().parent) if recipe.trainer != HEAD_TRAINER else train_head)(
-            job, *([recipe.learner] if recipe.trainer == HEAD_TRAINER else [])
-        )
+        trained = _trained(recipe, path.resolve().parent, job)
         progress(3, 5, "quantizing and packing")
         lineage = _lineage(recipe, path, base)
         manifest = _pack(recipe, job, trained, champion, out, release=_number(registry, recipe), lineage=lineage,
@@ -305,21 +306,55 @@ def _targets(y: AnyArray, manifest: Manifest) -> AnyArray:
     return y.astype(np.int64) if manifest.task == "classification" else y.astype(np.float32)
 
 
+def _trained(recipe: BuildRecipe, folder: Path, job: TrainJob) -> Any:
+    """What the recipe's trainer made.
+
+    Raises:
+        ConfigError: It cannot be imported, or does not fit the release.
+        LearnError: Nothing came of it.
+        TrainerError: It is the owner's, and failed.
+    """
+    if recipe.trainer == HEAD_TRAINER:
+        return train_head(job, recipe.learner)
+    train = _trainer(recipe, folder)
+    try:
+        trained = train(job)
+    except (Exception, SystemExit) as error:  # somebody else's code may raise anything
+        raise TrainerError(f"trainer {recipe.trainer} failed: {_words(error)}{_place(error)}") from error
+    if trained is None:
+        raise TrainerError(f"trainer {recipe.trainer} returned None: it must return a head or a network")
+    return trained
+
+
 def _trainer(recipe: BuildRecipe, folder: Path) -> Trainer:
     """The owner's function.
 
     Raises:
-        ConfigError: It cannot be imported.
+        ConfigError: It cannot be imported, or is none.
     """
     module, _, name = recipe.trainer.partition(":")
     sys.path.insert(0, str(folder))
     try:
         found: Trainer = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"trainer {recipe.trainer!r} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # a module may do anything when it is imported
+        raise ConfigError(f"trainer {recipe.trainer!r} cannot be imported: {_words(error)}{_place(error)}") from error
     finally:
         sys.path.remove(str(folder))
+    if not callable(found):
+        raise ConfigError(f"trainer {recipe.trainer!r} is no function but {type(found).__name__}")
     return found
+
+
+def _words(error: BaseException) -> str:
+    """An error in one line, as it stands at the end of a traceback."""
+    return " ".join("".join(traceback.format_exception_only(error)).split())
+
+
+def _place(error: BaseException) -> str:
+    """Where it was raised in the owner's code; nothing if it was not there."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    own = [frame for frame in frames if "importlib" not in frame.filename and "site-packages" not in frame.filename]
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
 # ---- packing

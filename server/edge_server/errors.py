@@ -15,6 +15,7 @@ EdgeError
     │   └─ UnknownSegmentError  there is none of that name
     ├─ UploadError              what came over the API is no checkpoint's archive
     │   └─ UploadTooLargeError  it has more bytes than are taken
+    ├─ TrainerError             the owner's own trainer function raised, or returned what is no model
     ├─ UnknownAlertError        there is no alert or silence of that number
     └─ UserError                a user cannot be added or revoked
         └─ UnknownUserError     there is none of that name
@@ -79,6 +80,10 @@ class UploadError(CoordinatorError):
 
 class UploadTooLargeError(UploadError):
     """An upload has more bytes than are taken. A retry does not help."""
+
+
+class TrainerError(CoordinatorError):
+    """The owner's trainer raised, or returned what is no model; its own error is the cause. A retry does not help."""
 
 
 class UnknownAlertError(CoordinatorError):

@@ -1,6 +1,7 @@
 """A new base from the owner's rows: trained, packed, held against the release in use, and pushed if it did not lose."""
 
 import json
+import traceback
 from contextlib import closing
 
 import msgspec
@@ -15,7 +16,7 @@ from edge_sdk.manifest import HEAD_NPZ, digest_of, parse_manifest, verify_checkp
 from edge_server.build import build as make
 from edge_server.build import hash_rows, load_build, write_release
 from edge_server.cli import main
-from edge_server.errors import ReleaseError
+from edge_server.errors import ReleaseError, TrainerError
 from edge_server.evaluate import evaluate
 from edge_server.registry import Registry
 from edge_server.settings import Settings
@@ -188,6 +189,118 @@ def test_what_cannot_be_built_is_refused(registry, recipe, tmp_path, text, probl
     with pytest.raises(ConfigError, match=problem):
         make(registry, recipe(text), out=tmp_path / "candidate")
     assert not (tmp_path / "candidate").exists()
+
+
+BAD = """
+import json, sys
+
+def raises(job):
+    raise ValueError("no row is\\nof plant A")
+
+def deep(job):
+    return json.loads("{")
+
+def leaves(job):
+    sys.exit("no GPU here")
+
+def nothing(job):
+    return None
+
+def junk(job):
+    return {"weights": [1, 2]}
+
+number = 7
+"""
+
+
+@pytest.fixture
+def attempt(home, recipe, tmp_path):
+    """Builds a recipe by the command line; returns its result."""
+    (home / "coordinator.toml").write_text("durable = false\n")
+    (tmp_path / "my_bad_trainers.py").write_text(BAD)
+    (tmp_path / "my_broken_module.py").write_text("def f(:\n")
+
+    def run(text="", *flags, **files):
+        path = recipe(text)
+        for name, content in files.items():
+            (tmp_path / f"{name}.csv").write_bytes(content)
+            path.write_text(path.read_text().replace(f'"{name}.npz"', f'"{name}.csv"'))
+        if "target" in text:
+            path.write_text(path.read_text().replace(text, "").replace("[data]", f"[data]\n{text}"))
+        arguments = ["build", str(path), "--out", str(tmp_path / "candidate"), "--home", str(home)]
+        return CliRunner().invoke(main, [*flags, *arguments])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("trainer", "code", "problem"),
+    [
+        ("my_bad_trainers:raises", 1, "failed: ValueError: no row is of plant A (my_bad_trainers.py, line 5)"),
+        ("my_bad_trainers:deep", 1, "failed: json.decoder.JSONDecodeError: Expecting property name"),
+        ("my_bad_trainers:leaves", 1, "failed: SystemExit: no GPU here"),
+        ("my_bad_trainers:nothing", 1, "returned None"),
+        ("my_bad_trainers:junk", 1, "a network is a torch module, an ONNX graph or the path of one, got dict"),
+        ("my_bad_trainers:number", 2, "is no function but int"),
+        ("my_broken_module:f", 2, "cannot be imported: File"),
+    ],
+)
+def test_a_trainer_that_fails_is_named_with_its_message_in_one_line(attempt, tmp_path, trainer, code, problem):
+    result = attempt(f'trainer = "{trainer}"')
+    error = result.stderr.splitlines()[-1]
+    assert (result.exit_code, error.startswith("error: ")) == (code, True), result.output
+    assert problem in error
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "candidate").exists()
+
+
+def test_the_traceback_of_a_trainer_is_kept_for_who_debugs(attempt):
+    result = attempt('trainer = "my_bad_trainers:raises"', "--debug")
+    assert isinstance(result.exception, TrainerError)
+    frames = traceback.extract_tb(result.exception.__cause__.__traceback__)
+    assert frames[-1].name == "raises"
+
+
+def table(rows=300, columns=64, label="said", value="1"):
+    header = [*(f"p{i}" for i in range(columns)), label]
+    lines = [",".join(header), *(",".join([*["0.5"] * columns, value]) for _ in range(rows))]
+    return "\n".join(lines).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (table(label="truth"), "train.csv has no column 'said'"),
+        (table(columns=63), "train.csv has 63 columns of values, the model takes shape"),
+        (table(value="robot"), "robot"),
+        (table() + b"\n1,2", "row 300: 2 fields where the header has 65"),
+        (table().replace(b"0.5", b"much", 1), "row 0: 'p0' is 'much', expected a number"),
+        (table()[:90] + b"\xff\xfe", "train.csv is not readable CSV in UTF-8"),
+        (b"", "train.csv has no rows"),
+        (table(), "label"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_told_in_one_line(attempt, content, problem):
+    result = attempt('target = ["said"]', train=content, holdout=table())
+    error = result.stderr.splitlines()[-1]
+    assert (result.exit_code, error.startswith("error: ")) == (1, True), result.output
+    assert problem in error
+    assert "Traceback" not in result.output
+
+
+def test_too_few_held_out_rows_are_told_in_one_line(attempt, recipe, tmp_path, digits):
+    path = recipe()
+    few = digits.life.only(set(range(8)))
+    (tmp_path / "few.npz").write_bytes(npz_bytes({"x": few.x[:150], "y": few.y[:150]}))
+    result = attempt(holdout=table(rows=150), train=table())
+    assert "train.csv: say which column holds the labels" in result.stderr.splitlines()[-1]
+    path = recipe()
+    path.write_text(path.read_text().replace("holdout.npz", "few.npz"))
+    result = CliRunner().invoke(
+        main, ["build", str(path), "--out", str(tmp_path / "candidate"), "--home", str(tmp_path / "home")]
+    )
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1].endswith("a monitor reference needs at least 200 rows, got 150")
 
 
 def test_labels_must_begin_with_those_in_use(registry, recipe, tmp_path):
