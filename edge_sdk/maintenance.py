@@ -157,6 +157,7 @@ class Maintenance:
             transport=transport,
             config=self._config.update,
             trust=self._trust,
+            group=self._config.group,
         )
         self.upgrade = Upgrade(
             store=self._store,

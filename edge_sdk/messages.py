@@ -264,6 +264,15 @@ class Part(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """0: run it; above: run it so long beside the release in use, and tell how it does."""
 
 
+class Signature(msgspec.Struct, frozen=True, array_like=True):
+    """Who vouches for a Desired."""
+
+    key: str
+    """Id of a key that TUF's root names for the timestamp."""
+    value: bytes
+    """Over what `edge_sdk.desired.signed_bytes` gives."""
+
+
 class Desired(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Retained on `g/{group}/desired`: what the group should run."""
 
@@ -280,6 +289,12 @@ class Desired(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     block_bytes: int = BLOCK_BYTES
     parts: list[Part] = []
     """The first that names a device comes before the others, the candidate and the base."""
+    issued: float = 0.0
+    """When it was signed, seconds since the epoch; 0: it was not."""
+    expires: float = 0.0
+    """Nothing is installed by it from then on; 0: it was not signed."""
+    signatures: list[Signature] = []
+    """Empty: the coordinator has no keys."""
 
     def __post_init__(self) -> None:
         """Refuse a block size that cannot be sent."""
@@ -326,8 +341,8 @@ M = TypeVar("M", bound=msgspec.Struct)
 _READ: dict[type, msgspec.msgpack.Decoder[Any]] = {
     kind: msgspec.msgpack.Decoder(kind)
     for kind in (
-        *(State, MonitorState, Report, MetricSummary, Summary, Event, Gap, Envelope, Ack, Need, Offer, Part, Desired),
-        MetadataSet,
+        *(State, MonitorState, Report, MetricSummary, Summary, Event, Gap, Envelope, Ack, Need, Offer, Part),
+        *(Signature, Desired, MetadataSet),
     )
 }
 """Built before two devices of one process may read their first message at once, which could end it."""

@@ -18,7 +18,6 @@ from edge_sdk.config import DeviceConfig, ReportConfig
 from edge_sdk.errors import NotConnectedError, ProtocolError
 from edge_sdk.messages import (
     Ack,
-    Desired,
     Event,
     MonitorState,
     Report,
@@ -320,8 +319,11 @@ class Reporter:
             try:
                 highest = self._take(message, client) or highest
             except ProtocolError as error:
-                logger.warning("%s: %s was ignored: %s", self._config.device, message.topic, error)
-                self.counters.bad_messages += 1
+                self._ignore(message.topic, error)
+        try:
+            client.look_again(self._clock.now())
+        except ProtocolError as error:
+            self._ignore(self.topics.desired(self._config.group), error)
         if highest is not None:
             with self._store.transaction():
                 self.outbox.acknowledge(highest)
@@ -349,6 +351,10 @@ class Reporter:
                 counters.outbox_dropped += self.outbox.drop_reports(now)
                 self.emit("data_cap_reached", {"bytes": counters.month_bytes, "limit": limit})
 
+    def _ignore(self, topic: str, error: ProtocolError) -> None:
+        logger.warning("%s: %s was ignored: %s", self._config.device, topic, error)
+        self.counters.bad_messages += 1
+
     def _take(self, message: Message, client: UpdateClient) -> Ack | None:
         if (block := self.topics.parse_block(message.topic)) is not None:
             client.take_block(*block, message.payload)
@@ -358,7 +364,7 @@ class Reporter:
             if len(self._orders) < _MAX_ORDERS:  # the others come again
                 self._orders.append(message.payload)
         elif message.topic == self.topics.desired(self._config.group) and message.payload:
-            client.follow(decode(message.payload, Desired))
+            client.hear(message.payload, self._clock.now())
         return None
 
     def _state(self, *, online: bool, reason: str) -> Message:

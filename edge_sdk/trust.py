@@ -98,6 +98,7 @@ class Trust:
 
     def __init__(self, folder: Path, root: bytes | None) -> None:
         self._inbox, self._trusted, self._root = folder / "inbox", folder / "trusted", root
+        self.folder = folder
         self._announced: MetadataSet | None = None
         self._updater: Updater | None = None
         self._changed = False
@@ -166,6 +167,17 @@ class Trust:
         )
 
     # ---- what is believed
+
+    @property
+    def root(self) -> bytes | None:
+        """The root that the device was provisioned with."""
+        return self._root
+
+    def roots(self, version: int) -> list[bytes]:
+        """What is here under that version of the root, first what was verified before. Nothing is believed yet."""
+        name = f"{version}.root.json"
+        paths = (self._trusted / "root_history" / name, self._inbox / name)
+        return [path.read_bytes() for path in paths if path.exists()]
 
     def require(self, offer: Offer, now: float) -> SignedRelease | None:
         """What the metadata says of an offered release; None: the metadata is not here yet.

@@ -16,11 +16,13 @@ from pathlib import Path
 
 from edge_sdk.clock import is_due
 from edge_sdk.config import UpdateConfig
+from edge_sdk.desired import DesiredReader
 from edge_sdk.download import Download
 from edge_sdk.errors import (
     ArtifactError,
     DiskFullError,
     IntegrityError,
+    MetadataExpiredError,
     NotConnectedError,
     RollbackRefusedError,
 )
@@ -35,6 +37,7 @@ from edge_sdk.messages import (
     Offer,
     Topics,
     cohort,
+    decode,
     encode,
     from_places,
     to_bitmap,
@@ -67,7 +70,8 @@ class UpdateClient:
         topics: Of the coordinator's prefix.
         transport: Where to ask.
         config: Limits.
-        trust: Says which releases are signed; None: they are not, and none is asked for a signature.
+        trust: Says which releases are signed; None: they are not, and nothing is asked for a signature.
+        group: Whose desired state this device follows.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class UpdateClient:
         transport: Transport,
         config: UpdateConfig,
         trust: Trust | None = None,
+        group: str = "default",
     ) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,6 +101,8 @@ class UpdateClient:
         self._sound: dict[str, bool] = {}
         self._damaged = 0
         self.trust = trust
+        self.reader = None if trust is None else DesiredReader(trust, prefix=topics.prefix, group=group)
+        """Says which desired states count; None: all that are not stale."""
         self._source = HttpSource(config.url, retry_s=10 * config.retry_s) if config.url else None
         self._looked_at: float | None = None
         self._signed: SignedRelease | None = None
@@ -116,6 +123,8 @@ class UpdateClient:
             self._signed = None
             return True
         self._signed = None
+        if self.desired is not None and 0 < self.desired.expires <= now:
+            raise MetadataExpiredError("what the group is told to run is past its date: nothing newer has come")
         source = self._source
         if source is not None and (found := source.metadata()):
             # what came over MQTT meanwhile is at least as new: a set that does not fit together only waits
@@ -142,14 +151,35 @@ class UpdateClient:
         """The release on its way, if one is."""
         return self._offer
 
+    def hear(self, payload: bytes, now: float) -> None:
+        """Take a desired state as it came, if it counts.
+
+        Raises:
+            ProtocolError: It is none, or is refused.
+            StoreError: What was believed cannot be remembered; it will come again with the next connection.
+        """
+        if self.reader is None:
+            self.follow(decode(payload, Desired))
+        else:
+            self._believe(self.reader.read(payload, now))
+
+    def look_again(self, now: float) -> None:
+        """Take a desired state that waited for what would vouch for it. Errors as `hear`."""
+        if self.reader is not None:
+            self._believe(self.reader.look_again(now))
+
+    def _believe(self, desired: Desired | None) -> None:
+        if desired is not None:  # the reader knows which is the newer one, also with new keys
+            _check_parts(desired)
+            self.desired = desired
+
     def follow(self, desired: Desired) -> None:
-        """Take a new desired state; a stale one is ignored.
+        """Take a new desired state that nobody signed; a stale one is ignored.
 
         Raises:
             ProtocolError: A list of devices in it cannot be read.
         """
-        for part in desired.parts:
-            from_places(part.devices)  # one that cannot be read is refused here, once
+        _check_parts(desired)
         if self.desired is None or desired.revision >= self.desired.revision:
             self.desired = desired
 
@@ -460,3 +490,8 @@ class UpdateClient:
             raise DiskFullError(
                 f"{size} bytes are to come, {self._config.min_free_bytes} must stay free, and there are {free}"
             )
+
+
+def _check_parts(desired: Desired) -> None:
+    for part in desired.parts:
+        from_places(part.devices)  # one that cannot be read is refused here, once

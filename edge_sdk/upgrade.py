@@ -174,6 +174,7 @@ class Upgrade:
 
     def turn(self, now: float, adaptation: Adaptation | None) -> None:
         """Leave a revoked release, fetch an offered one, install it when it is complete."""
+        self._tell_refusals(now)
         current = self._slots.pointer.current
         desired = self.client.desired
         revoked = current is not None and desired is not None and current.release in desired.revoked
@@ -210,6 +211,16 @@ class Upgrade:
                 self._emit("release_failed", {"release": offer.release, "reason": str(error)})
                 self.save()
             self.client.clean()
+
+    def _tell_refusals(self, now: float) -> None:
+        """Tell that somebody said what the group should run who may not, or who repeats what is no longer so."""
+        reader = self.client.reader
+        refusals = None if reader is None else reader.refusals(now)
+        if reader is None or refusals is None:
+            return
+        with self._store.transaction():
+            self._emit("desired_refused", {"count": refusals.count, "reason": refusals.reason})
+        reader.told(now)
 
     def _note_dates(self, now: float, current: Version | None) -> None:
         """Tell that the signed metadata has expired, or the clock is wrong, also while there is nothing to install."""

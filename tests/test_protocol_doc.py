@@ -8,11 +8,13 @@ from types import NoneType
 
 import msgspec
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 import edge_sdk
 import edge_server
 from edge_sdk import messages
 from edge_sdk.config import LearnConfig
+from edge_sdk.desired import signed_bytes
 from edge_sdk.gate import Verdict
 from edge_sdk.messages import Need, Topics, block_count, cohort, from_bitmap, from_places, to_bitmap
 from edge_sdk.reporter import _TOTALS
@@ -335,6 +337,18 @@ def test_the_example_of_a_need_asks_for_what_the_text_says():
     wanted = re.search(r"The Need for blocks (\d+), (\d+) and (\d+) of a file of (\d+) bytes", DOCUMENT)
     assert need.size == int(wanted[4])
     assert from_bitmap(need.blocks, count) == {int(wanted[i]) for i in (1, 2, 3)}
+
+
+def test_the_example_of_a_signature():
+    values = example_values("signed")
+    payload = (GOLDEN / "desired-signed.bin").read_bytes()
+    found = messages.decode(payload, messages.Desired).signatures[0]
+    data = signed_bytes(payload, prefix="edge", group="default")
+    assert (values["key id"], values["signature"]) == (found.key, found.value.hex())
+    assert data.startswith(bytes.fromhex(values["begins"]))
+    assert data.endswith(bytes.fromhex(values["ends"]))
+    assert values["signed"] == f"{len(data)} bytes"
+    Ed25519PublicKey.from_public_bytes(bytes.fromhex(values["public key"])).verify(found.value, data)
 
 
 def test_the_example_of_a_cohort():

@@ -31,6 +31,7 @@ _BAD: dict[str, tuple[str, ...]] = {
     "rollback": ("release_rolled_back", "head_rolled_back", "rollback_refused"),
     "clock_untrusted": ("clock_untrusted",),
     "metadata_expiry": ("metadata_expired",),
+    "desired_refused": ("desired_refused",),
     "disk_full": ("release_delayed",),
     "outbox_gaps": ("store_lost",),
 }
@@ -40,6 +41,7 @@ _GOOD: dict[str, tuple[str, ...]] = {
     "rollback": ("release_confirmed", "confirmed"),
     "clock_untrusted": ("release_activated",),
     "metadata_expiry": ("release_activated",),
+    "desired_refused": (),
     "disk_full": ("release_activated",),
     "outbox_gaps": (),
 }
@@ -49,6 +51,7 @@ _WORDS = {
     "rollback": "went back",
     "clock_untrusted": "have a clock that cannot be trusted, and install nothing",
     "metadata_expiry": "find the signed metadata expired, and install nothing",
+    "desired_refused": "were told what to run by somebody else, or by an older copy of the coordinator",
     "disk_full": "have no room for a release",
     "outbox_gaps": "lost their database",
 }

@@ -13,7 +13,7 @@ from edge_server.records import EventRecord, RollupRecord
 LANES: Mapping[str, str] = {
     "release_activated": "release", "release_failed": "release", "release_confirmed": "release",
     "release_refused": "release", "release_delayed": "release", "release_untrusted": "release",
-    "release_shadowed": "release", "shadow_started": "release",
+    "release_shadowed": "release", "shadow_started": "release", "desired_refused": "release",
     "release_rolled_back": "rollback", "head_rolled_back": "rollback", "rollback_refused": "rollback",
     "drift_warning": "drift", "drift_alarm": "drift", "drift_cleared": "drift", "rereferenced": "drift",
     "learn_started": "adaptation", "learn_failed": "adaptation", "superseded": "adaptation",

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from edge_sdk.clock import Clock, is_due
+from edge_sdk.desired import sign_desired
 from edge_sdk.errors import NotConnectedError, ProtocolError, StoreError
-from edge_sdk.messages import Topics, encode
+from edge_sdk.messages import Desired, Topics, decode, encode
 from edge_sdk.transport import Message, Transport
 from edge_server.alert_sources import Now
 from edge_server.errors import SigningError
 from edge_server.ingest import Turn
 from edge_server.monitoring import Pulse
 from edge_server.plan import RolloutRules
-from edge_server.records import DeviceRecord, EventRecord, RolloutRecord
+from edge_server.records import DeviceRecord, EventRecord, GroupRecord, RolloutRecord
 from edge_server.registry import Registry
 from edge_server.releases import BlockServer
 from edge_server.retention import tend
@@ -71,7 +73,7 @@ class Coordinator:
             max_queued=self._settings.max_queued_blocks,
             repeat_s=self._settings.repeat_blocks_s,
         )
-        self._published: dict[str, int] = {}
+        self._published: dict[str, tuple[int, tuple[int, int]]] = {}
         self._published_on = 0
         self._certified_at: float | None = None
         self._commanded: dict[str, dict[str, float]] = {}
@@ -81,6 +83,7 @@ class Coordinator:
         self._problem = ""
         self._metadata: dict[str, bytes] = {}
         self._metadata_stamp: tuple[int, int] | None = None
+        self._unsigned = ""
         self._looked_at: float | None = None
         self._lag_s: float | None = None
         self._behind_s = 0.0
@@ -95,6 +98,7 @@ class Coordinator:
         # subscribed first, so that the connection counts only once nothing can be missed on it
         self._transport.subscribe(f"{self._topics.prefix}/d/+/up/#")
         self._transport.connect()
+        self.registry.shipping.tell_again()
         self._publish_desired()
 
     def close(self) -> None:
@@ -290,7 +294,10 @@ class Coordinator:
         self._commanded = sent
 
     def _publish_desired(self) -> None:
-        """Publish what changed, here or in another process; everything again after a new connection."""
+        """Publish what changed, here or in another process; everything again after a new connection.
+
+        With keys it is signed, and signed anew whenever the metadata is: it is good as long as the timestamp.
+        """
         if self._published_on != self._transport.connections:
             self._published.clear()
             self._metadata.clear()
@@ -298,14 +305,45 @@ class Coordinator:
             self._published_on = self._transport.connections
         if not self._transport.connected or not self._publish_metadata():
             return
-        for group in self.registry.store.groups.all():
-            if self._published.get(group.name) == group.revision:
-                continue
+        stamp = self.registry.repository.stamp
+        due = [
+            group
+            for group in self.registry.store.groups.all()
+            if self._published.get(group.name) != (group.revision, stamp)
+        ]
+        if not due or (sign := self._signing()) is None:
+            return
+        for group in due:
             try:
-                self._transport.publish(self._topics.desired(group.name), group.desired, retain=True)
+                self._transport.publish(self._topics.desired(group.name), sign(group), retain=True)
             except NotConnectedError:
                 return
-            self._published[group.name] = group.revision
+            self._published[group.name] = (group.revision, stamp)
+
+    def _signing(self) -> Callable[[GroupRecord], bytes] | None:
+        """What makes a payload of what a group is told; None: it should be signed, and cannot be."""
+        repository, now = self.registry.repository, self._clock.now()
+        if not repository.exists:
+            return lambda group: group.desired
+        problem = ""
+        try:
+            voucher = repository.voucher()
+        except (SigningError, StoreError) as error:
+            problem = str(error)
+        if problem and problem != self._unsigned:
+            logger.error("groups are told nothing new: %s", problem)
+        self._unsigned = problem
+        if problem:
+            return None
+
+        def signed(group: GroupRecord) -> bytes:
+            if not group.desired:
+                return b""  # nothing was ever said to it: what another coordinator left there is cleared
+            message = decode(group.desired, Desired)
+            return sign_desired(message, voucher.sign, prefix=self._topics.prefix, group=group.name, issued=now,
+                                expires=voucher.expires)  # fmt: skip
+
+        return signed
 
     def _publish_metadata(self) -> bool:
         """Publish signed metadata that is not out yet, before what refers to it; False: not now."""

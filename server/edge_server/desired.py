@@ -34,7 +34,7 @@ def compose(
     """The message to a group.
 
     Args:
-        revision: Of the message before; its reader raises it if something else has changed.
+        revision: Of the message before; `changed` raises it if something else has changed.
         base: Release for all; None before the first.
         revoked: Releases that nobody may run.
         running: The group's rollouts under way.
@@ -79,11 +79,20 @@ def compose(
     )
 
 
-def changed(message: Desired, before: Desired | None) -> Desired | None:
+def changed(message: Desired, before: Desired | None, now: float) -> Desired | None:
     """The message with the next revision if it says something else than the one before."""
     if before is not None and msgspec.structs.replace(message, revision=before.revision) == before:
         return None
-    return msgspec.structs.replace(message, revision=message.revision + 1)
+    return renumbered(message, now)
+
+
+def renumbered(message: Desired, now: float) -> Desired:
+    """The message with the next revision.
+
+    It is the time in seconds, unless that is not above the one before: so a coordinator that was restored from a copy,
+    or began anew, goes on above all that it has said before, and devices do not take it for somebody who repeats it.
+    """
+    return msgspec.structs.replace(message, revision=max(message.revision + 1, int(now)))
 
 
 def _devices(names: Iterable[str], salt: str) -> bytes:

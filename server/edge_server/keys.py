@@ -16,7 +16,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -35,7 +35,7 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Snapshot, TargetFile, Tar
 from edge_sdk.clock import Clock
 from edge_sdk.errors import StoreError
 from edge_sdk.files import fsync_folder, remove_tree, replace_file, storage_error
-from edge_sdk.messages import MAX_MESSAGE_BYTES, MetadataSet
+from edge_sdk.messages import MAX_MESSAGE_BYTES, MetadataSet, Signature
 from edge_sdk.trust import BUILT
 from edge_server.errors import SigningError
 from edge_server.settings import SigningSettings
@@ -72,6 +72,15 @@ class Published:
     versions: MetadataSet
     files: dict[str, bytes]
     """By name: "timestamp", "snapshot", "targets", "1.root" and so on."""
+
+
+class Voucher(NamedTuple):
+    """Signs what the coordinator says at any time, beside the metadata."""
+
+    expires: float
+    """Of the timestamp, seconds since the epoch."""
+    sign: Callable[[bytes], list[Signature]]
+    """With every key of the timestamp's role that is here."""
 
 
 class Repository:
@@ -334,6 +343,26 @@ class Repository:
         """
         with self._locked():
             self._sign(targets)
+
+    def voucher(self) -> Voucher:
+        """What signs desired states: the timestamp's keys, for as long as the timestamp is good (ADR 30).
+
+        Raises:
+            SigningError: Too few of the keys are here.
+            StoreError: They cannot be read.
+        """
+        role = self._load(Root, f"{self._newest_root()}.root.json").signed.roles["timestamp"]
+        paths = {key: self._key_path(key) for key in role.keyids}
+        signers = {key: _load_secret(path, None) for key, path in paths.items() if path.exists()}
+        if len(signers) < role.threshold:
+            raise SigningError(
+                f"the key of role timestamp is not in {self._keys}: bring it back, or: edge-coordinator keys rotate "
+                "timestamp"
+            )
+        expires = self._load(Timestamp, "timestamp.json").signed.expires.timestamp()
+        return Voucher(
+            expires, lambda data: [Signature(key, bytes.fromhex(s.sign(data).signature)) for key, s in signers.items()]
+        )
 
     def renew(self) -> bool:
         """Sign anew what is near its end or was not signed with the present keys; returns whether anything was.

@@ -148,6 +148,17 @@ RUNBOOK: dict[str, Entry] = {
         meaning="The root ends within alerts.root_days, or metadata could not be renewed: devices stop installing.",
         todo=("edge-coordinator keys renew, with the root keys.", "edge-coordinator releases verify"),
     ),
+    "desired_refused": Entry(
+        title="somebody else tells devices what to run",
+        meaning="Devices got a desired state that was not signed for their group, or an older one, and did not follow.",
+        todo=(
+            "The reason stands in their events (desired_refused).",
+            "Not signed: does an older coordinator still publish? Else see who may publish there: the broker's ACL.",
+            "Older: after a restore, look at the coordinator's clock, or edge-coordinator keys rotate timestamp.",
+            "By no key of the root: a device that gets no metadata from the broker, or a key that was revoked.",
+        ),
+        rule=AT_ONCE,
+    ),
     "coordinator_behind": Entry(
         title="the coordinator falls behind",
         meaning="The newest rows that it takes in were made longer ago than alerts.behind_s.",

@@ -17,7 +17,7 @@ from edge_sdk.manifest import Manifest, digest_of, parse_manifest
 from edge_sdk.messages import Desired, Offer, check_name, decode, encode
 from edge_sdk.trust import target_path
 from edge_server import rollout as machine
-from edge_server.desired import Kept, changed, compose
+from edge_server.desired import Kept, changed, compose, renumbered
 from edge_server.errors import ReleaseError, RolloutError, UnknownReleaseError, UnknownRolloutError
 from edge_server.gates import DeviceMetrics
 from edge_server.keys import Repository
@@ -409,13 +409,25 @@ class Shipping:
         message = compose(
             revision=group.revision, base=base, revoked=gone, running=running, kept=kept, offers=offers, before=before
         )
-        if (new := changed(message, before)) is None:
+        if (new := changed(message, before, self._clock.now())) is None:
             return
         self._store.groups.save(
             msgspec.structs.replace(
                 group, revision=new.revision, base=base, revoked=tuple(sorted(gone)), desired=encode(new)
             )
         )
+
+    def tell_again(self) -> None:
+        """Give what every group is told the next revision: this may be an older copy of what told them last.
+
+        Raises:
+            StoreError: Nothing changed.
+        """
+        with self._store.transaction():
+            for group in self._store.groups.all():
+                if group.desired:
+                    new = renumbered(decode(group.desired, Desired), self._clock.now())
+                    self._store.groups.save(msgspec.structs.replace(group, revision=new.revision, desired=encode(new)))
 
     def _parts_of(self, group: str) -> list[RolloutRecord]:
         """Completed rollouts to some devices of a group, newest first, one for each query, above the group's base."""

@@ -32,6 +32,7 @@ from edge_sdk.messages import (
     Part,
     Report,
     ShadowTally,
+    Signature,
     State,
     Summary,
     Topics,
@@ -150,6 +151,25 @@ MESSAGES = {
             Part(offer=Offer(2, "cd" * 32, 4096), salt="r2", devices=b"", shadow_s=0.0),
         ],
     ),
+    "desired-signed": Desired(
+        revision=1_767_225_600,
+        base=Offer(1, "ab" * 32, 2048),
+        candidate=None,
+        salt="",
+        threshold=0,
+        revoked=[3],
+        issued=1_767_225_660.0,
+        expires=1_767_830_460.0,
+        signatures=[  # by the key of 32 bytes 0 to 31; docs/protocol.md has it as an example
+            Signature(
+                "63d00ee3cf4f5c61ad94efa696c68f13b608fe56ecea13fb144a6fd18e9235b9",
+                bytes.fromhex(
+                    "9feba53319109141ab557a1a556418c9f25cf16f7855b18b3127f8d61032abc2"
+                    "99bd57a001a23c2ee8bb95cd9c77983ff5a2ada0e5ff27dce976baf18fb48704"
+                ),
+            )
+        ],
+    ),
     "metadata-set": MetadataSet(root=2, timestamp=300, snapshot=17, targets=16),
     "order": ORDER,
     "command": sign(ORDER, bytes(range(32))),
@@ -171,7 +191,7 @@ def test_golden_bytes_still_decode(name, message):
 
 def test_every_message_has_a_golden_file():
     structs = {value for value in vars(messages).values() if isinstance(value, type(Ack))} - {msgspec.Struct}
-    assert structs - {Offer, Part, MonitorState, ShadowTally, MetricSummary} == {
+    assert structs - {Offer, Part, Signature, MonitorState, ShadowTally, MetricSummary} == {
         type(message) for message in MESSAGES.values()
     }
 
@@ -192,8 +212,13 @@ def test_a_message_that_lacks_a_field_is_refused(name, message):
 
 
 def test_the_block_size_has_a_default_for_older_writers():
-    fields = msgspec.msgpack.decode(encode(MESSAGES["desired"])[1:])[:-1]
+    fields = msgspec.msgpack.decode(encode(MESSAGES["desired"])[1:])[:6]
     assert decode(bytes([WIRE_VERSION]) + msgspec.msgpack.encode(fields), Desired).block_bytes == BLOCK_BYTES
+
+
+def test_a_desired_state_of_an_older_writer_is_not_signed():
+    fields = msgspec.msgpack.decode(encode(MESSAGES["desired"])[1:])[:8]
+    assert decode(bytes([WIRE_VERSION]) + msgspec.msgpack.encode(fields), Desired) == MESSAGES["desired"]
 
 
 def test_a_report_of_an_older_writer_has_no_scores():

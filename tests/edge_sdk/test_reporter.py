@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_sdk.config import DeviceConfig, ReportConfig
+from edge_sdk.errors import ProtocolError
 from edge_sdk.messages import Ack, Desired, Envelope, Event, Report, State, decode, encode, from_cells
 from edge_sdk.reporter import Counters, Identity, Reporter, Window, build_report
 from edge_sdk.store import Store
@@ -156,13 +157,17 @@ class Updates:
     """Remembers what the update client would be given."""
 
     def __init__(self):
-        self.blocks, self.desired = [], []
+        self.blocks, self.desired, self.waiting = [], [], ""
 
     def take_block(self, digest, index, data):
         self.blocks.append((digest, index, data))
 
-    def follow(self, desired):
-        self.desired.append(desired)
+    def hear(self, payload, now):
+        self.desired.append(decode(payload, Desired))
+
+    def look_again(self, now):
+        if self.waiting:
+            raise ProtocolError(self.waiting)
 
 
 @pytest.fixture
@@ -305,6 +310,9 @@ def test_blocks_and_desired_state_reach_the_update_client_and_nonsense_is_counte
     assert reporter.listen(updates) == 4
     assert updates.desired == [desired]
     assert reporter.counters.bad_messages == 2
+    updates.waiting = "nothing vouches for what waits"
+    reporter.listen(updates)
+    assert reporter.counters.bad_messages == 3
 
 
 def test_every_connection_begins_with_a_birth_and_a_break_leaves_the_will(make_reporter, broker, watcher):

@@ -11,6 +11,7 @@ from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import Metadata, MetaFile, Root, TargetFile
 
 from edge_sdk.config import UpdateConfig
+from edge_sdk.desired import sign_desired
 from edge_sdk.errors import ClockUntrustedError, IntegrityError, MetadataExpiredError, ProtocolError, UntrustedError
 from edge_sdk.manifest import MANIFEST_NAME, manifest_bytes, parse_manifest
 from edge_sdk.messages import Desired, MetadataSet, Offer, Topics, encode
@@ -362,6 +363,23 @@ def test_roots_that_are_known_misnamed_or_far_away_are_left(owner, trust, tmp_pa
     assert list((tmp_path / "device" / "tuf" / "inbox").iterdir()) == []
 
 
+def test_a_coordinator_that_was_restored_elsewhere_is_believed_again_with_new_keys(owner, trust, clock, tmp_path):
+    copy = shutil.copytree(owner.folder, tmp_path / "copy")
+    for releases in ((1,), (1, 2), (1, 2, 3)):
+        give(trust, owner.sign(*releases))
+        assert trust.require(OFFER, clock.now()) is not None
+    restored = Owner.__new__(Owner)
+    restored.folder, restored.away = copy, owner.away
+    restored.repository = Repository(copy, settings=SigningSettings(), clock=clock)
+    give(trust, restored.sign(1))
+    with pytest.raises(UntrustedError, match="cannot be believed"):
+        trust.require(OFFER, clock.now())
+    for role in ("timestamp", "snapshot"):
+        restored.repository.rotate(role, owner.away, passphrase=None)
+    give(trust, restored.repository.published())
+    assert trust.require(OFFER, clock.now()) is not None
+
+
 def test_a_set_that_claims_thousands_of_roots_only_waits(owner, trust, clock):
     published = owner.sign(1)
     give(trust, published, announce=False)
@@ -469,10 +487,15 @@ class Field:
             self.attacker.publish(self.topics.metadata(name), data, retain=True)
 
     def offer(self, release, digest, size):
+        """With the key that desired states are signed with: somebody has stolen it."""
         desired = Desired(
-            revision=99, base=Offer(release, digest, size), candidate=None, salt="", threshold=0, revoked=[]
+            revision=2**40, base=Offer(release, digest, size), candidate=None, salt="", threshold=0, revoked=[]
         )
-        self.attacker.publish(self.topics.desired("default"), encode(desired), retain=True)
+        voucher = self.repository.voucher()
+        payload = sign_desired(
+            desired, voucher.sign, prefix="edge", group="default", issued=self.clock.now(), expires=voucher.expires
+        )
+        self.attacker.publish(self.topics.desired("default"), payload, retain=True)
 
     def honest(self):
         """The coordinator's own word again."""
@@ -577,8 +600,9 @@ def test_a_device_refuses_and_serves_as_before(field, digits, attack, event):
     for _ in range(2):  # above the versions that a thief may have used
         field.repository.sign(field.repository.targets())
     field.honest()
-    if attack in (swap_a_file, send_a_longer_file):  # its revision was higher: the group's next word counts
-        field.device._maintenance.upgrade.client.desired = None
+    if attack in (swap_a_file, send_a_longer_file):  # its revision was higher: with another key that is void
+        assert "desired_refused" not in field.told()
+        field.repository.rotate("timestamp", [field.away], passphrase=None)
         field.honest()
     field.steps(40)
     assert field.device.status().release == 2, "the honest word is believed"
@@ -596,6 +620,25 @@ def test_an_older_release_is_refused_though_it_is_signed(field):
     field.steps(10)
     assert field.device.status().release == 2
     assert "release_refused" in field.told()
+
+
+@pytest.mark.torch
+def test_somebody_without_keys_cannot_make_a_device_go_back_or_flood_the_coordinator(field):
+    field.push()
+    field.transport.online = True
+    field.steps(40)
+    field.clock.advance(10)
+    before = field.device.status().counters.bad_messages
+    revoking = Desired(revision=2**40, base=None, candidate=None, salt="", threshold=0, revoked=[2])
+    for _ in range(20):
+        field.attacker.publish(field.topics.desired("default"), encode(revoking), retain=True)
+        field.steps(1)
+    field.clock.advance(3600)
+    field.steps(2)
+    told = [entry.detail["count"] for entry in field.device.history(limit=1000) if entry.name == "desired_refused"]
+    assert told == [1, 19], "at once, and the rest an hour later"
+    assert field.device.status().counters.bad_messages == before + 20
+    assert (field.device.status().release, field.device.status().updates) == (2, "trusted")
 
 
 @pytest.mark.torch

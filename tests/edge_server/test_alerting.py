@@ -100,6 +100,15 @@ class TestKinds:
         fleet.talk()
         assert ("resolved", kind, cause, "warning") in fleet.look(5)
 
+    def test_somebody_else_who_says_what_to_run_is_an_alert_for_a_day(self, desk, clock):
+        fleet = desk()
+        fleet.devices[0].event("desired_refused", count=3, reason="not signed")
+        fleet.talk()
+        assert fleet.look() == [("raised", "desired_refused", "group south", "warning")]
+        clock.advance(DAY)
+        fleet.everybody_reports()
+        assert ("resolved", "desired_refused", "group south", "warning") in fleet.look(3)
+
     def test_what_happened_once_is_over_after_a_day(self, desk, clock):
         fleet = desk()
         fleet.devices[0].event("release_failed", release=7, reason="why")

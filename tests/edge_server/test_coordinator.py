@@ -239,12 +239,12 @@ class TestIngest:
 
 
 class TestPush:
-    def test_the_first_release_is_the_base_of_all_at_once(self, coordinator, broker, checkpoint):
+    def test_the_first_release_is_the_base_of_all_at_once(self, coordinator, broker, checkpoint, clock):
         number = coordinator.push(checkpoint(1))
         assert coordinator.registry.rollout(number).state.status == "completed"
         message = desired(broker)
-        assert (message.base.release, message.candidate, message.revision) == (1, None, 1)
-        assert coordinator.desired_revision() == 1
+        assert (message.base.release, message.candidate, message.revision) == (1, None, clock.now())
+        assert coordinator.desired_revision() == clock.now(), "so a coordinator that begins anew goes on above it"
         assert coordinator.desired_revision("nobody") == 0
 
     def test_an_older_release_is_refused(self, coordinator, checkpoint):
@@ -502,11 +502,12 @@ class TestPublishing:
     def test_revisions_grow_over_restarts(self, make_coordinator, checkpoint):
         first = make_coordinator()
         first.push(checkpoint(1))
+        first_revision = first.desired_revision()
         first.close()
         second = make_coordinator()
         second.push(checkpoint(2))
         second.abort(2)
-        assert second.desired_revision() > 1
+        assert second.desired_revision() == first_revision + 3, "the clock stood still"
 
 
 class TestStore:

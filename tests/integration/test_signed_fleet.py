@@ -11,6 +11,7 @@ from edge_sdk.cli import main as edge
 from edge_sdk.config import load_config
 from edge_sdk.device import EdgeDevice
 from edge_sdk.manifest import MANIFEST_NAME, manifest_bytes, parse_manifest
+from edge_sdk.messages import Desired, Topics, decode, encode
 from edge_sdk.mqtt import MqttTransport
 from edge_sdk.resources import FixedReader
 from edge_server.cli import main as edge_coordinator
@@ -62,9 +63,9 @@ def test_a_fleet_is_signed_from_its_first_release_and_survives_new_keys(mosquitt
         resources=FixedReader(),
     )
 
-    def until(release):
+    def until(coordinator, release, condition=lambda: True):
         end = time.monotonic() + DEADLINE_S
-        while (status := device.status()).release != release or status.updates != "trusted":
+        while (status := device.status()).release != release or status.updates != "trusted" or not condition():
             assert time.monotonic() < end, status
             coordinator.step()
             assert device.step().problem == ""
@@ -73,7 +74,7 @@ def test_a_fleet_is_signed_from_its_first_release_and_survives_new_keys(mosquitt
     try:
         coordinator.start()
         device.connect()
-        until(1)
+        until(coordinator, 1)
         run(
             edge_coordinator,
             "keys",
@@ -93,9 +94,38 @@ def test_a_fleet_is_signed_from_its_first_release_and_survives_new_keys(mosquitt
         mosquitto.start()
         plan = ("--stages", "100", "--soak", "0", "--min-labelled", "0")
         run(edge_coordinator, "push", release(2), "--home", home, *plan)
-        until(2)
+        until(coordinator, 2)
         assert (tmp_path / "device" / "tuf" / "trusted" / "root_history" / "3.root.json").exists()
         run(edge_coordinator, "releases", "verify", "--home", home)
+
+        coordinator = refuse_a_stranger(mosquitto, coordinator, device, until)
     finally:
         device.stop()
         coordinator.close()
+
+
+def refuse_a_stranger(mosquitto, coordinator, device, until):
+    """Somebody may publish anything, and has no key: what was said before does not count, nor anything new.
+
+    Returns:
+        The coordinator that was started meanwhile.
+    """
+    topic = Topics().desired("default")
+    stranger = MqttTransport(mosquitto.host, mosquitto.port, client_id="stranger")
+    stranger.subscribe(topic)
+    stranger.connect()
+    heard = []
+    until(coordinator, 2, lambda: heard.extend(stranger.receive()) or heard)
+    home = coordinator.registry.home
+    coordinator.close()
+    transport = MqttTransport(mosquitto.host, mosquitto.port, client_id="coordinator")
+    coordinator = Coordinator(home, transport=transport, settings=load_settings(home / "coordinator.toml"))
+    coordinator.start()
+    until(coordinator, 2, lambda: not device.waits_for(coordinator.desired_revision()))
+    said = decode(heard[-1].payload, Desired)
+    for payload in (heard[-1].payload, encode(msgspec.structs.replace(said, revision=2**40, revoked=[2]))):
+        stranger.publish(topic, payload, retain=True)
+    until(coordinator, 2, lambda: device.status().counters.bad_messages == 2)
+    until(coordinator, 2, lambda: coordinator.events(name="desired_refused"))
+    stranger.close()
+    return coordinator
