@@ -11,11 +11,13 @@ from edge_server.alerting import AlertDetail
 from edge_server.alerts import Alert, Silence
 from edge_server.alerts import Status as AlertStatus
 from edge_server.endpoint import BEFORE, LIMIT, Call, Endpoint, Param, page, plain
+from edge_server.errors import UnknownCandidateError
 from edge_server.fleet_views import FleetView
 from edge_server.freshness import Freshness
 from edge_server.insight import DriftReport
 from edge_server.records import (
     AuditRecord,
+    CandidateRecord,
     CommandRecord,
     DeviceRecord,
     EventRecord,
@@ -63,6 +65,15 @@ class ReleaseView(ReleaseDetail, frozen=True, kw_only=True):
     signed: bool
     groups: list[str]
     """Groups whose base it is."""
+
+
+class CandidateView(CandidateRecord, frozen=True, kw_only=True):
+    """A candidate with its card."""
+
+    card: str
+    """Markdown; empty of candidates from before cards were kept."""
+    pushed: bool
+    """Whether it is a release here."""
 
 
 class GroupView(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +166,33 @@ def release_view(registry: Registry, number: int) -> ReleaseView:
 
 def _release(call: Call) -> ReleaseView:
     return release_view(call.registry, call.number)
+
+
+def _candidates(call: Call) -> dict[str, Any]:
+    limit = call.query["limit"]
+    found = call.registry.store.candidates.page(before=call.query["before"], limit=limit + 1)
+    return page("candidates", found, limit, lambda record: record.digest)
+
+
+def _candidate(call: Call) -> CandidateView:
+    return candidate_view(call.registry, call.path["digest"])
+
+
+def candidate_view(registry: Registry, digest: str) -> CandidateView:
+    """One candidate with its card.
+
+    Raises:
+        UnknownCandidateError: There is none of that digest.
+    """
+    found = registry.store.candidates.find(digest)
+    if found is None:
+        raise UnknownCandidateError(f"there is no candidate {digest[:64]!r}")
+    release = registry.store.releases.find(number=found.release)
+    return CandidateView(
+        **msgspec.structs.asdict(found),
+        card=registry.store.candidates.card(digest),
+        pushed=bool(release) and release[0].digest == digest,
+    )
 
 
 def _rollouts(call: Call) -> dict[str, Any]:
@@ -251,6 +289,15 @@ READING = (
     ),
     Endpoint(
         "GET", "/releases/{number}", "viewer", _release, "One release with its card and lineage", reply=ReleaseView
+    ),
+    Endpoint(
+        "GET", "/candidates", "viewer", _candidates, "What was built here, and how it did against the release in use",
+        query=(Param("before", "text", "Only those built before this digest: `next` of the page before."), LIMIT),
+        page=("candidates", str), reply=CandidateRecord,
+    ),
+    Endpoint(
+        "GET", "/candidates/{digest}", "viewer", _candidate, "One candidate by slices, with its lineage and card",
+        reply=CandidateView,
     ),
     Endpoint(
         "GET", "/rollouts", "viewer", _rollouts, "Rollouts, newest first",

@@ -13,6 +13,8 @@ from edge_server.alerts import Silence
 from edge_server.api import DeviceDetail, GroupView, ReleaseView, device_detail, group_view, release_view
 from edge_server.endpoint import BadRequestError, Call, Endpoint, Reason
 from edge_server.labels import parse_label
+from edge_server.plan import RolloutPlan, RolloutRules
+from edge_server.power import Power
 from edge_server.records import CommandRecord, Role, RolloutRecord, SegmentDetail
 from edge_server.registry import Registry
 
@@ -113,14 +115,36 @@ def ship(registry: Registry, order: Ship, *, actor: str) -> RolloutRecord:
         BadRequestError: The rules cannot be used.
         EdgeError: As `Registry.ship`.
     """
-    rules = registry.settings.rollout
-    try:
-        if order.rules:
-            rules = msgspec.convert({**msgspec.to_builtins(rules), **order.rules}, type(rules))
-    except msgspec.ValidationError as error:
-        raise BadRequestError(f"rules: {error}") from error
+    rules = _rules(registry, order)
     number = registry.ship(order.release, group=order.group, plan=rules, actor=actor, force=order.force)
     return registry.rollout(number)
+
+
+def power(registry: Registry, order: Ship) -> Power:
+    """What the A/B test that a rollout would be can be expected to see.
+
+    Raises:
+        BadRequestError: The rules cannot be used, or are of no A/B test.
+        UnknownReleaseError: There is no such release.
+        ConfigError: The devices are chosen by what is no query.
+    """
+    rules = _rules(registry, order)
+    release = registry.release(order.release).release.release
+    plan = RolloutPlan(release=release, group=order.group, **msgspec.structs.asdict(rules))
+    found = registry.power(plan)
+    if found is None:
+        raise BadRequestError(
+            f'only an A/B test is calculated beforehand: strategy must be "ab", got "{plan.strategy}"'
+        )
+    return found
+
+
+def _rules(registry: Registry, order: Ship) -> RolloutRules:
+    usual = registry.settings.rollout
+    try:
+        return msgspec.convert({**msgspec.to_builtins(usual), **order.rules}, type(usual))
+    except msgspec.ValidationError as error:
+        raise BadRequestError(f"rules: {error}") from error
 
 
 def give_command(registry: Registry, device: str, order: GiveCommand, *, actor: str) -> CommandRecord:
@@ -159,6 +183,10 @@ def _add_release(call: Call) -> ReleaseView:
 
 def _ship(call: Call) -> RolloutRecord:
     return ship(call.registry, call.body, actor=call.caller.name)
+
+
+def _power(call: Call) -> Power:
+    return power(call.registry, call.body)
 
 
 def _command(call: Call) -> CommandRecord:
@@ -235,6 +263,11 @@ ORDERING = (
     Endpoint(
         "POST", "/rollouts", "releaser", _ship, "Start the rollout of a release that was pushed before",
         body=Ship, reply=RolloutRecord, status=201,
+    ),
+    Endpoint(
+        "POST", "/rollouts/power", "viewer", _power,
+        "What an A/B test by these rules would need, and what it would get; nothing is started",
+        body=Ship, reply=Power,
     ),
     *map(_on_rollout, VERBS),
     Endpoint(

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -34,7 +34,7 @@ from edge_sdk.files import replace_file, sha256_file, storage_error
 from edge_sdk.head import Head, dequantize
 from edge_sdk.learn.base import LearnJob, Rows, load_learner
 from edge_sdk.learn.moments import Moments
-from edge_sdk.manifest import HEAD_NPZ, MANIFEST_NAME, MOMENTS_NPZ, Manifest, digest_of, parse_manifest
+from edge_sdk.manifest import CARD, HEAD_NPZ, MANIFEST_NAME, MOMENTS_NPZ, Manifest, digest_of, parse_manifest
 from edge_sdk.schema import InputSpec
 from edge_sdk.tasks import standardise
 from edge_sdk.types import AnyArray, Task
@@ -199,7 +199,7 @@ def build(
         report=report,
     )  # fmt: skip
     with registry.store.transaction():
-        registry.store.candidates.save(record)
+        registry.store.candidates.save(record, card=(out / CARD).read_text("utf-8"))
         detail = {"release": record.release, "digest": record.digest, "verdict": record.verdict}
         registry.store.audit.add(now, actor, "candidate built", detail)
     return Candidate(record, found, comparison, out)
@@ -405,9 +405,3 @@ def hash_rows(path: Path) -> str:
 
 def _inside(folder: Path, name: str | None) -> Path | None:
     return None if name is None else folder / name
-
-
-def slices_worst_first(evaluation: Evaluation) -> Sequence[tuple[str, int, float, float]]:
-    """(name, rows, champion, challenger) of each slice, the largest loss first."""
-    parts = sorted(evaluation.slices, key=lambda part: part.challenger - part.champion)
-    return [(part.name, part.rows, part.champion, part.challenger) for part in parts]

@@ -22,6 +22,7 @@ from edge_server.errors import (
     RolloutError,
     SegmentError,
     UnknownAlertError,
+    UnknownCandidateError,
     UnknownDeviceError,
     UnknownReleaseError,
     UnknownRolloutError,
@@ -49,6 +50,7 @@ STATUS: tuple[tuple[type[EdgeError], int], ...] = (
     (UnknownDeviceError, 404),
     (UnknownRolloutError, 404),
     (UnknownReleaseError, 404),
+    (UnknownCandidateError, 404),
     (UnknownAlertError, 404),
     (UnknownUserError, 404),
     (UnknownSegmentError, 404),
@@ -274,14 +276,14 @@ def require_same_site(request: Request, content_type: str) -> None:
         raise HTTPException(403, "requests from other sites are refused")
 
 
-def whole_number(text: str, name: str, *, most: int = _LARGEST) -> int:
-    """A whole number from 1 to `most`.
+def whole_number(text: str, name: str, *, least: int = 1, most: int = _LARGEST) -> int:
+    """A whole number from `least` to `most`.
 
     Raises:
         BadRequestError: It is none.
     """
-    if not (text.isascii() and text.isdigit() and len(text) < 20 and 1 <= int(text) <= most):
-        raise BadRequestError(f"{name} must be a whole number from 1 to {most}, got {text[:32]!r}")
+    if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
+        raise BadRequestError(f"{name} must be a whole number from {least} to {most}, got {text[:32]!r}")
     return int(text)
 
 

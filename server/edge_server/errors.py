@@ -8,7 +8,8 @@ EdgeError
     ├─ BackupError              nothing was backed up or restored: what it would be written over, or what it is
     ├─ SigningError             keys are missing, too few, or expired; the message says which command helps
     ├─ ReleaseError             the release cannot be taken in: its number or its content conflicts
-    │   └─ UnknownReleaseError  there is no release of that number
+    │   ├─ UnknownReleaseError  there is no release of that number
+    │   └─ UnknownCandidateError  there is no candidate of that digest
     ├─ RolloutError             the rollout cannot start or change now
     │   └─ UnknownRolloutError  there is no rollout of that number
     ├─ SegmentError             a segment cannot be made or deleted
@@ -52,6 +53,10 @@ class ReleaseError(CoordinatorError):
 
 class UnknownReleaseError(ReleaseError):
     """There is no release of that number. A retry does not help."""
+
+
+class UnknownCandidateError(ReleaseError):
+    """There is no candidate of that digest. A retry does not help."""
 
 
 class SigningError(CoordinatorError):

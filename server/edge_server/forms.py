@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
 
-from edge_server.api_orders import VERBS, GiveCommand, Ship, Token, act_on_rollout, give_command, ship
-from edge_server.endpoint import BadRequestError, Call, Reason
+from edge_server.api_orders import VERBS, GiveCommand, Ship, Token, act_on_rollout, give_command, power, ship
+from edge_server.endpoint import BadRequestError, Call, Reason, whole_number
 from edge_server.records import Role
 from edge_server.users import ROLES
-from edge_server.views import users
+from edge_server.views import release, users
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +48,27 @@ def _on_rollout(verb: str) -> Form:
 
 
 def _ship(call: Call) -> str:
-    stages = [part.strip() for part in call.body.get("stages", "").split(",") if part.strip()]
-    rules: dict[str, Any] = {name: call.body[name] for name in ("strategy", "approval") if call.body.get(name)}
-    if stages:
+    return f"/rollouts/{ship(call.registry, _order(call), actor=call.caller.name).id}"
+
+
+def _power(call: Call) -> Shown:
+    found = power(call.registry, _order(call))
+    return Shown("release.html", "/releases", release(call, given=call.body, power=found))
+
+
+def _order(call: Call) -> Ship:
+    """A rollout as a form describes it; what was left empty is as in the settings."""
+    given = {name: value.strip() for name, value in call.body.items() if value.strip()}
+    rules: dict[str, Any] = {name: given[name] for name in ("strategy", "approval") if name in given}
+    rules["where"] = given.get("where", "")
+    if stages := [part.strip() for part in given.get("stages", "").split(",") if part.strip()]:
         rules["stages"] = [int(part) if part.isascii() and part.isdigit() else part for part in stages]
-    order = Ship(release=call.number, group=call.body.get("group", ""), rules=rules)
-    return f"/rollouts/{ship(call.registry, order, actor=call.caller.name).id}"
+    if "control_percent" in given:
+        rules["control_percent"] = whole_number(given["control_percent"], "control_percent", least=0)
+    for name in ("effect", "power"):
+        if name in given:
+            rules[name] = _number(given[name], f"{name}_percent") / 100
+    return Ship(release=call.number, group=given.get("group", ""), rules=rules)
 
 
 def _command(call: Call) -> str:
@@ -72,10 +87,7 @@ def _resolve(call: Call) -> str:
 
 def _silence(call: Call) -> str:
     fields = call.body
-    try:
-        hours = float(fields.get("hours", ""))
-    except ValueError as error:
-        raise BadRequestError(f"hours must be a number, got {fields.get('hours', '')[:32]!r}") from error
+    hours = _number(fields.get("hours", ""), "hours")
     call.registry.alerts.silence(
         kind=fields.get("kind", "*"),
         cause=fields.get("cause", "*"),
@@ -116,6 +128,13 @@ def _revoke_user(call: Call) -> str:
     return "/users"
 
 
+def _number(text: str, name: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise BadRequestError(f"{name} must be a number, got {text[:32]!r}") from error
+
+
 def _reason(call: Call) -> str:
     try:
         return Reason(reason=call.body.get("reason", "")).reason
@@ -126,6 +145,7 @@ def _reason(call: Call) -> str:
 FORMS = (
     *map(_on_rollout, VERBS),
     Form("/releases/{number}/ship", "releaser", _ship),
+    Form("/releases/{number}/power", "releaser", _power),
     Form("/devices/{name}/command", "operator", _command),
     Form("/segments", "operator", _create_segment),
     Form("/segments/{name}/delete", "operator", _delete_segment),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from statistics import NormalDist
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -20,7 +19,7 @@ from edge_server.plan import APP_METRIC, Gate, RolloutPlan
 _DAY_S = 86_400.0
 _QUANTILES = {"p50_ms": 0.5, "p99_ms": 0.99}
 _EVENTS = ("crashes", "rollbacks", "drift")
-_LEAST_JUDGED = 10
+LEAST_JUDGED = 10
 """A normal limit of fewer values is none, however bad they are."""
 _MIN_DEVICES = 5
 """So many devices of both groups together say how much devices differ from each other."""
@@ -227,10 +226,10 @@ def read(
     direct = paired or gate.metric in ("errors", *_EVENTS)
     others, ran = _groups(gate, ran, others, direct=direct)
     one = _arm(ran, direct=direct)
-    if one is None or one.values < _LEAST_JUDGED:
+    if one is None or one.values < LEAST_JUDGED:
         return _undecided(gate, sample, wanted)
     other = _arm(others, direct=direct)
-    if other is not None and other.values < _LEAST_JUDGED:
+    if other is not None and other.values < LEAST_JUDGED:
         other = None
     sign = -1.0 if gate.higher_is_better else 1.0
     gone = sign * other.change if other is not None else 0.0
@@ -260,7 +259,7 @@ def _groups(
     """(control, treated) as far as both sides of a comparison are known for each device."""
     others, on_it = ([e for e in group if e.after.count and (direct or e.before.count)] for group in (control, treated))
     earlier = [entry for entry in on_it if not entry.switched]
-    found, enough = sum(entry.after.count for entry in others), max(_LEAST_JUDGED, gate.min_sample)
+    found, enough = sum(entry.after.count for entry in others), max(LEAST_JUDGED, gate.min_sample)
     if direct or found >= enough or found >= sum(entry.after.count for entry in earlier):
         return others, on_it
     return earlier, [entry for entry in on_it if entry.switched]
@@ -374,31 +373,3 @@ def _words(
         told = f"{name} on release {release} is {one.after:.4g}, before {one.before:.4g} ({of}){elsewhere}"
     form = ".4g" if metric in _EVENTS or metric.startswith(APP_METRIC) else ".1%"
     return f"{told}; worse by {reading.worse:+{form}} ± {reading.radius:{form}}, {margin:{form}} is tolerated"
-
-
-def required_rows(rate: float, *, effect: float, level: float, power: float, control_share: float) -> float:
-    """Labelled predictions on the release that show a gain of `effect`, by the gate's own test.
-
-    Args:
-        rate: Accuracy now, 0 to 1.
-        effect: Gain in accuracy, above 0.
-        level: Error level of the gate.
-        power: Chance of seeing it once so many are there, in (0, 1).
-        control_share: Of all labelled predictions, those of the control group, in (0, 1).
-
-    Returns:
-        The count on the release; the control group has control_share / (1 - control_share) as many.
-    """
-    # noise enters twice, as each device is held against its own past; at best that is known well
-    variance = max(rate * (1 - rate), 0.01) * (1 + (1 - control_share) / control_share)
-    low, high = float(_LEAST_JUDGED), 1e12
-    z = NormalDist().inv_cdf(power)
-    for _ in range(200):
-        middle = math.sqrt(low * high)
-        size = middle * min(1.0, control_share / (1 - control_share))
-        error = math.sqrt(variance / middle)
-        if error * (math.sqrt(size) * sequence_radius(size, level) + z) <= effect:
-            high = middle
-        else:
-            low = middle
-    return math.ceil(high)

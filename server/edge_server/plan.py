@@ -13,6 +13,7 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.messages import THRESHOLD_ALL, cohort
 
 Strategy = Literal["canary", "shadow", "ab"]
+Approval = Literal["none", "each", "last"]
 Weekday = Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]
 Proof = Literal["no_harm", "not_worse", "better"]
 
@@ -125,7 +126,7 @@ class RolloutRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     baseline_reports: int = 10
     gates: tuple[Gate, ...] = ()
     alpha: float = 0.05
-    approval: Literal["none", "each", "last"] = "none"
+    approval: Approval = "none"
     hours: tuple[str, ...] = ()
     weekdays: tuple[Weekday, ...] = ()
     max_parallel: int = 0

@@ -182,6 +182,12 @@ class CandidateRecord(msgspec.Struct, frozen=True, kw_only=True):
     built: float
     report: dict[str, Any]
 
+    @property
+    def slices(self) -> list[dict[str, Any]]:
+        """Of the held-out rows, as `evaluate.Slice`, the largest loss first."""
+        found = self.report.get("evaluation", {}).get("slices", ())
+        return sorted(found, key=lambda part: part["challenger"] - part["champion"])
+
 
 class RolloutRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A rollout: what was planned and where it is."""

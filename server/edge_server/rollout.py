@@ -23,6 +23,7 @@ import msgspec
 from edge_sdk.messages import cohort
 from edge_server.gates import DeviceMetrics, Reading, readings
 from edge_server.plan import RolloutPlan, opens_at, stage_size
+from edge_server.power import Power
 
 MAX_TOLD = 20_000
 """So many devices have room in one message, with room for two more lists."""
@@ -62,6 +63,7 @@ class RolloutState(msgspec.Struct, frozen=True, kw_only=True):
         gates: How they stood at the last look.
         reason: Why it is in this status, with the numbers.
         history: What happened, oldest first.
+        power: Of an A/B test: what it could be expected to see when it was started.
     """
 
     status: Status
@@ -83,6 +85,7 @@ class RolloutState(msgspec.Struct, frozen=True, kw_only=True):
     gates: tuple[Reading, ...] = ()
     reason: str = ""
     history: tuple[Step, ...] = ()
+    power: Power | None = None
 
     @property
     def is_active(self) -> bool:

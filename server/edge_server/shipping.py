@@ -233,7 +233,7 @@ class Shipping:
             state = machine.begin(plan, metrics, has_base=group.base is not None, now=now)
         if power is not None:
             step = machine.Step(now, state.status, state.stage, power.words)
-            state = msgspec.structs.replace(state, history=(step, *state.history))
+            state = msgspec.structs.replace(state, history=(step, *state.history), power=power)
         rollout = RolloutRecord(id=self._store.rollouts.next_id(), started=now, plan=plan, state=state)
         self._save(rollout)
         detail = {"release": plan.release, "group": plan.group, "rollout": rollout.id}
@@ -310,7 +310,8 @@ class Shipping:
                 return msgspec.structs.replace(state, waits=f"waits for rollout {busy.id} to end")
             base = self._store.groups.get(plan.group).base
             metrics = self._metrics(plan, None, now)
-            return machine.begin(plan, metrics, has_base=base is not None, now=now, history=state.history)
+            begun = machine.begin(plan, metrics, has_base=base is not None, now=now, history=state.history)
+            return msgspec.structs.replace(begun, power=state.power)
         return machine.advance(state, plan, self._metrics(plan, state, now), now)
 
     def _metrics(self, plan: RolloutPlan, state: machine.RolloutState | None, now: float) -> list[DeviceMetrics]:

@@ -13,14 +13,14 @@ class CandidateStore:
     def __init__(self, db: Database) -> None:
         self._db = db
 
-    def save(self, record: CandidateRecord) -> None:
-        """Store an evaluation; another one of the same candidate is replaced."""
+    def save(self, record: CandidateRecord, *, card: str = "") -> None:
+        """Store an evaluation and the candidate's model card; another one of the same candidate is replaced."""
         self._db.execute(
-            "INSERT OR REPLACE INTO candidates (digest, name, release, champion, verdict, reason, built, report)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO candidates (digest, name, release, champion, verdict, reason, built, report, card)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (
                 *(record.digest, record.name, record.release, record.champion, record.verdict, record.reason),
-                *(record.built, to_json(record.report)),
+                *(record.built, to_json(record.report), card),
             ),
         )
 
@@ -32,11 +32,18 @@ class CandidateStore:
         )
         return from_row(CandidateRecord, rows[0]) if rows else None
 
-    def all(self, *, limit: int = 100) -> list[CandidateRecord]:
-        """Evaluations, newest first."""
+    def card(self, digest: str) -> str:
+        """The model card of a candidate, Markdown; "": it was not kept."""
+        rows = self._db.read("SELECT card FROM candidates WHERE digest = ?", digest)
+        return rows[0][0] if rows else ""
+
+    def page(self, *, before: str | None = None, limit: int = 100) -> list[CandidateRecord]:
+        """Evaluations, the one made last first; only those made before that of the digest `before`."""
         rows = self._db.read(
             "SELECT digest, name, release, champion, verdict, reason, built, report FROM candidates"
-            " ORDER BY built DESC, digest LIMIT ?",
+            " WHERE ?1 IS NULL OR rowid < (SELECT rowid FROM candidates WHERE digest = ?1)"
+            " ORDER BY rowid DESC LIMIT ?2",
+            before,
             limit,
         )
         return [from_row(CandidateRecord, row) for row in rows]

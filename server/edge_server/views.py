@@ -14,11 +14,13 @@ from markdown_it.token import Token
 from markupsafe import Markup
 
 from edge_server.alerts import Status as AlertStatus
-from edge_server.api import release_view
+from edge_server.api import candidate_view, release_view
 from edge_server.api_orders import ORDERS, VERBS
 from edge_server.charts import heat, timeline
 from edge_server.endpoint import BEFORE, Call, Param
 from edge_server.fleet_words import LOCAL
+from edge_server.plan import Approval, Strategy
+from edge_server.power import Power
 from edge_server.records import DeviceRecord, Glance, Health, Role, RolloutRecord
 from edge_server.rollout import awaits_approval
 from edge_server.runbook import RUNBOOK
@@ -222,14 +224,56 @@ def _releases(call: Call) -> dict[str, Any]:
 
 
 def _release(call: Call) -> dict[str, Any]:
-    detail = release_view(call.registry, call.number)
+    return release(call)
+
+
+def release(call: Call, *, given: dict[str, str] | None = None, power: Power | None = None) -> dict[str, Any]:
+    """One release.
+
+    Args:
+        call: Names it.
+        given: What was filled into the form that starts a rollout; None: it is as in the settings.
+        power: What was calculated from that.
+    """
+    registry, usual = call.registry, call.registry.settings.rollout
+    detail = release_view(registry, call.number)
+    fields = {
+        "group": "default", "strategy": usual.strategy, "approval": usual.approval, "where": usual.where,
+        "stages": ", ".join(map(str, usual.stages)), "control_percent": str(usual.control_percent or ""),
+        "effect": f"{100 * usual.effect:.6g}", "power": f"{100 * usual.power:.6g}",
+    }  # fmt: skip
     return {
         "release": detail.release,
         "detail": detail,
-        "groups": sorted({device.group for device in call.registry.glance()}),
-        "stages": ", ".join(map(str, call.registry.settings.rollout.stages)),
-        # the renderer escapes what is HTML in it, and knows no link but to http, https and mailto
-        "card": Markup(_MARKDOWN.renderer.render(_below(_MARKDOWN.parse(detail.card)), _MARKDOWN.options, {})),  # noqa: S704
+        "groups": sorted({device.group for device in registry.glance()}),
+        "segments": _segment_names(call),
+        "choices": {"strategy": get_args(Strategy), "approval": get_args(Approval)},
+        "fields": fields | (given or {}),
+        "power": power,
+        "candidate": registry.store.candidates.find(detail.release.digest),
+        "card": _html_of(detail.card),
+    }
+
+
+def _html_of(card: str) -> Markup:
+    # the renderer escapes what is HTML in it, and knows no link but to http, https and mailto
+    return Markup(_MARKDOWN.renderer.render(_below(_MARKDOWN.parse(card)), _MARKDOWN.options, {}))  # noqa: S704
+
+
+def _candidates(call: Call) -> dict[str, Any]:
+    before = call.query["before"]
+    found = call.registry.store.candidates.page(before=before, limit=_PAGE + 1)
+    return {"candidates": found[:_PAGE], "more": found[_PAGE - 1].digest if len(found) > _PAGE else None}
+
+
+def _candidate(call: Call) -> dict[str, Any]:
+    candidate = candidate_view(call.registry, call.path["digest"])
+    return {
+        "candidate": candidate,
+        "evaluation": candidate.report.get("evaluation", {}),
+        "lineage": candidate.report.get("lineage", {}),
+        "metrics": candidate.report.get("metrics", {}),
+        "card": _html_of(candidate.card),
     }
 
 
@@ -301,6 +345,11 @@ VIEWS = (
     View("/rollouts", _rollouts, "rollouts.html", (BEFORE,), "/rollouts", "rollouts"),
     View("/rollouts/{number}", _rollout, "rollout.html", (), "/rollouts", "rollouts"),
     View("/releases", _releases, "releases.html", (BEFORE,), "/releases"),
+    View(
+        "/candidates", _candidates, "candidates.html", section="/releases",
+        query=(Param("before", "text", "Those built before this digest."),),
+    ),
+    View("/candidates/{digest}", _candidate, "candidate.html", (), "/releases"),
     View("/releases/{number}", _release, "release.html", (), "/releases"),
     View(
         "/alerts", _alerts, "alerts.html", section="/alerts", live="alerts",

@@ -431,10 +431,31 @@ def post(request_):
     return lambda path, **options: request_("POST", path, **{"json": {}, **options})
 
 
+def keep_candidate(registry, *, digest="ab" * 32, verdict="lost"):
+    """An evaluation of a candidate, as `build` keeps it."""
+    from edge_server.records import CandidateRecord
+
+    slices = [
+        {"name": f"site={site}", "rows": 80, "champion": was, "challenger": now, "evidence": 2.0, "harmed": now < was}
+        for site, was, now in (("rome", 0.9, 0.95), ("berlin", 0.9, 0.7))
+    ]
+    evaluation = {"verdict": verdict, "reason": "harms site=berlin", "rows": 160, "champion": 0.9, "challenger": 0.82,
+                  "evidence": 0.5, "slices": slices}  # fmt: skip
+    lineage = {"made_from": f"release 1, SHA-256 {'0' * 64}", "trainer": "head (hybrid)"}
+    report = {"lineage": lineage, "evaluation": evaluation, "metrics": {"accuracy": 0.82}, "agreement": 0.99}
+    record = CandidateRecord(
+        digest=digest, name="digits", release=3, champion=1, verdict=verdict, reason="harms site=berlin", built=5.0,
+        report=report,
+    )  # fmt: skip
+    with registry.store.transaction():
+        registry.store.candidates.save(record, card="# digits\n\nMade for <b>tests</b>.")
+
+
 @pytest.fixture
 def small_fleet(coordinator, make_device, settle, checkpoint):
-    """Three devices that reported, one of them in drift, and a segment; release 2 on its way to them."""
+    """Three devices that reported, one of them in drift, a segment and a candidate; release 2 on its way to them."""
     coordinator.registry.segments.create("a", "site=berlin", actor="test")
+    keep_candidate(coordinator.registry)
     devices = [make_device(name) for name in ("a", "b", "c")]
     for device in devices:
         device.release = 1

@@ -7,13 +7,14 @@ import pytest
 from playwright.sync_api import expect, sync_playwright
 
 from edge_server.plan import RolloutRules
-from tests.edge_server.conftest import live, serving
+from tests.edge_server.conftest import keep_candidate, live, serving
 
 pytestmark = pytest.mark.browser
 SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 QUICK = RolloutRules(stages=(25, 100), soak_s=20.0, timeout_s=600.0, min_labelled=100, max_accuracy_drop=0.05)
 PAGES = (
     "/", "/devices", "/devices/d0", "/segments", "/drift", "/rollouts", "/rollouts/1", "/releases", "/releases/1",
+    "/candidates", "/candidates/" + "ab" * 32,
     "/alerts", "/alerts/1", "/audit", "/users",
 )  # fmt: skip
 WAIT_MS = 20_000
@@ -122,6 +123,11 @@ def test_a_rollout_is_started_and_watched_to_its_end_without_loading_the_page_ag
     page = releaser.page
     page.goto("/releases/2")
     page.get_by_label("Group").fill("default")
+    page.get_by_label("Strategy").select_option("ab")
+    page.get_by_role("button", name="Calculate the test").press("Enter")
+    expect(page.get_by_role("status", name="What the test could see")).to_contain_text("Labelled predictions needed")
+    releaser.shot("test-calculated")
+    page.get_by_label("Strategy").select_option("canary")
     page.get_by_role("button", name="Start").click()
     expect(badge(page)).to_have_text("running")
     page.evaluate("window.same = true")
@@ -208,6 +214,7 @@ def busy(coordinator, fleet, clock, settle, summary):
         clock.advance(60.0)
         coordinator.registry.alerts.look()
     assert coordinator.registry.alerts.find(status="firing")
+    keep_candidate(coordinator.registry)
 
 
 @pytest.mark.parametrize(("name", "options"), [

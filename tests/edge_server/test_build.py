@@ -112,7 +112,7 @@ def test_the_same_recipe_gives_the_same_bytes(registry, recipe, tmp_path):
     path = recipe("release = 7\nlearner = 'slda'")
     first, second = (make(registry, path, out=tmp_path / name).record.digest for name in ("one", "two"))
     assert first == second
-    assert [record.release for record in registry.store.candidates.all()] == [7]
+    assert [record.release for record in registry.store.candidates.page()] == [7]
 
 
 def test_a_candidate_that_lost_is_not_pushed_without_a_reason(registry, recipe, tmp_path):
@@ -332,6 +332,10 @@ def test_the_command_says_how_it_did_and_pushes_what_did_not_lose(home, recipe, 
     result = run("build", recipe('trainer = "my_trainers:spoiled"'), "--out", tmp_path / "bad", "--push", expect=1)
     assert "lost" in result.stdout
     assert "parity=odd" in result.stdout
-    table = run("candidates").output.splitlines()
+    table = run("candidates", "list").output.splitlines()
     assert [line.split()[0] for line in table] == ["release", "3", "2"]
+    shown = run("candidates", "show", table[1].split()[2]).output
+    assert shown.index("parity=odd") < shown.index("lost; ") < shown.index("made from: release 1") < shown.index("# ")
+    assert json.loads(run("candidates", "show", table[1].split()[2], "--json").output)["pushed"] is False
+    assert "no candidate" in run("candidates", "show", "ff", expect=1).stderr
     assert "exists already" in run("build", recipe(), "--out", tmp_path / "bad", expect=2).stderr

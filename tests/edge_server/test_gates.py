@@ -2,8 +2,9 @@ import msgspec
 import numpy as np
 import pytest
 
-from edge_server.gates import DeviceMetrics, Sums, read, readings, required_rows, share
+from edge_server.gates import DeviceMetrics, Sums, read, readings, share
 from edge_server.plan import Gate, RolloutPlan
+from edge_server.power import detectable_effect, required_rows
 from edge_server.rollout import failure
 
 PLAN = RolloutPlan(release=2, stages=(20, 100), min_labelled=100, max_accuracy_drop=0.05)
@@ -214,3 +215,8 @@ class TestErrorLevel:
         assert required_rows(0.9, effect=0.02, level=0.025, power=0.95, control_share=0.5) > usual
         assert required_rows(0.9, effect=0.02, level=0.005, power=0.8, control_share=0.5) > usual
         assert required_rows(0.9, effect=0.02, level=0.025, power=0.8, control_share=0.1) > usual
+
+    def test_the_rows_that_an_effect_takes_show_that_effect(self):
+        test = {"level": 0.025, "power": 0.8, "control_share": 0.3}
+        rows = required_rows(0.9, effect=0.02, **test)
+        assert detectable_effect(0.9, rows=rows, **test) <= 0.02 < detectable_effect(0.9, rows=rows - 1, **test)

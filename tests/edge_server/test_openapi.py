@@ -55,7 +55,7 @@ def test_what_is_answered_has_the_declared_form(endpoint, get, small_fleet, toke
     clock.advance(200_000)
     for _ in range(3):
         coordinator.registry.alerts.look()
-    path = PREFIX + endpoint.path.replace("{name}", "a").replace("{number}", "1")
+    path = PREFIX + endpoint.path.replace("{name}", "a").replace("{number}", "1").replace("{digest}", "ab" * 32)
     answer = get(path, headers=headers)
     assert answer.status_code == 200, answer.text
     body = answer.json()
@@ -92,12 +92,45 @@ def test_devices_are_chosen_by_their_labels(get, small_fleet, coordinator):
     assert get(f"{PREFIX}/devices?where=and").status_code == 400
 
 
-def test_orders_over_the_api(request_, token, small_fleet, coordinator, tmp_path, checkpoint):
+@pytest.fixture
+def order(request_, token, small_fleet):
     headers = {"authorization": f"Bearer {token('releaser', 'rita')}"}
 
-    def order(method, path, body=None):
+    def send(method, path, body=None):
         return request_(method, PREFIX + path, headers=headers, json=body or {})
 
+    return send
+
+
+def test_a_test_is_calculated_without_being_started(order, coordinator):
+    test = {"release": 2, "rules": {"strategy": "ab", "effect": 0.05, "control_percent": 40}}
+    power = order("POST", "/rollouts/power", test).json()
+    assert (power["effect"], power["treated"] + power["control"], power["enough"]) == (0.05, 3, False)
+    assert power["rows"] > 100
+    assert (power["expected"], power["days"], power["detectable"]) == (0, None, None), "no time was reported on"
+    assert order("POST", "/rollouts/power", {"release": 2}).status_code == 400
+    assert order("POST", "/rollouts/power", {**test, "release": 9}).status_code == 404
+    assert len(coordinator.registry.rollouts()) == 2
+
+
+def test_segments_over_the_api(order):
+    order("PUT", "/devices/b/labels", {"labels": {"site": "berlin"}})
+    pilot = order("POST", "/segments", {"name": "pilot", "query": "site=berlin"})
+    assert (pilot.status_code, pilot.json()["devices"], pilot.json()["actor"]) == (201, 1, "rita")
+    assert order("POST", "/segments", {"name": "pilot", "query": "site=rome"}).status_code == 409
+    assert order("POST", "/segments", {"name": "other", "query": "site="}).status_code == 400
+    assert [device["name"] for device in order("GET", "/devices?where=%40pilot").json()["devices"]] == ["b"]
+    assert order("GET", "/fleet/view?where=%40nobody").status_code == 400
+    for_pilot = order("POST", "/rollouts", {"release": 2, "group": "lab", "rules": {"where": "@pilot"}}).json()
+    assert (for_pilot["plan"]["where"], for_pilot["plan"]["segments"]) == ("(site=berlin)", ["pilot"])
+    refused = order("DELETE", "/segments/pilot")
+    assert (refused.status_code, refused.json()["error"]["type"]) == (409, "SegmentError")
+    assert order("POST", f"/rollouts/{for_pilot['id']}/abort").status_code == 200
+    assert order("DELETE", "/segments/a").status_code == 204
+    assert order("GET", "/segments/a").status_code == 404
+
+
+def test_orders_over_the_api(order, request_, coordinator, tmp_path):
     assert order("POST", "/rollouts/2/pause", {"reason": "lunch"}).json()["state"]["paused"] is True
     assert order("POST", "/rollouts/2/approve").status_code == 409
     assert order("POST", "/rollouts/2/resume").json()["state"]["paused"] is False
@@ -123,20 +156,6 @@ def test_orders_over_the_api(request_, token, small_fleet, coordinator, tmp_path
     assert len(order("POST", "/groups/pumps/commands", {"name": "status"}).json()) == 1
     assert order("PUT", "/groups/pumps/mode", {"mode": "monitor"}).json()["mode"] == "monitor"
     assert order("PUT", "/groups/pumps/mode", {"mode": "wild"}).status_code == 400
-
-    pilot = order("POST", "/segments", {"name": "pilot", "query": "site=berlin"})
-    assert (pilot.status_code, pilot.json()["devices"], pilot.json()["actor"]) == (201, 1, "rita")
-    assert order("POST", "/segments", {"name": "pilot", "query": "site=rome"}).status_code == 409
-    assert order("POST", "/segments", {"name": "other", "query": "site="}).status_code == 400
-    assert [device["name"] for device in order("GET", "/devices?where=%40pilot").json()["devices"]] == ["pump"]
-    assert order("GET", "/fleet/view?where=%40nobody").status_code == 400
-    for_pilot = order("POST", "/rollouts", {"release": 2, "group": "pumps", "rules": {"where": "@pilot"}}).json()
-    assert (for_pilot["plan"]["where"], for_pilot["plan"]["segments"]) == ("(site=berlin)", ["pilot"])
-    refused = order("DELETE", "/segments/pilot")
-    assert (refused.status_code, refused.json()["error"]["type"]) == (409, "SegmentError")
-    assert order("POST", f"/rollouts/{for_pilot['id']}/abort").status_code == 200
-    assert order("DELETE", "/segments/a").status_code == 204
-    assert order("GET", "/segments/a").status_code == 404
 
     silence = order("POST", "/silences", {"kind": "device_*", "hours": 2, "reason": "moving"}).json()
     assert order("DELETE", f"/silences/{silence['id']}").status_code == 204

@@ -10,7 +10,9 @@ import pytest
 
 from edge_sdk.messages import MonitorState, to_counts
 from edge_server.live import events, seen
+from edge_server.plan import RolloutRules
 from edge_server.views import VIEWS
+from tests.edge_server.conftest import keep_candidate
 
 ATTACK = "<script>alert(1)</script>"
 
@@ -20,7 +22,11 @@ def data(page, name):
 
 
 def paths():
-    return [view.path.replace("{name}", "a").replace("{number}", "1") for view in VIEWS if "alerts/" not in view.path]
+    known = {"{name}": "a", "{number}": "1", "{digest}": "ab" * 32}
+    found = [view.path for view in VIEWS if "alerts/" not in view.path]
+    for place, value in known.items():
+        found = [path.replace(place, value) for path in found]
+    return found
 
 
 @pytest.fixture
@@ -31,7 +37,18 @@ def signed_in(browser, token):
 
 class TestEveryPage:
     def test_it_can_be_seen_before_anything_happened(self, signed_in):
-        for path in ("/", "/devices", "/segments", "/drift", "/rollouts", "/releases", "/alerts", "/audit", "/users"):
+        for path in (
+            "/",
+            "/devices",
+            "/segments",
+            "/drift",
+            "/rollouts",
+            "/releases",
+            "/candidates",
+            "/alerts",
+            "/audit",
+            "/users",
+        ):
             answer = signed_in.get(path)
             assert answer.status_code == 200, (path, answer.text)
         assert "edge-coordinator devices add" in signed_in.get("/").text
@@ -295,6 +312,84 @@ class TestDrift:
         assert told["devices"] == [2]
         assert get("/drift/data?by=nonsense").status_code == 400
         assert get("/drift/freshness").json()["advice"]
+
+
+class TestStarting:
+    def test_a_test_is_calculated_before_it_is_started_and_its_figures_stay(self, signed_in, small_fleet, coordinator):
+        fields = {
+            "group": "default", "where": "not @a", "strategy": "ab", "stages": "5 devices, 100", "approval": "last",
+            "control_percent": "40", "effect": "7.5", "power": "90",
+        }  # fmt: skip
+        signed_in.get("/releases/2")
+        page = signed_in.send("/releases/2/power", **fields).text
+        assert "What the test could see" in page
+        for name, value in fields.items():
+            chosen = (
+                re.search(rf'name="{name}"[^>]* value="{value}"', page) or f"<option selected>{value}</option>" in page
+            )
+            assert chosen, name
+        assert len(coordinator.registry.rollouts()) == 2
+        coordinator.abort(2)
+        coordinator.registry.advance()
+        coordinator.registry.advance()
+        signed_in.get("/releases/2")
+        answer = signed_in.send("/releases/2/ship", **{**fields, "group": "lab", "strategy": "canary"})
+        assert answer.status_code == 303, answer.text
+        plan = coordinator.registry.rollout(3).plan
+        assert (plan.where, plan.segments, plan.stages) == ("not (site=berlin)", ("a",), ("5 devices", 100))
+        assert (plan.effect, plan.power, plan.control_percent) == (0.075, 0.9, 40)
+
+    def test_what_cannot_be_calculated_is_said(self, signed_in, small_fleet):
+        signed_in.get("/releases/2")
+        for fields, why in (
+            ({"strategy": "canary"}, "strategy must be"),
+            ({"strategy": "ab", "effect": "much"}, "effect_percent must be"),
+            ({"strategy": "ab", "control_percent": "x"}, "control_percent must be"),
+            ({"strategy": "ab", "where": "@none"}, "there is no segment"),
+        ):  # fmt: skip
+            answer = signed_in.send("/releases/2/power", group="default", **fields)
+            assert answer.status_code == 400
+            assert why in answer.text
+
+    def test_the_figures_of_a_test_stand_on_its_rollouts_page(
+        self, signed_in, small_fleet, coordinator, checkpoint, clock, settle
+    ):
+        start = clock.now()
+        clock.advance(6 * 3600)
+        for device in small_fleet:
+            device.report(labelled=400, start=start)
+        settle(small_fleet)
+        coordinator.abort(2)
+        coordinator.registry.advance()
+        coordinator.registry.advance()
+        number = coordinator.push(checkpoint(3), plan=RolloutRules(strategy="ab", on_small="warn", effect=0.05))
+        power = coordinator.registry.rollout(number).state.power
+        page = signed_in.get(f"/rollouts/{number}").text
+        # 500 labels of each device in a quarter of a day
+        assert power.days == pytest.approx(power.rows / (2000 * power.treated))
+        assert power.expected == 7 * 2000 * power.treated
+        assert power.enough is (power.days <= 7.0) is (power.detectable <= 0.05)
+        assert f"<dt>Labelled predictions needed</dt><dd>{power.rows}</dd>" in page
+        assert f"<dd>{power.days:.3g} days</dd>" in page
+        assert f"<dd>{power.detectable:.1%} or more</dd>" in page
+
+    def test_a_candidate_is_shown_by_slice_with_lineage_and_card(self, get, small_fleet, coordinator, checkpoint):
+        page = get("/candidates/" + "ab" * 32).text
+        rows = re.findall(r'<th scope="row">(site=\w+)</th>', page)
+        assert rows == ["site=berlin", "site=rome"]
+        assert "-20.0 points" in page
+        assert "release 1, SHA-256" in page
+        assert "<h3>digits</h3>" in page
+        assert "<b>tests</b>" not in page
+        assert '<a href="/candidates/' in get("/candidates").text
+        assert get("/candidates/" + "cd" * 32).status_code == 404
+        coordinator.abort(2)
+        coordinator.registry.add_release(checkpoint(3))
+        digest = coordinator.registry.release(3).release.digest
+        keep_candidate(coordinator.registry, digest=digest, verdict="better")
+        assert f'href="/candidates/{digest}"' in get("/releases/3").text
+        assert '<a href="/releases/3">yes</a>' in get(f"/candidates/{digest}").text
+        assert get("/candidates?before=" + digest).text.count('scope="row"') == 1
 
 
 class TestLive:
