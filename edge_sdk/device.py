@@ -511,6 +511,8 @@ class EdgeDevice:
         self._decide_label(label, accept=False)
 
     def _decide_label(self, label: str, *, accept: bool) -> None:
+        if not isinstance(label, str) or not label:
+            raise LabelError(f"a label is a string that is not empty, got {label!r:.80}")
         with self._open():
             if self._adaptation is None:
                 raise ModelError("no release is installed yet: there is nothing to learn on")

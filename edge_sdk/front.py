@@ -19,6 +19,10 @@ from edge_sdk.stats import share_of
 from edge_sdk.tasks import is_right, store_truth, stored_answer
 from edge_sdk.types import NO_VALUES, NOTHING, AnyArray, DoubleArray, FloatArray, Prediction, Truth
 
+MAX_ID_CHARS = 128
+MAX_LABEL_CHARS = 128
+"""Of a label that the model does not know: names of labels are told in every report."""
+
 
 class Front:
     """Predicts with the version it is given, and leaves in memory what the next step writes.
@@ -202,24 +206,30 @@ class Front:
             raise UnknownLabelError(f"{unknown} (`refuse_label` was called for it)")
         if config.new_labels == "refuse":
             raise UnknownLabelError(f"{unknown} (learn.new_labels = refuse)")
+        _checked_new_label(stored)
         if len(known) >= config.max_labels:
             raise UnknownLabelError(f"label {stored!r} would be one more than learn.max_labels = {config.max_labels}")
         return stored
 
 
 def checked_id(name: str) -> str:
-    """The id of a prediction itself, if it can be one: a string that is not empty and that the store can keep.
+    """The id of a prediction itself, if it can be one: a string of a length and content that the store can keep.
 
     Raises:
         LabelError: It cannot.
     """
-    if not isinstance(name, str) or not name:
-        raise LabelError(f"a prediction id is a string that is not empty, got {name!r:.80}")
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_ID_CHARS:
+        raise LabelError(f"a prediction id is a string of 1 to {MAX_ID_CHARS} characters, got {name!r:.80}")
     try:
         name.encode()
     except UnicodeEncodeError as error:  # at the next flush it would keep everything else from the disk, too
         raise LabelError(f"a prediction id is UTF-8, got {name!r:.80}") from error
     return name
+
+
+def _checked_new_label(label: str) -> None:
+    if len(label) > MAX_LABEL_CHARS or not label.isprintable():
+        raise UnknownLabelError(f"a new label has at most {MAX_LABEL_CHARS} printable characters, got {label!r:.80}")
 
 
 def _checked_slice(name: str) -> str:

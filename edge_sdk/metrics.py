@@ -139,10 +139,13 @@ class Metrics:
         """Record a value; from any thread, in about a microsecond. It is lost if the process dies before the next fold.
 
         Raises:
-            InputError: The name is none, or one too many; NonFiniteError or RangeError: the value is NaN or infinite,
-                or outside what the settings allow.
+            InputError: The name is none, or one too many, or the value is no number.
+            NonFiniteError, RangeError: The value is NaN or infinite, or outside what the settings allow.
         """
-        number = float(value)
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"metric {name!r}: expected a number, got {value!r:.80}") from error
         if not abs(number) <= _LARGEST:  # NaN is neither
             raise NonFiniteError(f"metric {name!r}: {number} is not finite, or its square would not be")
         if (config := self._configs.get(name)) is not None:

@@ -216,7 +216,7 @@ def replay(
         traces=seen.traces,
         alarms=seen.alarms,
         strips=_strips(normal.features, np.concatenate(kept), layout.columns, seen.alarms),
-        left_out=tuple(layout.left_out),
+        left_out=tuple(layout.not_watched(data)),
         caveat=built.caveat,
     )
 

@@ -90,6 +90,7 @@ class Layout:
         header, cells = _read(path)
         _check_roles(roles, header, path.name)
         kinds, numeric = _survey(header, cells, path.name)
+        self._header = header
         self.columns: list[Column] = []
         self.left_out: list[str] = []
         for name in header:
@@ -124,18 +125,24 @@ class Layout:
         """Codes of the columns that are categories."""
         return {c.name: [float(i) for i in range(len(c.values))] for c in self.columns if c.kind == "category"}
 
+    def not_watched(self, path: Path) -> list[str]:
+        """Columns of a table with these that are not used: those left out here, and those that are not here at all."""
+        header, _ = _read(path)
+        return [*self.left_out, *(name for name in header if name not in self._header)]
+
     def read(self, path: Path, size: int) -> Iterator[Rows]:
         """The rows of a table with these columns, `size` at a time; others are not looked at.
 
         Raises:
-            InputError: It cannot be read, lacks a column, or a value is none of its column; says which row.
+            InputError: It cannot be read, lacks a column, a value is none of its column, or its rows are not in the
+                order of their times; says which row.
         """
         header, cells = _read(path)
         if missing := [name for name in (*self.names, *self._wanted) if name not in header]:
             raise ShapeError(f"{path.name} lacks column {_listed(missing)}; it has {_listed(header)}")
         at = {name: header.index(name) for name in (*self.names, *self._wanted)}
         places = [at[column.name] for column in self.columns]
-        roles, number = self.roles, 0
+        roles, number, latest = self.roles, 0, -math.inf
         while part := list(islice(cells, size)):
             try:
                 features = [
@@ -146,6 +153,13 @@ class Layout:
                 right = [self._right(row, at) for row in part] if roles.label else None
             except InputError as error:
                 raise type(error)(f"{path.name}, {self._first_bad(part, at, number)}{error}") from error
+            for i, time in enumerate(times or [], number + 1):
+                if time < latest:
+                    raise InputError(
+                        f"{path.name}, row {i}: its time is before that of the row above; "
+                        f"sort the rows by {roles.time!r}, oldest first"
+                    )
+                latest = time
             number += len(part)
             yield Rows(
                 np.array(features, np.float32),

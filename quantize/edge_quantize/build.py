@@ -81,13 +81,13 @@ class BuildResult:
 
 
 def build_checkpoint(
-    model: Module | ModelProto | Path,
+    model: Module | ModelProto | Path | str,
     data: Dataset,
     *,
     labels: Sequence[str],
     name: str,
     release: int,
-    target: Path,
+    target: Path | str,
     created: str,
     input_spec: InputSpec,
     task: Task = "classification",
@@ -97,7 +97,7 @@ def build_checkpoint(
     more_inputs: Sequence[InputSpec] = (),
     state: Sequence[StateSpec] = (),
     fixed: Mapping[str, Any] | None = None,
-    parent: Path | None = None,
+    parent: Path | str | None = None,
     cut: str | None = None,
     exporter: Exporter = "dynamo",
     seed: int = 0,
@@ -154,6 +154,8 @@ def build_checkpoint(
         CalibrationWarning: Few calibration rows, or rows unlike those held out.
         LeakageWarning: Held-out rows are among the training rows.
     """
+    model = Path(model) if isinstance(model, str) else model
+    target, parent = Path(target), None if parent is None else Path(parent)
     refuse_existing(target)  # before minutes of work, and again while packing
     whole = bool(more_inputs or state or fixed) or task == "raw"
     if task == "raw" and isinstance(quantization, Search):

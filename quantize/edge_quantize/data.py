@@ -107,6 +107,10 @@ class Dataset:
         ):
             if x is None and y is not None:
                 raise DataError(f"{split}: there is truth, but there are no rows it is about")
+            if isinstance(x, Mapping):  # before its length is taken for a number of rows
+                raise DataError(
+                    f"{split}: rows of several inputs or columns are a list with a mapping for each, not one mapping"
+                )
             splits[f"{split}_x"] = x
             splits[f"{split}_y"] = None if x is None else checked_y(split, y, len(x), labels, task=task)
         if learns:

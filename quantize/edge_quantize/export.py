@@ -97,7 +97,8 @@ def export_onnx(
             proto = convert(torch, frozen, arguments, axes, list(output_names))
     except Exception as error:  # the exporter raises whatever the network's own code does
         where = _place(torch, error, frozen, arguments)
-        raise ExportError(f"torch cannot export {type(model).__name__}{where}: {_root_cause(error)}") from error
+        advice = '; exporter = "classic" may, see docs/quantize.md' if exporter == "dynamo" else ""
+        raise ExportError(f"torch cannot export {type(model).__name__}{where}: {_root_cause(error)}{advice}") from error
     _require_free_batch(proto, axes, type(model).__name__)
     return proto
 

@@ -120,6 +120,15 @@ def test_model_with_several_inputs_takes_rows_of_arrays_by_name():
         Dataset(None, None, held_out, None).checked(specs, [], task="raw", learns=False)
 
 
+def test_one_mapping_of_stacked_arrays_is_refused_for_what_it_is():
+    specs = [InputSpec([2], name="left"), InputSpec([1], name="right")]
+    stacked = {"left": rows(200), "right": rows(200)[:, :1]}
+    with pytest.raises(
+        DataError, match="holdout: rows of several inputs or columns are a list with a mapping for each"
+    ):
+        Dataset(None, None, stacked, np.zeros(200, np.int64)).checked(specs, ["a"], learns=False)
+
+
 def test_model_that_does_not_learn_needs_no_training_rows():
     held_out = {"holdout_x": rows(200), "holdout_y": np.zeros(200, np.int64)}
     checked = Dataset(None, None, **held_out).checked(PAIR, ["a", "b"], learns=False)

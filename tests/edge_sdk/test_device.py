@@ -879,3 +879,18 @@ def test_the_apps_own_error_is_not_hidden_by_a_disk_that_is_full(make_device, di
 
     with pytest.raises(KeyError, match="own"):
         fail()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda device: device.record("basket", "many"), InputError, "'basket': expected a number, got 'many'"),
+        (lambda device: device.accept_label(3), LabelError, "a label is a string that is not empty, got 3"),
+        (lambda device: device.observe("scan", "x" * 129), UnknownLabelError, "at most 128 printable characters"),
+        (lambda device: device.observe("scan", "a\nb"), UnknownLabelError, "at most 128 printable characters"),
+        (lambda device: device.observe("x" * 129, "3"), LabelError, "a string of 1 to 128 characters"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_at_once(make_device, call, error, words):
+    with pytest.raises(error, match=words):
+        call(make_device())

@@ -125,3 +125,17 @@ def test_a_model_that_says_one_thing_only_cannot_be_watched(write):
     table = write("t.csv", "x,said", "1,a", "2,a")
     with pytest.raises(InputError, match="has 1 classes"):
         Layout(table, Roles(prediction="said"))
+
+
+def test_rows_that_are_not_in_the_order_of_their_times_are_refused(write):
+    normal = write("normal.csv", "at,temp", "1,20", "2,21", "2,22")
+    layout = Layout(normal, Roles(time="at"))
+    assert len(layout.read_all(normal)) == 3
+    newest_first = write("now.csv", "at,temp", "1,20", "3,20", "2,21")
+    with pytest.raises(InputError, match=r"now\.csv, row 3: its time is before .*sort the rows by 'at', oldest first"):
+        list(layout.read(newest_first, 2))
+
+
+def test_columns_that_the_normal_rows_lack_are_told(write):
+    layout = Layout(write("normal.csv", "temp,at", "1,2", "2,3"), Roles(time="at"))
+    assert layout.not_watched(write("now.csv", "at,humidity,temp", "2,9,7")) == ["humidity"]
