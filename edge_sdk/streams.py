@@ -637,7 +637,7 @@ class _Change:
         for number, share in self._named.items():
             target[number] = share
         total = target.sum()
-        result: DoubleArray = (1 - extent) * before + extent * target / total if total else before
+        result: DoubleArray = (1 - extent) * before + extent * (target / total) if total else before
         return result
 
     def apply(self, pool: Pool, share: float, strength: float, rng: np.random.Generator) -> Pool:
