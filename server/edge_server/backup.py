@@ -67,7 +67,8 @@ def make(home: Path, folder: Path, *, settings: Settings, now: float, keys: bool
         folder: Where to; it must not exist, or be empty.
         settings: Say where its files are.
         now: Seconds since the epoch.
-        keys: Also the signing keys that are here, the authority's, and the secret of commands.
+        keys: Also the signing keys that are here, the authority's, the secret of commands, and the files that the
+            settings name: passwords, certificates with their keys, secrets of webhooks.
 
     Raises:
         BackupError: `folder` is not empty, or there is no database.
@@ -219,10 +220,21 @@ def _sources(home: Path, settings: Settings, *, keys: bool) -> Iterator[tuple[Pa
         folders += [(home / KEYS_FOLDER, KEYS_FOLDER), (home / CA_FOLDER, CA_FOLDER)]
         if (home / SECRET_NAME).exists():
             yield home / SECRET_NAME, SECRET_NAME
+        for name in _named(settings):
+            if (home / name).is_file():
+                yield home / name, name
     for folder, name in folders:
         for path in sorted(folder.rglob("*")):
             if path.is_file() and path.suffix not in (".tmp", ".part"):
                 yield path, f"{name}/{path.relative_to(folder).as_posix()}"
+
+
+def _named(settings: Settings) -> set[str]:
+    """Files within the folder that the settings name."""
+    broker, http = settings.broker, settings.http
+    names = (broker.password_file, broker.ca_file, broker.cert_file, broker.key_file, http.cert_file, http.key_file)
+    told = {name for name in (*names, *(sink.secret_file for sink in settings.alerts.sinks.values())) if name}
+    return {name for name in told if not Path(name).is_absolute() and ".." not in Path(name).parts}
 
 
 def _target(home: Path, settings: Settings, name: str) -> Path | None:

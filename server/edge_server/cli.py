@@ -75,20 +75,24 @@ def main(debug: bool, log_format: str) -> None:
 @click.option("--user", default="owner", show_default=True, help="Name of the first user, a releaser.")
 @json_option
 def init(home: Path, user: str, as_json: bool) -> None:
-    """Make the coordinator's folder: settings, an empty database, and a first user, whose token is shown this once."""
+    """Make the coordinator's folder: settings, an empty database, and a first user, whose token is shown this once.
+
+    Settings that are there already, without a database, stay as they are.
+    """
     from edge_sdk.files import replace_file, storage_error
-    from edge_server.settings import SETTINGS_NAME
+    from edge_server.settings import SETTINGS_NAME, load_settings
 
     path = home / SETTINGS_NAME
-    if path.exists():
-        raise ConfigError(f"{path} exists already: edit it, or choose another folder")
-    example = resources.files("edge_server").joinpath("coordinator.example.toml").read_bytes()
     try:
         home.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
     except OSError as error:
         raise storage_error(error, f"cannot make {home}") from error
-    replace_file(path, example)
-    with open_registry(home) as registry:
+    if is_new:
+        replace_file(path, resources.files("edge_server").joinpath("coordinator.example.toml").read_bytes())
+    elif (home / load_settings(path).database).exists():
+        raise ConfigError(f"{path} exists already: edit it, or choose another folder")
+    with open_registry(home, new=True) as registry:
         token = registry.users.add(user, "releaser", actor="cli")
     text = (
         f"{path} is ready; start with: edge-coordinator serve --home {home}\n"

@@ -35,12 +35,28 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 
 @contextmanager
-def open_registry(home: Path) -> Iterator[Registry]:
-    """The records of the coordinator in that folder. Errors as `load_settings` and `Registry`."""
+def open_registry(home: Path, *, new: bool = False) -> Iterator[Registry]:
+    """The records of the coordinator in that folder.
+
+    Args:
+        home: The folder.
+        new: The database may be missing, and is made.
+
+    Raises:
+        ConfigError: The database is missing; else as `load_settings`.
+        StoreError: As `Registry`.
+    """
+    from edge_sdk.errors import ConfigError
     from edge_server.registry import Registry
     from edge_server.settings import SETTINGS_NAME, load_settings
 
-    registry = Registry(home, settings=load_settings(home / SETTINGS_NAME))
+    settings = load_settings(home / SETTINGS_NAME)
+    if not new and not (home / settings.database).exists():  # an empty fleet would look like a loss of every device
+        raise ConfigError(
+            f"{home / settings.database} is missing; is its disk there? Put back a backup: edge-coordinator restore; "
+            f"or begin with an empty one: edge-coordinator init --home {home}"
+        )
+    registry = Registry(home, settings=settings)
     try:
         yield registry
     finally:

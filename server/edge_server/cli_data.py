@@ -72,7 +72,11 @@ def audit(home: Path, limit: int, as_json: bool) -> None:
 @click.command()
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 @home_option
-@click.option("--keys", is_flag=True, help="Also signing keys, the authority's key and the secret of commands.")
+@click.option(
+    "--keys",
+    is_flag=True,
+    help="Also signing keys, the authority's key, the secret of commands, and files that the settings name.",
+)
 @json_option
 def backup(folder: Path, home: Path, keys: bool, as_json: bool) -> None:
     """Copy database, releases and settings into the new FOLDER, also while the coordinator runs, and check the copy."""

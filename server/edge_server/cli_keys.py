@@ -126,6 +126,23 @@ def keys_revoke(
     tell(text, as_json=as_json, root=version, revoked=key)
 
 
+@keys.command("start-over")
+@click.argument("what", type=click.Choice(["authority", "commands"]))
+@home_option
+@json_option
+def keys_start_over(what: Literal["authority", "commands"], home: Path, as_json: bool) -> None:
+    """Make a new certificate authority (ca/), or secret of COMMANDS (commands.key), if it is lost or known to others.
+
+    The coordinator must not run. Every device has to be replaced then: `devices replace`, `broker-files`.
+    """
+    from edge_sdk.files import lock_folder
+
+    with lock_folder(home), open_registry(home) as registry:
+        registry.identities.start_over(what, actor="cli")
+    more = "; renew the broker's files (edge-coordinator broker-files --host NAME)" if what == "authority" else ""
+    tell(f"{what}: a new one is here; replace every device{more}", as_json=as_json, made_anew=what)
+
+
 @keys.command("renew")
 @home_option
 @_root_keys_option

@@ -12,7 +12,7 @@ from edge_sdk.errors import NotConnectedError, ProtocolError, StoreError
 from edge_sdk.messages import Desired, Topics, decode, encode
 from edge_sdk.transport import Message, Transport
 from edge_server.alert_sources import Now
-from edge_server.errors import SigningError
+from edge_server.errors import SigningError, UnknownDeviceError
 from edge_server.ingest import Turn
 from edge_server.monitoring import Pulse
 from edge_server.plan import RolloutRules
@@ -87,6 +87,7 @@ class Coordinator:
         self._looked_at: float | None = None
         self._lag_s: float | None = None
         self._behind_s = 0.0
+        self._unsigned = ""
         alerts = self._settings.alerts
         sinks = open_sinks(alerts.sinks, home=home, transport=transport, topics=self._topics, clock=self._clock)
         self._courier = Courier(self.registry.store, sinks, clock=self._clock, give_up_s=alerts.give_up_s)
@@ -283,12 +284,20 @@ class Coordinator:
             if number in known and not is_due(now, known[number], _COMMAND_AGAIN_S):
                 continue
             command = self.registry.store.commands.find(number=number)[0]
-            payload = encode(self.registry.identities.sign(command))
             try:
+                payload = encode(self.registry.identities.sign(command))
                 topic = self._topics.down(device, "cmd")
                 self._transport.publish(topic, payload, expires_s=command.expires - now)
+            except UnknownDeviceError:  # revoked a moment ago
+                continue
             except NotConnectedError:
                 del sent[device][number]
+                break
+            except SigningError as error:
+                del sent[device][number]
+                if self._unsigned != str(error):  # once: they are tried in every turn
+                    self._unsigned = str(error)
+                    logger.error("no command can be given: %s", error)  # noqa: TRY400
                 break
             sent[device][number] = now
         self._commanded = sent

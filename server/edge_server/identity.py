@@ -8,18 +8,18 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from edge_sdk.clock import Clock
 from edge_sdk.commands import KEY_BYTES, check_order, sign
 from edge_sdk.errors import ConfigError, MissingExtraError, ProtocolError, StoreError
-from edge_sdk.files import replace_file, storage_error
+from edge_sdk.files import remove_tree, replace_file, storage_error
 from edge_sdk.messages import Command, Order
 from edge_sdk.mqtt import Tls
 from edge_server.enrol import Bundle, Credentials, coordinator_name, password_file, replace
-from edge_server.errors import UnknownDeviceError
+from edge_server.errors import SigningError, UnknownDeviceError
 from edge_server.records import CommandRecord
 from edge_server.settings import Settings
 from edge_server.store import Store
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SECRET_NAME = "commands.key"  # noqa: S105 - the name of a file
 CA_FOLDER = "ca"
+_FILES = {"authority": CA_FOLDER, "commands": SECRET_NAME}
 _DAY_S = 86_400.0
 _RENEWAL_S = 14 * _DAY_S
 """So long a new certificate is offered to a device before another is made."""
@@ -47,21 +48,79 @@ class Identities:
     def __init__(self, home: Path, *, store: Store, settings: Settings, clock: Clock) -> None:
         self._home, self._store, self._settings, self._clock = home, store, settings, clock
         self._secret: bytes | None = None
+        self._trusted: set[str] = set()
 
     @property
     def authority(self) -> Authority:
-        """The coordinator's own certificate authority; made when it is first needed.
+        """The coordinator's own certificate authority; made when it is first needed, and never a second time.
 
         Raises:
             MissingExtraError: `cryptography` is not installed.
+            SigningError: It is missing or another one, and devices have certificates of the one that was here.
         """
         try:
             from edge_server.authority import Authority  # noqa: PLC0415 - only with TLS
         except ImportError as error:
             raise MissingExtraError("certificates", "server") from error
         authority = Authority(self._home / CA_FOLDER)
-        authority.make(self._clock.now())
+        was_there = self._store.secrets.exists(CA_FOLDER)  # asked first: another process may be making it
+        if not authority.exists:
+            self._require_new("authority", was_there=was_there)
+            authority.make(self._clock.now())
+        self._trust("authority", authority.ca_pem.encode())
         return authority
+
+    def start_over(self, what: Literal["authority", "commands"], *, actor: str) -> None:
+        """Give up the authority or the secret of commands, lost or known to others, for a new one.
+
+        What devices were given by it is good no longer: each has to be replaced. The old files stay as `*.replaced`.
+
+        Raises:
+            StoreError: The files cannot be moved or written.
+        """
+        path = self._home / _FILES[what]
+        aside = path.with_name(f"{path.name}.replaced")
+        with self._store.transaction():
+            self._store.secrets.forget(path.name)
+            if what == "authority":
+                self._store.certificates.forget()
+            self._store.audit.add(self._clock.now(), actor, f"{what} made anew", {})
+        self._trusted.discard(what)
+        self._secret = None
+        try:
+            if path.exists():
+                if aside.is_dir():
+                    remove_tree(aside)
+                path.replace(aside)
+        except OSError as error:
+            raise storage_error(error, f"cannot move {path} aside") from error
+        if what == "commands":
+            self._load_secret()
+        elif self._settings.broker.tls and self._settings.broker.ca_file is None:
+            self._write_crl()
+
+    def _require_new(self, what: str, *, was_there: bool) -> None:
+        """Refuse to make a second secret: no device would believe what it signs."""
+        if was_there:
+            raise SigningError(
+                f"{self._home / _FILES[what]} is missing, and devices trust what was there, nothing else: put it back "
+                f"from a backup made with --keys; if it is lost for good: edge-coordinator keys start-over {what}"
+            )
+
+    def _trust(self, what: str, data: bytes) -> None:
+        """Hold what was read against what the database knows; once is enough."""
+        name = _FILES[what]
+        if what in self._trusted:
+            return
+        if not self._store.secrets.is_known(name, data):
+            with self._store.transaction():
+                known = self._store.secrets.note(name, data)
+            if not known:
+                raise SigningError(
+                    f"{self._home / name} is not what this coordinator's devices trust: put back the one that belongs "
+                    f"to this database; if it is lost for good: edge-coordinator keys start-over {what}"
+                )
+        self._trusted.add(what)
 
     # ---- devices
 
@@ -241,8 +300,10 @@ class Identities:
         Raises:
             ConfigError: There is no such command, or it does not take these.
             UnknownDeviceError: The device was not added here, or it was revoked.
+            SigningError: The secret of commands is missing.
         """
         checked = _check(name, args or {}, expires_s)
+        self._load_secret()  # what nobody could sign is refused now
         if self._store.devices.enrolment(device) is None:
             raise UnknownDeviceError(f"there is no device {device!r} with a command key: add it, or replace it")
         return self._give([device], name, checked, expires_s, actor)[0]
@@ -253,9 +314,11 @@ class Identities:
         """Tell every device of a group that has a command key what to do: a command for each, as `order` makes it.
 
         Raises:
-            ConfigError, UnknownDeviceError: As `order`; also if the group has no such device. Nobody is told then.
+            ConfigError, UnknownDeviceError, SigningError: As `order`; also if the group has no such device. Nobody is
+                told then.
         """
         checked = _check(name, args or {}, expires_s)
+        self._load_secret()
         members = [device for device, of in self._store.devices.enrolled() if of == group]
         if not members:
             raise UnknownDeviceError(f"no device of group {group!r} has a command key: see edge-coordinator devices")
@@ -323,14 +386,19 @@ class Identities:
 
     def _key(self, device: str, enrolment: int) -> bytes:
         """A device's command key. Of the database alone nobody can give orders."""
-        if self._secret is None:
-            self._secret = self._load_secret()
-        return hmac.new(self._secret, f"{enrolment}/{device}".encode(), hashlib.sha256).digest()
+        return hmac.new(self._load_secret(), f"{enrolment}/{device}".encode(), hashlib.sha256).digest()
 
     def _load_secret(self) -> bytes:
+        if self._secret is None:
+            self._secret = self._read_secret()
+        return self._secret
+
+    def _read_secret(self) -> bytes:
         path = self._home / SECRET_NAME
         try:
+            was_there = self._store.secrets.exists(SECRET_NAME)
             if not path.exists():
+                self._require_new("commands", was_there=was_there)
                 temporary = path.with_name(f"{SECRET_NAME}.{os.getpid()}")
                 replace_file(temporary, os.urandom(KEY_BYTES).hex().encode(), mode=0o600)
                 try:
@@ -339,9 +407,11 @@ class Identities:
                     pass
                 finally:
                     temporary.unlink()
-            return bytes.fromhex(path.read_text("ascii"))
+            secret = bytes.fromhex(path.read_text("ascii"))
         except (OSError, ValueError) as error:
             raise StoreError(f"{path} cannot be read: {error}") from error
+        self._trust("commands", secret)
+        return secret
 
     def _text(self, name: str) -> str:
         try:

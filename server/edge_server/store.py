@@ -31,6 +31,7 @@ from edge_server.store_releases import ReleaseStore
 from edge_server.store_reports import ReportStore
 from edge_server.store_rollouts import RolloutStore
 from edge_server.store_rollups import RollupStore
+from edge_server.store_secrets import SecretStore
 from edge_server.store_segments import SegmentStore
 from edge_server.store_users import UserStore
 
@@ -66,6 +67,7 @@ class Store(Database):
         self.labels = LabelStore(self)
         self.segments = SegmentStore(self)
         self.certificates = CertificateStore(self)
+        self.secrets = SecretStore(self)
         self.commands = CommandStore(self)
         self.releases = ReleaseStore(self)
         self.groups = GroupStore(self)

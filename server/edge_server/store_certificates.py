@@ -23,6 +23,10 @@ class CertificateStore:
             (serial, device, pem, issued, expires, command, command is None),
         )
 
+    def forget(self) -> None:
+        """Drop all of them: the authority that signed them is given up. Belongs inside a transaction."""
+        self._db.execute("DELETE FROM certificates")
+
     def revoke(self, device: str, *, now: float) -> None:
         """All certificates of a device so far. Belongs inside a transaction."""
         self._db.execute("UPDATE certificates SET revoked = ? WHERE device = ? AND revoked IS NULL", (now, device))

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from edge_server.cli import main
 from edge_server.registry import Registry
+from edge_server.store import Store
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,6 +60,21 @@ class TestInit:
     def test_it_does_not_overwrite(self, ready):
         result = ready("init", expect=2)
         assert "exists already" in result.stderr
+
+    def test_settings_that_came_first_stay(self, run, home):
+        home.mkdir()
+        (home / "coordinator.toml").write_text('prefix = "mine"\n')
+        assert "token of owner" in run("init").output
+        assert (home / "coordinator.toml").read_text() == 'prefix = "mine"\n'
+
+    @pytest.mark.parametrize("command", [("devices", "list"), ("serve",), ("upgrade",)])
+    def test_a_database_that_is_gone_is_told_and_not_made_anew(self, ready, home, command):
+        for file in home.glob("coordinator.db*"):
+            file.unlink()
+        said = ready(*command, expect=2).stderr
+        assert "is its disk there?" in said
+        assert "restore" in said
+        assert not (home / "coordinator.db").exists()
 
     def test_a_folder_that_cannot_be_made_is_refused(self, run, home):
         home.write_text("a file")
@@ -264,6 +280,7 @@ class TestServe:
     def test_nor_is_one_with_tls_while_there_are_no_users(self, home, run):
         home.mkdir()
         (home / "coordinator.toml").write_text('[http]\nhost = "0.0.0.0"\ncert_file = "c"\nkey_file = "k"\n')
+        Store(home / "coordinator.db").close()  # as from before there were users
         assert "there are no users" in run("serve", expect=2).stderr
 
     def test_a_password_file_that_is_missing_is_named(self, ready, home):

@@ -20,7 +20,7 @@ from edge_server.ingest import ReportRow
 from edge_server.records import AuditRecord
 from edge_server.registry import Registry
 from edge_server.schema import STEPS
-from edge_server.settings import Settings
+from edge_server.settings import Settings, load_settings
 from edge_server.store import Store
 from edge_server.store_export import KINDS
 
@@ -33,7 +33,7 @@ def filled(home, report, *, at=100.0):
     registry.enrol("a", group="lab", out=home / "a.json", actor="ann")
     registry.label("a", {"site": "berlin"}, actor="ann")
     body = msgspec.msgpack.encode(report(start=50.0, predicted={"x": 3}))
-    row = ReportRow("a", "s", 1, at, at, 50.0, 1, 0, "adapt", 100, 0, 10, 9, 1, 0, 1.0, 2.0, body)
+    row = ReportRow("a", "s", 1, at, at, 50.0, 1, 0, "adapt", 100, 0, 10, 9, 1, 0, body)
     with registry.store.transaction():
         registry.store.ingest.write_reports([row, row._replace(seq=2, start=150.0, received=at + 1, body=b"\xc1")])
         registry.store.execute(
@@ -130,6 +130,19 @@ class TestBackup:
         self.make(home, tmp_path / "kept", keys=True)
         backup.restore(tmp_path / "kept", tmp_path / "new")
         assert (tmp_path / "new" / "commands.key").read_bytes() == b"secret"
+
+    def test_so_do_the_files_that_the_settings_name(self, home, tmp_path):
+        (home / "pager.secret").write_bytes(b"s" * 16)
+        (home / "coordinator.toml").write_text(
+            '[alerts.sinks.pager]\nkind = "webhook"\nurl = "https://example.org/"\nsecret_file = "pager.secret"\n'
+            '[broker]\npassword_file = "../elsewhere"\n'
+        )
+        settings = load_settings(home / "coordinator.toml")
+        backup.make(home, tmp_path / "without", settings=settings, now=1000.0)
+        assert not (tmp_path / "without" / "pager.secret").exists()
+        backup.make(home, tmp_path / "kept", settings=settings, now=1000.0, keys=True)
+        backup.restore(tmp_path / "kept", tmp_path / "new")
+        assert (tmp_path / "new" / "pager.secret").read_bytes() == b"s" * 16
 
     def test_it_is_made_while_the_coordinator_writes(self, home, tmp_path):
         store = Store(home / "coordinator.db")

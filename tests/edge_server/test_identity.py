@@ -1,6 +1,7 @@
 """Orders, revocations and the broker's files, as a person gives them on the command line."""
 
 import json
+import shutil
 import subprocess
 
 import pytest
@@ -14,8 +15,10 @@ from edge_sdk.identity import renew
 from edge_sdk.messages import Envelope as Row
 from edge_sdk.messages import Event, Topics, encode, raw
 from edge_sdk.transport import MemoryBroker, MemoryTransport
+from edge_server.authority import Authority
 from edge_server.cli import main
 from edge_server.coordinator import Coordinator
+from edge_server.errors import SigningError
 from edge_server.registry import Registry
 from edge_server.settings import BrokerSettings, Settings
 
@@ -183,3 +186,55 @@ def birth(device, clock):
         digest="", group="g", mode="shadow", sdk="0",
     )  # fmt: skip
     device.publish(Topics().up("dev-1", "state"), encode(state), retain=True)
+
+
+@pytest.mark.parametrize(("what", "file"), [("authority", "ca"), ("commands", "commands.key")])
+def test_what_devices_trust_is_never_made_a_second_time_by_itself(run, tmp_path, what, file):
+    run("devices", "add", "pump-1")
+    lost = tmp_path / "home" / file
+    lost.rename(tmp_path / "elsewhere")
+    orders = [("devices", "add", "pump-2"), ("devices", "replace", "pump-1", "--out", "new.json")]
+    orders += [("serve",), ("broker-files", "--out", "files")] if what == "authority" else []
+    for order in orders:
+        said = run(*order, code=1)
+        assert f"keys start-over {what}" in said
+        assert "--keys" in said
+    assert not lost.exists()
+    assert not (tmp_path / "files").exists()
+    (tmp_path / "elsewhere").rename(lost)
+    run("devices", "add", "pump-2")
+    assert "replace every device" in run("keys", "start-over", what)
+    run("devices", "replace", "pump-1", "--out", "new.json")
+    before, after = (json.loads((tmp_path / name).read_text()) for name in ("pump-1.bundle.json", "new.json"))
+    assert (before["broker"]["ca"] == after["broker"]["ca"]) is (what == "commands")
+    assert (lost.with_name(f"{file}.replaced")).exists()
+
+
+def test_another_authority_than_the_databases_is_refused(run, tmp_path):
+    run("devices", "add", "pump-1")
+    shutil.rmtree(tmp_path / "home" / "ca")
+    Authority(tmp_path / "home" / "ca").make(0.0)
+    assert "not what this coordinator's devices trust" in run("broker-files", "--out", "files", code=1)
+
+
+def test_without_its_secret_of_commands_a_coordinator_takes_in_reports_and_says_so_once(tmp_path, clock, caplog):
+    broker = MemoryBroker()
+    options = {"clock": clock, "settings": Settings(durable=False)}
+    coordinator = Coordinator(tmp_path / "home", transport=MemoryTransport(broker), **options)
+    coordinator.registry.enrol("dev-1", group="g", out=tmp_path / "b.json", actor="test")
+    coordinator.registry.identities.order("dev-1", "status", expires_s=600, actor="test")
+    coordinator.close()
+    (tmp_path / "home" / "commands.key").unlink()
+    coordinator = Coordinator(tmp_path / "home", transport=MemoryTransport(broker), **options)
+    coordinator.start()
+    device = MemoryTransport(broker)
+    device.connect()
+    for _ in range(3):
+        birth(device, clock)
+        coordinator.pump()
+    assert coordinator.registry.device("dev-1").online
+    assert [r.message for r in caplog.records if "no command can be given" in r.message][1:] == []
+    assert "commands.key is missing" in caplog.text
+    with pytest.raises(SigningError):
+        coordinator.registry.identities.order("dev-1", "status", expires_s=600, actor="test")
+    coordinator.close()

@@ -47,6 +47,7 @@ def test_a_fleet_is_signed_from_its_first_release_and_survives_new_keys(mosquitt
     (home / "coordinator.toml").write_text(
         f'durable = false\n[broker]\nhost = "{mosquitto.host}"\nport = {mosquitto.port}\n'
     )
+    run(edge_coordinator, "init", "--home", home)
     run(edge_coordinator, "keys", "init", "--home", home, "--root-keys", away, "--passphrase", "secret")
     run(edge_coordinator, "push", release(1), "--home", home)
     run(edge_coordinator, "devices", "add", "pump-1", "--home", home, "--out", tmp_path / "bundle.json")
