@@ -92,7 +92,9 @@ def _write_reports(store: Store, devices: int, now: float, *, each: int = 5) -> 
     )  # fmt: skip
     store.ingest.write_reports(
         [
-            ReportRow(f"d{i:05}", "s", n, now, now, now - 60, 1, 0, "adapt", 100, 0, 50, 45, 0, 0, bytes(body))
+            ReportRow(
+                *(f"d{i:05}", "s", n, now, now, now - 60, 1, 0, "adapt", 100, 0, 50, 45, 0, 0, 1.0, 2.0), bytes(body)
+            )
             for i in range(devices)
             for n in range(each)
         ]

@@ -36,7 +36,7 @@ from edge_sdk import MqttTransport, __version__
 from edge_sdk.messages import Envelope, MonitorState, Report, Topics, encode, raw, to_cells
 from edge_sdk.transport import Message
 from edge_server.coordinator import BATCH_ROWS, RECEIVE_MAXIMUM, Coordinator
-from edge_server.ingest import Turn
+from edge_server.ingest import ReportRow, Turn
 from edge_server.service import COMMIT_S, turn_by_turn
 from edge_server.settings import Settings
 from edge_server.store import Store
@@ -277,6 +277,7 @@ def storage(args: argparse.Namespace) -> None:
         batches.append(turn)
     took: dict[str, list[float]] = {"stage": [], "raw": []}
     for _ in range(args.repeats):
+        width = len(ReportRow._fields)
         for way, seconds in took.items():
             with tempfile.TemporaryDirectory() as folder:
                 store = Store(Path(folder) / "coordinator.db")
@@ -289,7 +290,7 @@ def storage(args: argparse.Namespace) -> None:
                         if way == "stage":
                             store.ingest.write(turn)
                         else:
-                            store.execute_many(f"{INSERT_REPORT} VALUES ({', '.join('?' * 16)})", turn.reports)
+                            store.execute_many(f"{INSERT_REPORT} VALUES ({', '.join('?' * width)})", turn.reports)
                 seconds.append(time.monotonic() - begin)
                 store.close()
     rates = {way: args.total / statistics.median(seconds) for way, seconds in took.items()}

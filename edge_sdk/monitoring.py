@@ -60,7 +60,7 @@ class Monitoring:
         monitors = self._monitors
         if monitors is None:
             return []
-        return [a.monitor for a in monitors.alarms() if not (a.monitor == "accuracy" and monitors.improved)]
+        return [name for name in monitors.alarming() if not (name == "accuracy" and monitors.improved)]
 
     @property
     def warnings(self) -> list[str]:
@@ -79,7 +79,7 @@ class Monitoring:
     @property
     def diagnosis(self) -> str:
         """What kind of change raised the alarms, in words; "" without alarm."""
-        found = self._monitors.diagnosis() if self._monitors and self._monitors.alarms() else None
+        found = self._monitors.diagnosis() if self._monitors else None
         return f"{found.kind}: {found.words}" if found else ""
 
     @property
@@ -210,11 +210,11 @@ class Monitoring:
 
     def _announce(self, monitors: DriftMonitors) -> None:
         """Tell of warnings and alarms that are new; of one that comes back within the cool-down, say nothing."""
-        alarms = {alarm.monitor: alarm for alarm in monitors.alarms()}
-        keys = [*(f"warning {name}" for name in monitors.warnings()), *alarms]
+        keys = [*(f"warning {name}" for name in monitors.warnings()), *monitors.alarming()]
         fresh = [key for key in keys if key not in self._announced]
         if not fresh:
             return
+        alarms = {alarm.monitor: alarm for alarm in monitors.alarms()}
         now, found = self._block_ended, monitors.diagnosis()
         with self._store.transaction():
             for key in fresh:

@@ -102,6 +102,38 @@ class Tls:
             context.load_cert_chain(str(self.cert_file), None if self.key_file is None else str(self.key_file))
 
 
+class Address(NamedTuple):
+    """Where a broker is, and who calls."""
+
+    host: str
+    port: int
+    username: str | None
+    password: str | None
+    tls: Tls | None
+    """None: no encryption."""
+
+
+def read_url(url: str, *, tls: Tls | None = None) -> Address:
+    """The address in `mqtt://[user:password@]host[:port]`, or `mqtts://` for TLS.
+
+    Args:
+        url: The port is 1883 or 8883 unless it is given; special characters are %-encoded.
+        tls: With `mqtts://`; None: the system's authorities.
+
+    Raises:
+        ValueError: It is no such address; the message tells no password.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in _SCHEMES or not parts.hostname or parts.path.strip("/") or parts.query:
+        raise ValueError(f"expected mqtt://host:port or mqtts://host:port, got {parts.scheme}://{parts.hostname}")
+    encrypted = parts.scheme == "mqtts"
+    if tls is not None and not encrypted:
+        raise ValueError("certificates were given for an unencrypted connection: use mqtts://")
+    username, password = (None if text is None else unquote(text) for text in (parts.username, parts.password))
+    port = parts.port or _SCHEMES[parts.scheme]
+    return Address(parts.hostname, port, username, password, (tls or Tls()) if encrypted else None)
+
+
 class _Receipt(NamedTuple):
     """By what the broker is told that a message was taken."""
 
@@ -218,23 +250,10 @@ class MqttTransport:
         Raises:
             ValueError: It is no such address.
         """
-        parts = urlsplit(url)
-        if parts.scheme not in _SCHEMES or not parts.hostname or parts.path.strip("/") or parts.query:
-            raise ValueError(f"expected mqtt://host:port or mqtts://host:port, got {parts.scheme}://{parts.hostname}")
-        if tls is not None and parts.scheme != "mqtts":
-            raise ValueError("certificates were given for an unencrypted connection: use mqtts://")
-        if parts.username is not None:
-            options["username"] = unquote(parts.username)
-        if parts.password is not None:
-            options["password"] = unquote(parts.password)
-        port = parts.port or _SCHEMES[parts.scheme]
-        return cls(
-            parts.hostname,
-            port,
-            client_id=client_id,
-            tls=(tls or Tls()) if parts.scheme == "mqtts" else None,
-            **options,
-        )
+        host, port, username, password, tls = read_url(url, tls=tls)
+        given = {"username": username, "password": password}
+        options |= {name: value for name, value in given.items() if value is not None}
+        return cls(host, port, client_id=client_id, tls=tls, **options)
 
     @property
     def connected(self) -> bool:

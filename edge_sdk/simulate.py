@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import shutil
-import ssl
 import tempfile
 import threading
 import time
@@ -22,8 +21,7 @@ from importlib.metadata import entry_points
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
-from urllib.parse import unquote, urlsplit
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import msgspec
 
@@ -37,6 +35,9 @@ from edge_sdk.scenario import Release
 from edge_sdk.shard import STARTED, Ended, Order, Shard, ShardProcess, Shards, SimulatedDevice, Start, Turned
 from edge_sdk.streams import HOUR_S
 from edge_sdk.transport import MemoryBroker, MemoryTransport, Transport, allow_connections
+
+if TYPE_CHECKING:
+    from edge_sdk.mqtt import Address, Tls
 
 logger = logging.getLogger(__name__)
 COORDINATORS = "edge_sdk.coordinators"
@@ -192,6 +193,8 @@ class Fleet:
     Args:
         prepared: The scenario.
         broker: URL of an MQTT broker, mqtt://user:password@host:port, or mqtts:// for TLS; "": in process.
+        tls: With mqtts://: whom to trust, and the certificate that all connections show, the coordinator's too; None:
+            the system's authorities, and none.
         workers: Processes over which devices are spread, in process. The result is the same for any number; None: by
             the size of the fleet and the machine.
         coordinator: Opens one; None: the installed one if there are releases, else one that only acknowledges.
@@ -199,7 +202,7 @@ class Fleet:
         settle_timeout_s: With a broker: real seconds after which a tick that does not settle fails.
 
     Raises:
-        ConfigError: The broker's URL cannot be read, or does not go with the rest.
+        ConfigError: The broker's URL or a certificate cannot be read, or does not go with the rest.
         MissingExtraError: There are releases, and no coordinator is installed.
 
     Example:
@@ -212,6 +215,7 @@ class Fleet:
         prepared: Prepared,
         *,
         broker: str = "",
+        tls: Tls | None = None,
         workers: int | None = None,
         coordinator: CoordinatorFactory | None = None,
         home: Path | None = None,
@@ -222,8 +226,11 @@ class Fleet:
             raise ConfigError("a fleet with a broker lives in one process; leave out either of both")
         if coordinator is None:
             coordinator = installed_coordinator() if scenario.release else Acknowledging
-        self._url = _read_url(broker) if broker else None
-        if self._url:  # what an earlier run left at the broker must not be heard
+        if tls is not None and not broker:
+            raise ConfigError("certificates were given without a broker; name it as mqtts://host:port")
+        self._address = _address(broker, tls) if broker else None
+        self._context = self._address.tls.context() if self._address and self._address.tls else None
+        if self._address:  # what an earlier run left at the broker must not be heard
             prepared = _with_prefix(prepared, f"simulation-{os.urandom(6).hex()}")
         self.prepared = prepared
         self.clock = ManualClock(STARTED)
@@ -292,7 +299,7 @@ class Fleet:
             self._home = Path(tempfile.mkdtemp(prefix="edge-simulation-"))
         allow_connections(_FILES_A_DEVICE * count)
         homes = self._home / "devices"
-        if self._url:
+        if self._address:
             self._open_swarm(homes)
         else:
             self._open_memory(homes)
@@ -336,7 +343,7 @@ class Fleet:
             raise ValueError("the fleet has reported already")
         began, self._ended = time.monotonic(), True
         ended = [result for result in self._ask(Order("finish")) if isinstance(result, Ended)]
-        if self._local is not None and self._url:
+        if self._local is not None and self._address:
             self._swarm_turns()
         self._collect()
         peak = sum(part.peak_mb for part in ended)
@@ -411,10 +418,11 @@ class Fleet:
     def _open_swarm(self, homes: Path) -> None:
         from edge_sdk.swarm import Swarm  # noqa: PLC0415 - only with a broker
 
-        assert self._url is not None
-        host, port, username, password, tls = self._url
+        assert self._address is not None
+        host, port, username, password, _ = self._address
         count = len(self.prepared.devices)
-        self._swarm, self._login = Swarm(host, port, tls=tls), {"username": username, "password": password}
+        self._swarm = Swarm(host, port, tls=self._context)
+        self._login = {"username": username, "password": password}
 
         def transport(name: str) -> Transport:
             made: Transport = self._swarm.transport(f"{self._prefix}-{name}", **self._login)
@@ -469,13 +477,13 @@ class Fleet:
 
     def _all(self, order: Order) -> list[Lived]:
         """A round of all shards: their mail is brought before and fetched after it."""
-        if not self._url:
+        if not self._address:
             order = msgspec.structs.replace(order, down=[(m.topic, m.payload) for m in self._post.receive()])
         elif order.what == "tick":
             self._await_lines(order.time_s)
         turned = [result for result in self._ask(order) if isinstance(result, Turned)]
         self._waiting = sum(part.waiting for part in turned)
-        if not self._url:
+        if not self._address:
             for part in turned:
                 for topic, payload in part.up:
                     self._post.publish(topic, payload, retain=topic.endswith("/up/state"))
@@ -488,7 +496,7 @@ class Fleet:
             FleetTimeoutError: It takes longer than it may; the message says who waits for what.
         """
         assert self.coordinator is not None
-        if self._url:
+        if self._address:
             self._settle_swarm()
             return
         for _ in range(_ROUNDS):
@@ -573,21 +581,18 @@ def _with_prefix(prepared: Prepared, prefix: str) -> Prepared:
     return replace(prepared, devices=devices)
 
 
-def _read_url(url: str) -> tuple[str, int, str | None, str | None, ssl.SSLContext | None]:
-    """Host, port, user, password, and with mqtts:// whom to trust: the system's authorities, or those of SSL_CERT_FILE.
+def _address(url: str, tls: Tls | None) -> Address:
+    """Where the broker is.
 
     Raises:
-        ConfigError: It is neither an mqtt:// nor an mqtts:// URL.
+        ConfigError: It is neither an mqtt:// nor an mqtts:// URL, or there are certificates and no encryption.
     """
+    from edge_sdk.mqtt import read_url  # noqa: PLC0415 - only with a broker
+
     try:
-        parts = urlsplit(url)
-        port = parts.port or {"mqtts": 8883}.get(parts.scheme, 1883)
+        return read_url(url, tls=tls)
     except ValueError as error:
-        raise ConfigError(f"{url!r} is no broker's URL: {error}") from error
-    if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path not in ("", "/"):
-        raise ConfigError(f"{url!r} is no broker's URL; write mqtt://host:1883 or mqtt://user:password@host:1883")
-    user, password = (unquote(text) if text else None for text in (parts.username, parts.password))
-    return parts.hostname, port, user, password, ssl.create_default_context() if parts.scheme == "mqtts" else None
+        raise ConfigError(f"this is no broker's URL for a simulation: {error}") from error
 
 
 def _number(release: Release) -> int:

@@ -17,6 +17,7 @@ import msgspec
 from edge_sdk.errors import ConfigError
 
 if TYPE_CHECKING:
+    from edge_sdk.mqtt import Tls
     from edge_sdk.simulate import Fleet, Progress
 
 EXIT_UNMET, EXIT_STOPPED = 1, 130
@@ -51,6 +52,9 @@ def simulate() -> None:
     "--workers", type=click.IntRange(1), help="Processes, this one among them; the result is the same.  [by size]"
 )
 @click.option("--broker", default="", metavar="URL", help="mqtt(s)://host:port: each device a connection of its own.")
+@click.option("--ca", type=_file, help="With mqtts://: authorities that are trusted, PEM.  [the system's]")
+@click.option("--cert", type=_file, help="With mqtts://: the certificate that all connections show, PEM.")
+@click.option("--key", type=_file, help="Its private key.  [in --cert]")
 @click.option("--quiet", is_flag=True, help="No progress and no summary; expectations that are not met are told.")
 def run(
     scenario: Path,
@@ -63,6 +67,7 @@ def run(
     workers: int | None,
     broker: str,
     quiet: bool,
+    **tls_files: Path | None,
 ) -> None:
     """Run the SCENARIO, and say what came out.
 
@@ -75,11 +80,12 @@ def run(
     from edge_sdk.plan import prepare
     from edge_sdk.simulate import Fleet
 
+    tls = _tls(**tls_files)
     for target in (page_file, json_file, events_file):
         if target is not None and not target.parent.is_dir():
             raise ConfigError(f"{target}: there is no folder {target.parent}")
     prepared = prepare(scenario, devices=devices, seed=seed)
-    with _few_words(), Fleet(prepared, broker=broker, workers=workers) as fleet, _stopping(fleet):
+    with _few_words(), Fleet(prepared, broker=broker, tls=tls, workers=workers) as fleet, _stopping(fleet):
         report = fleet.run(on_tick=None if quiet else _Teller())
     written = {json_file: msgspec.json.format(msgspec.json.encode(report), indent=1), events_file: report.event_log()}
     if page_file is not None:
@@ -95,6 +101,17 @@ def run(
         sys.exit(EXIT_STOPPED)
     if ci and report.unmet:
         sys.exit(EXIT_UNMET)
+
+
+def _tls(ca: Path | None, cert: Path | None, key: Path | None) -> Tls | None:
+    """What the three files say of the encryption; None: nothing."""
+    if ca is None and cert is None and key is None:
+        return None
+    if cert is None and key is not None:
+        raise ConfigError(f"--key {key}: there is no certificate to it; give --cert as well")
+    from edge_sdk.mqtt import Tls
+
+    return Tls(ca, cert, key)
 
 
 @simulate.command()

@@ -171,10 +171,9 @@ class MemoryBroker:
     def __init__(self) -> None:
         self.running = True
         self._clients: list[MemoryTransport] = []
-        self._exact: dict[
-            str, dict[MemoryTransport, None]
-        ] = {}  # by topic, so that a large fleet does not ask everyone
-        self._patterns: dict[MemoryTransport, None] = {}
+        # by filter, so that a large fleet does not ask everyone: those without `+` and `#` are topics
+        self._exact: dict[str, dict[MemoryTransport, None]] = {}
+        self._patterns: dict[str, dict[MemoryTransport, None]] = {}
         self._retained: dict[str, Message] = {}
 
     def stop(self) -> None:
@@ -208,25 +207,27 @@ class MemoryBroker:
                 self._retained[message.topic] = message
             else:
                 self._retained.pop(message.topic, None)
-        hearers = {**self._exact.get(message.topic, {}), **self._patterns}
+        hearers = dict(self._exact.get(message.topic, {}))
+        for wanted, clients in self._patterns.items():
+            if topic_matches(wanted, message.topic):
+                hearers |= clients
         for client in hearers:
             client.deliver(Message(message.topic, message.payload))
 
     def listen(self, client: MemoryTransport, topic_filter: str) -> None:
         """From now on a client may hear what matches."""
-        if _is_pattern(topic_filter):
-            self._patterns[client] = None
-        else:
-            self._exact.setdefault(topic_filter, {})[client] = None
+        self._hearers(topic_filter).setdefault(topic_filter, {})[client] = None
 
-    def unlisten(self, client: MemoryTransport, topic_filter: str, *, patterns: bool) -> None:
-        """It need no longer be asked about this topic; `patterns`: it has others with `+` or `#`."""
-        if not patterns:
-            self._patterns.pop(client, None)
-        hearers = self._exact.get(topic_filter, {})
+    def unlisten(self, client: MemoryTransport, topic_filter: str) -> None:
+        """It hears what matches no longer."""
+        known = self._hearers(topic_filter)
+        hearers = known.get(topic_filter, {})
         hearers.pop(client, None)
         if not hearers:
-            self._exact.pop(topic_filter, None)
+            known.pop(topic_filter, None)
+
+    def _hearers(self, topic_filter: str) -> dict[str, dict[MemoryTransport, None]]:
+        return self._patterns if _is_pattern(topic_filter) else self._exact
 
     def retained(self, topic_filter: str) -> list[Message]:
         """The retained messages that match."""
@@ -316,7 +317,7 @@ class MemoryTransport:
         """Receive it no longer."""
         if topic_filter in self._filters:
             self._filters.remove(topic_filter)
-            self._broker.unlisten(self, topic_filter, patterns=any(_is_pattern(wanted) for wanted in self._filters))
+            self._broker.unlisten(self, topic_filter)
 
     @property
     def unread(self) -> tuple[Message, ...]:
@@ -340,9 +341,8 @@ class MemoryTransport:
         self._broker.detach(self, will=self._will)
 
     def deliver(self, message: Message) -> None:
-        """Called by the broker."""
-        topic, filters = message.topic, self._filters
-        if self._connected and (topic in filters or any(topic_matches(wanted, topic) for wanted in filters)):
+        """Called by the broker, of what matches a filter."""
+        if self._connected:
             self._inbox.append(message)
 
     def drop(self) -> None:

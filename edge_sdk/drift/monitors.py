@@ -225,7 +225,11 @@ class DriftMonitors:
 
     def alarms(self) -> list[Alarm]:
         """The alarms that are up."""
-        return [self._describe(name, detector) for name, detector in self.detectors.items() if detector.drift_detected]
+        return [self._describe(name, self.detectors[name]) for name in self.alarming()]
+
+    def alarming(self) -> list[str]:
+        """The monitors whose alarm is up."""
+        return [name for name, detector in self.detectors.items() if detector.drift_detected]
 
     def warnings(self) -> list[str]:
         """The monitors at or above their warning level."""
@@ -248,7 +252,7 @@ class DriftMonitors:
 
     def diagnosis(self) -> Diagnosis | None:
         """What kind of change it is that raised the alarms, and what carries it; None without alarm."""
-        up = [alarm.monitor for alarm in self.alarms()]
+        up = self.alarming()
         if not up:
             return None
         recent = {name: watched.recent for name, watched in self.watched.items() if name not in self.collecting}

@@ -13,16 +13,20 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from edge_sdk.sketch import ACCURACY
 from edge_sdk.stats import sequence_radius
-from edge_server.plan import APP_METRIC, Gate, RolloutPlan
+from edge_server.plan import APP_METRIC, LATENCIES, Gate, RolloutPlan
 
 _DAY_S = 86_400.0
-_QUANTILES = {"p50_ms": 0.5, "p99_ms": 0.99}
 _EVENTS = ("crashes", "rollbacks", "drift")
 LEAST_JUDGED = 10
 """A normal limit of fewer values is none, however bad they are."""
 _MIN_DEVICES = 5
 """So many devices of both groups together say how much devices differ from each other."""
+_WIDEST = 20.0
+"""Difference of logarithms that is told: beyond it is as bad."""
+_ROUGHNESS = (2 * ACCURACY) ** 2 / 12
+"""Variance of a logarithm that is told to within a bucket of a sketch: equal figures are not equal latencies."""
 
 
 class Sums(msgspec.Struct, frozen=True, array_like=True):
@@ -73,8 +77,9 @@ class DeviceMetrics(msgspec.Struct, frozen=True, kw_only=True):
         correct_before: Those that were right.
         reports: Windows since the stage began.
         seconds: Their length together.
-        values: What else the plan's gates look at, by metric: since the stage began, and before. In shadow, of pairs:
-            accuracy is how often the release was right where the one in use was not, less the reverse.
+        values: What else the plan's gates look at, by metric: since the stage began, and before. Of p50_ms and p99_ms
+            the logarithms of what reports tell. In shadow, of pairs: accuracy is how often the release was right where
+            the one in use was not, less the reverse.
     """
 
     device: str
@@ -239,8 +244,9 @@ def read(
     error = math.sqrt(_of_arm(one, variance, other) + (_of_arm(other, variance, one) if other is not None else 0.0))
     size = min(one.values, other.values) if other is not None else one.values
     radius = error * math.sqrt(size) * sequence_radius(size, level)
+    shown = _told(gate, worse, radius)
     reading = Reading(
-        metric=gate.metric, verdict="pass", sample=sample, wanted=wanted, worse=worse, radius=radius,
+        metric=gate.metric, verdict="pass", sample=sample, wanted=wanted, worse=shown[0], radius=shown[1],
         devices=one.devices, control=other.values if other is not None else 0.0,
     )  # fmt: skip
     words = _words(gate, reading, one, other, release=release, margin=margin, paired=paired)
@@ -295,8 +301,11 @@ def _variance(gate: Gate, treated: Sequence[_Seen], control: Sequence[_Seen], *,
             elif total.count:
                 # of 0 in n, the next may still be a 1
                 smoothed = (total.squares + 1) / (total.count + 2)
-                bounded = not gate.metric.startswith(APP_METRIC)
-                found.append(max(total.variance, smoothed * (1 - smoothed) if bounded else 0.0))
+                if gate.metric in LATENCIES:
+                    least = _ROUGHNESS
+                else:
+                    least = 0.0 if gate.metric.startswith(APP_METRIC) else smoothed * (1 - smoothed)
+                found.append(max(total.variance, least))
     return max(found, default=0.0)
 
 
@@ -320,11 +329,20 @@ def _of_arm(arm: Arm, variance: float, other: Arm | None) -> float:
 
 def _margin(gate: Gate, treated: Sequence[_Seen]) -> float:
     """In the unit of the values."""
+    if gate.metric in LATENCIES:
+        return math.log1p(gate.margin)
     if gate.metric in _EVENTS:
         reports = sum(entry.reports for entry in treated)
         return gate.margin * sum(entry.seconds for entry in treated) / reports / _DAY_S if reports else gate.margin
-    # of a latency the values are 1 for a prediction slower than the limit, which a share of 1 - q was before
-    return 1 - _QUANTILES[gate.metric] if gate.metric in _QUANTILES else gate.margin
+    return gate.margin
+
+
+def _told(gate: Gate, worse: float, radius: float) -> tuple[float, float]:
+    """`worse` and `radius` in the unit of the margin: of logarithms as shares, the radius as far as it goes up."""
+    if gate.metric not in LATENCIES:
+        return worse, radius
+    worse, radius = min(worse, _WIDEST), min(radius, _WIDEST)
+    return math.expm1(worse), math.exp(worse) * math.expm1(radius)
 
 
 def _undecided(gate: Gate, sample: float, wanted: int) -> Reading:
@@ -338,7 +356,7 @@ def _undecided(gate: Gate, sample: float, wanted: int) -> Reading:
 def _unit(gate: Gate) -> str:
     if gate.metric == "accuracy":
         return "labelled predictions"
-    if gate.metric in _EVENTS:
+    if gate.metric in (*_EVENTS, *LATENCIES):
         return f"reports for {gate.metric}"
     return f"values of {gate.metric.removeprefix(APP_METRIC)}" if gate.metric.startswith(APP_METRIC) else "predictions"
 
@@ -364,12 +382,19 @@ def _words(
         told = f"release {release} in shadow differs on {one.after:.1%} ({of})"
     elif metric == "errors":
         told = f"{one.after * one.values:.0f} of {one.values:.0f} predictions on release {release} failed{elsewhere}"
-    elif metric in _QUANTILES:
-        limit = f"{1 + gate.margin:g} times what {_QUANTILES[metric]:.0%} took at most before"
-        told = f"{one.after:.1%} on release {release} ({of}) take longer than {limit}{elsewhere}"
+    elif metric in LATENCIES:
+        margin = gate.margin
+        elsewhere = (
+            f", {_ms(other.after)} in the control group, before {_ms(other.before)}" if other is not None else ""
+        )
+        told = f"{metric} on release {release} is {_ms(one.after)}, before {_ms(one.before)} ({of}){elsewhere}"
     elif metric in _EVENTS:
         told = f"{one.after:.4g} {metric} by report on release {release} ({of}){elsewhere}"
     else:
         told = f"{name} on release {release} is {one.after:.4g}, before {one.before:.4g} ({of}){elsewhere}"
     form = ".4g" if metric in _EVENTS or metric.startswith(APP_METRIC) else ".1%"
     return f"{told}; worse by {reading.worse:+{form}} ± {reading.radius:{form}}, {margin:{form}} is tolerated"
+
+
+def _ms(logarithm: float) -> str:
+    return f"{math.exp(min(logarithm, 2 * _WIDEST)):.3g} ms"

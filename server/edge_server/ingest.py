@@ -103,6 +103,9 @@ class ReportRow(NamedTuple):
     alarms: int
     """Drift monitors that raise an alarm."""
     warnings: int
+    p50_ms: float
+    """Of one prediction in the window; 0: unknown, as the next."""
+    p99_ms: float
     body: bytes
 
 
@@ -328,7 +331,8 @@ def _report_row(outbox: tuple[str, str], envelope: Envelope, report: Report, bod
         warnings += monitor.warning
     return ReportRow(
         *(*outbox, envelope.seq, envelope.time, now, report.start, report.release, report.head, report.mode),
-        *(report.predictions, report.errors, report.labelled, report.correct, alarms, warnings, body),
+        *(report.predictions, report.errors, report.labelled, report.correct, alarms, warnings),
+        *(report.p50_ms, report.p99_ms, body),
     )
 
 

@@ -20,6 +20,8 @@ Proof = Literal["no_harm", "not_worse", "better"]
 WEEKDAYS: tuple[Weekday, ...] = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 METRICS = ("accuracy", "errors", "p50_ms", "p99_ms", "crashes", "rollbacks", "drift", "disagreement")
 """What can be judged beside the app's own metrics, which are called `metric:NAME`."""
+LATENCIES = ("p50_ms", "p99_ms")
+"""Of these, those that every report tells of its own window."""
 APP_METRIC = "metric:"
 _AB_CONTROL_PERCENT = 50
 _STAGE = re.compile(r"([0-9]{1,9}) ?(%|devices?)")
@@ -57,7 +59,7 @@ class Gate(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         proof: no_harm: evidence of harm halts, and without any the stage passes; not_worse: it passes only with
             evidence that the release is worse by less than the margin; better: only with evidence that it is better.
         min_sample: So many values on the release before a stage passes: labelled predictions, predictions, reports
-            (crashes, rollbacks, drift) or recorded values.
+            (p50_ms, p99_ms, crashes, rollbacks, drift) or recorded values.
     """
 
     metric: str

@@ -335,6 +335,12 @@ def _machines(db: Database) -> None:
         db.table("devices").add_column(name, int)
 
 
+def _latencies_of_reports(db: Database) -> None:
+    # gates hold them against those of the control group, report by report
+    for name in ("p50_ms", "p99_ms"):
+        db.table("reports").add_column(name, float, not_null_default=0.0)
+
+
 def _secrets(db: Database) -> None:
     db.table("secrets").create({"name": str, "sha256": str}, pk="name", not_null={"sha256"})
     db.execute("INSERT INTO secrets SELECT 'ca', '' FROM certificates LIMIT 1")
@@ -357,7 +363,8 @@ STEPS: tuple[Callable[[Database], None], ...] = (
     _summaries_of_days,  # 13
     _segments_and_cards,  # 14
     _machines,  # 15
-    _secrets,  # 16
+    _latencies_of_reports,  # 16
+    _secrets,  # 17
 )
 """Step n leads from `user_version` n - 1 to n. Steps are only ever appended, and never changed once they are on main:
 who changes a table, changes it in a step of its own."""

@@ -11,7 +11,7 @@ from edge_server.rows import to_json
 
 INSERT_REPORT = (
     "INSERT INTO reports (device, store_id, seq, time, received, start, release, head, mode, predictions, errors,"
-    " labelled, correct, alarms, warnings, body)"
+    " labelled, correct, alarms, warnings, p50_ms, p99_ms, body)"
 )
 """A `ReportRow`."""
 _MAX_UNKNOWN = 1000

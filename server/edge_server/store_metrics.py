@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import math
+import sqlite3
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
 
 from edge_sdk.database import Database
-from edge_sdk.messages import Report, ShadowTally, Summary, from_buckets, unpack
-from edge_sdk.sketch import QuantileSketch
+from edge_sdk.messages import Report, ShadowTally, Summary, unpack
 from edge_server.gates import DeviceMetrics, Sums, share
-from edge_server.plan import APP_METRIC, Gate, RolloutPlan
+from edge_server.plan import APP_METRIC, LATENCIES, Gate, RolloutPlan
 from edge_server.power import Pace
 from edge_server.rollout import RolloutState
 
@@ -21,10 +22,11 @@ _EVENTS = {
     "drift": ("drift_alarm",),
 }
 _DAY_S = 86_400.0
-_QUANTILES = {"p50_ms": 0.5, "p99_ms": 0.99}
 _MOST_KEPT = 16
 _SUMMARIES_BEFORE = 12
-"""Of a device: enough for a 99th percentile, and a day's course."""
+"""Of a device: a day's course."""
+_WINDOWS_BEFORE = 30
+"""Of a device, whose latencies are known by them."""
 
 Pair = tuple[Sums, Sums]
 
@@ -39,10 +41,12 @@ class _Look(NamedTuple):
 
 
 class _Pasts(NamedTuple):
-    """Labelled and correct predictions before a stage, by device, its first row in the stage, and whether it had it."""
+    """Figures before a stage, by device, its first row in the stage, and whether it had the release."""
 
     since: float
     found: dict[tuple[str, int, bool], tuple[int, int]]
+    """Labelled and correct predictions."""
+    latencies: dict[tuple[str, int, bool], dict[str, Sums]]
 
 
 class MetricsStore:
@@ -50,6 +54,7 @@ class MetricsStore:
 
     def __init__(self, db: Database) -> None:
         self._db = db
+        need_ln(db.conn)
         self._looks: dict[str, _Look] = {}
         self._pasts: dict[str, _Pasts] = {}
 
@@ -90,7 +95,7 @@ class MetricsStore:
             )
         )
         shadowing = state is not None and state.shadowing
-        values = self._values(plan, state) if state is not None else {}
+        values = self._values(plan, state, had_it) if state is not None else {}
         pasts = self._past_of(plan, since)
         entries = []
         for name, row_release, row_time in self._db.read(
@@ -135,7 +140,7 @@ class MetricsStore:
         """What is known of the figures before of one stage: rows before a device's first one there never change."""
         pasts = self._pasts.get(plan.salt)
         if pasts is None or pasts.since != since:
-            pasts = self._pasts[plan.salt] = _Pasts(since, {})
+            pasts = self._pasts[plan.salt] = _Pasts(since, {}, {})
             _forget_oldest(self._pasts)
         return pasts
 
@@ -174,14 +179,16 @@ class MetricsStore:
 
     # ---- what else the gates look at
 
-    def _values(self, plan: RolloutPlan, state: RolloutState) -> dict[str, dict[str, Pair]]:
+    def _values(self, plan: RolloutPlan, state: RolloutState, had_it: Collection[str]) -> dict[str, dict[str, Pair]]:
         found: dict[str, dict[str, Pair]] = {}
         if state.shadowing:
             return self._tallies(plan, state)
         gates = [gate for gate in plan.judged_by() if gate.metric not in ("accuracy", "errors")]
         if any(gate.metric in _EVENTS for gate in gates):
             self._count_events(plan, state, found)
-        told = [gate for gate in gates if gate.metric in _QUANTILES or gate.metric.startswith(APP_METRIC)]
+        if latencies := [gate.metric for gate in gates if gate.metric in LATENCIES]:
+            self._add_latencies(plan, state, latencies, had_it, found)
+        told = [gate for gate in gates if gate.metric.startswith(APP_METRIC)]
         if told:
             for device, (_, pairs) in self._summed_up(plan, state, told).items():
                 found.setdefault(device, {}).update(pairs)
@@ -222,13 +229,44 @@ class MetricsStore:
             sums = found[device][metric_of[name]][0]
             found[device][metric_of[name]] = (sums + Sums(0, count, count), Sums())
 
+    def _add_latencies(
+        self,
+        plan: RolloutPlan,
+        state: RolloutState,
+        metrics: Sequence[str],
+        had_it: Collection[str],
+        found: dict[str, dict[str, Pair]],
+    ) -> None:
+        """What reports tell of their own windows, as logarithms: a quantile of so many milliseconds each."""
+        sums = ", ".join(f"count(ln({name})), total(ln({name})), total(ln({name}) * ln({name}))" for name in metrics)
+        rows = self._db.read(
+            f"SELECT r.device, min(r.id), {sums} FROM reports r JOIN devices d ON d.name = r.device"  # noqa: S608
+            " WHERE d.group_name = ?1 AND r.start >= ?3 AND (r.release = ?2) = (d.row_release IS ?2) GROUP BY r.device",
+            plan.group,
+            plan.release,
+            state.stage_started,
+        )
+        pasts = self._past_of(plan, state.stage_started).latencies
+        for device, first, *numbers in rows:
+            key = (device, first, device in had_it)
+            if key not in pasts:
+                told = self._db.read(
+                    f"SELECT {sums} FROM (SELECT {', '.join(LATENCIES)} FROM reports WHERE device = ? AND id < ?"  # noqa: S608
+                    " AND start >= ? AND (release = ?) = ? AND p50_ms > 0 ORDER BY id DESC LIMIT ?)",
+                    *(device, first, state.baseline_since, plan.release, device in had_it, _WINDOWS_BEFORE),
+                )[0]
+                pasts[key] = _threes(metrics, told)
+            before = pasts[key]
+            pairs = {name: (after, before[name]) for name, after in _threes(metrics, numbers).items()}
+            found.setdefault(device, {}).update(pairs)
+
     def _names(self, group: str) -> list[str]:
         return [row[0] for row in self._db.read("SELECT name FROM devices WHERE group_name = ?", group)]
 
     def _summed_up(
         self, plan: RolloutPlan, state: RolloutState, gates: Collection[Gate]
     ) -> Mapping[str, tuple[bool, dict[str, Pair]]]:
-        """Latencies and the app's own metrics, which come in summaries.
+        """The app's own metrics, which come in summaries.
 
         A summary of a large fleet is read once, not at every look: what a device's summaries say is kept here until
         it sends another, or changes its release.
@@ -278,15 +316,24 @@ class MetricsStore:
         )  # fmt: skip
         pairs: dict[str, Pair] = {}
         for gate in gates:
-            if gate.metric in _QUANTILES:
-                pairs[gate.metric] = _slow(gate, since, before)
-            else:
-                name = gate.metric.removeprefix(APP_METRIC)
-                pairs[gate.metric] = (_recorded(name, since), _recorded(name, before))
+            name = gate.metric.removeprefix(APP_METRIC)
+            pairs[gate.metric] = (_recorded(name, since), _recorded(name, before))
         return pairs
 
     def _read_summaries(self, where: str, *args: object) -> list[Summary]:
         return [unpack(row[0], Summary) for row in self._db.read(f"SELECT body FROM summaries {where}", *args)]  # noqa: S608
+
+
+def _threes(metrics: Sequence[str], numbers: Sequence[float]) -> dict[str, Sums]:
+    return {name: Sums(*numbers[3 * place : 3 * place + 3]) for place, name in enumerate(metrics)}
+
+
+def need_ln(conn: sqlite3.Connection) -> None:
+    """The natural logarithm, with which not every SQLite is built."""
+    try:
+        conn.execute("SELECT ln(1)")
+    except sqlite3.OperationalError:
+        conn.create_function("ln", 1, lambda x: math.log(x) if x and x > 0 else None, deterministic=True)
 
 
 def _forget_oldest(known: dict[str, Any]) -> None:
@@ -301,24 +348,6 @@ def _paired(tally: ShadowTally) -> dict[str, Pair]:
         # an input that it fails on is answered differently
         "disagreement": (share(tally.rows + tally.errors, tally.disagreed + tally.errors), Sums()),
     }
-
-
-def _slow(gate: Gate, since: list[Summary], before: list[Summary]) -> Pair:
-    """Predictions that took longer than the device's own quantile before, and the tolerance."""
-    new, old = _latency(since), _latency(before)
-    if not old.count:
-        return share(new.count, 0), Sums()
-    limit = old.quantile(_QUANTILES[gate.metric]) * (1 + gate.margin)
-    return share(new.count, new.count_above(limit)), share(old.count, old.count_above(limit))
-
-
-def _latency(summaries: Iterable[Summary]) -> QuantileSketch:
-    total = QuantileSketch()
-    for summary in summaries:
-        indexes, counts, zeros = from_buckets(summary.latency)
-        unit = summary.unit
-        total.merge(QuantileSketch.from_wire(indexes, [count * unit for count in counts], zeros * unit))
-    return total
 
 
 def _recorded(name: str, summaries: Iterable[Summary]) -> Sums:

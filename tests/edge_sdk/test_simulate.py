@@ -21,7 +21,7 @@ from edge_sdk.cli import main
 from edge_sdk.errors import ConfigError, MissingExtraError
 from edge_sdk.fleet_page import page
 from edge_sdk.fleet_report import ALL, compare, load_report, summary_lines
-from edge_sdk.mqtt import MqttTransport
+from edge_sdk.mqtt import MqttTransport, Tls
 from edge_sdk.plan import prepare, prepare_scenario
 from edge_sdk.scenario import Expect
 from edge_sdk.simulate import COORDINATORS, Acknowledging, Fleet, FleetTimeoutError, installed_coordinator
@@ -415,6 +415,23 @@ def test_a_release_that_the_coordinator_refuses_is_reported_and_stops_nothing(sc
 def test_a_broker_that_is_no_mqtt_url_is_refused(scenario, url):
     with pytest.raises(ConfigError, match="is no broker's URL"):
         Fleet(prepare(scenario()), broker=url)
+
+
+def test_certificates_need_an_encrypted_broker_and_a_key_its_certificate(scenario, edge, tmp_path):
+    tls = Tls(ca_file=tmp_path / "ca.pem")
+    cases = {"": "without a broker", "mqtt://h": "use mqtts://", "mqtts://h": "ca.pem: .*No such file"}
+    for broker, says in cases.items():
+        with pytest.raises(ConfigError, match=says):
+            Fleet(prepare(scenario()), broker=broker, tls=tls)
+    result = edge(scenario(), "--broker", "mqtts://h", "--key", tmp_path / "one.key")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "give --cert as well" in result.stderr
+
+
+def test_a_broker_that_is_none_is_refused_without_telling_the_password(scenario):
+    with pytest.raises(ConfigError) as caught:
+        Fleet(prepare(scenario()), broker="http://me:secret@host")
+    assert "secret" not in str(caught.value)
 
 
 def test_a_broker_and_several_processes_do_not_go_together(scenario):

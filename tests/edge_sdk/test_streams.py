@@ -4,10 +4,11 @@ import dataclasses
 import math
 import typing
 
+import hypothesis
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_sdk import streams
@@ -462,7 +463,7 @@ def test_labels_come_as_often_as_the_script_says(world):
     assert set(stream.draw(500, 0)[1]) == {0, 1}
 
 
-@example(shares={"a": 0.0, "b": 0.0, "c": 5e-324}, hour=11.0, few=False)
+@hypothesis.example(shares={"a": 0.0, "b": 0.0, "c": 5e-324}, hour=11.0, few=False)
 @given(st.dictionaries(st.sampled_from("abc"), st.floats(0, 1 / 3)), st.floats(0, 60), st.booleans())
 def test_shares_of_labels_always_add_up(shares, hour, few):
     pool = Pool(np.zeros((6, 2), np.float32), np.arange(6, dtype=np.int64) % 3)

@@ -39,7 +39,8 @@ class NeverRefusing(MemoryTransport):
 class Forgetful(MemoryTransport):
     def drop(self):
         super().drop()
-        self._filters.clear()
+        for wanted in list(self._filters):
+            self.unsubscribe(wanted)
 
 
 class LeavingAWill(MemoryTransport):

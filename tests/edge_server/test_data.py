@@ -33,7 +33,7 @@ def filled(home, report, *, at=100.0):
     registry.enrol("a", group="lab", out=home / "a.json", actor="ann")
     registry.label("a", {"site": "berlin"}, actor="ann")
     body = msgspec.msgpack.encode(report(start=50.0, predicted={"x": 3}))
-    row = ReportRow("a", "s", 1, at, at, 50.0, 1, 0, "adapt", 100, 0, 10, 9, 1, 0, body)
+    row = ReportRow("a", "s", 1, at, at, 50.0, 1, 0, "adapt", 100, 0, 10, 9, 1, 0, 1.0, 2.0, body)
     with registry.store.transaction():
         registry.store.ingest.write_reports([row, row._replace(seq=2, start=150.0, received=at + 1, body=b"\xc1")])
         registry.store.execute(

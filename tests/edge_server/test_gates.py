@@ -1,3 +1,5 @@
+import math
+
 import msgspec
 import numpy as np
 import pytest
@@ -33,6 +35,12 @@ def scored(entries, before, after, *, labelled=200):
 
 def valued(entries, metric, after, before=None):
     return [msgspec.structs.replace(entry, values={metric: (after, before or Sums())}) for entry in entries]
+
+
+def windows(count, ms, spread=0.3):
+    """Logarithms of latencies that are `ms` in the middle."""
+    middle = math.log(ms)
+    return Sums(count, count * middle, count * (middle**2 + spread**2))
 
 
 def verdict(gate, metrics, *, level=0.01, paired=False):
@@ -130,12 +138,39 @@ class TestOtherMetrics:
 
     def test_a_latency_beyond_the_devices_own_is_harm(self):
         gate = Gate(metric="p99_ms", margin=0.2)
-        fast, slow, before = share(1000, 5), share(1000, 200), share(1000, 4)
-        assert verdict(gate, valued(fleet(on=2), "p99_ms", fast, before)).verdict == "pass"
-        metrics = valued(fleet(on=2)[:2], "p99_ms", slow, before) + valued(fleet()[2:], "p99_ms", fast, before)
+        fast, slow = windows(40, 5.0), windows(40, 9.0)
+        assert verdict(gate, valued(fleet(on=2), "p99_ms", fast, fast)).verdict == "pass"
+        metrics = valued(fleet(on=2)[:2], "p99_ms", slow, fast) + valued(fleet()[2:], "p99_ms", fast, fast)
         found = verdict(gate, metrics)
         assert found.verdict == "harm"
-        assert "20.0% on release 2 (2000 predictions, 2 devices) take longer than 1.2 times" in found.reason
+        assert "p99_ms on release 2 is 9 ms, before 5 ms (80 reports for p99_ms, 2 devices)" in found.reason
+        assert "5 ms in the control group" in found.reason
+        assert found.worse == pytest.approx(0.8)
+        assert 0 < found.radius < 0.5
+
+    def test_a_fleet_that_gets_slower_is_not_blamed_on_the_release(self):
+        gate = Gate(metric="p99_ms", margin=0.2)
+        metrics = valued(fleet(on=2), "p99_ms", windows(40, 9.0), windows(40, 5.0))
+        assert verdict(gate, metrics).verdict != "harm"
+
+    def test_slower_within_what_is_tolerated_passes(self):
+        gate = Gate(metric="p50_ms", margin=0.5, proof="not_worse")
+        metrics = valued(fleet(on=2)[:2], "p50_ms", windows(99, 5.5), windows(99, 5.0))
+        metrics += valued(fleet()[2:], "p50_ms", windows(99, 5.0), windows(99, 5.0))
+        assert verdict(gate, metrics).verdict == "pass"
+
+    def test_absurd_latencies_are_told_without_harm_to_the_coordinator(self):
+        still, absurd = windows(40, 1e-300, spread=0.0), windows(40, 1e300, spread=0.0)
+        metrics = valued(fleet(on=2)[:2], "p99_ms", absurd, still) + valued(fleet()[2:], "p99_ms", still, still)
+        found = verdict(Gate(metric="p99_ms"), metrics)
+        assert found.verdict == "harm"
+        assert math.isfinite(found.worse + found.radius)
+
+    def test_equal_latencies_prove_no_more_than_their_figures_are_exact(self):
+        gate = Gate(metric="p99_ms")
+        still, slower = windows(10, 1.0, spread=0.0), windows(10, 1.01, spread=0.0)
+        metrics = valued(fleet(on=2)[:2], "p99_ms", slower, still) + valued(fleet()[2:], "p99_ms", still, still)
+        assert verdict(gate, metrics).verdict != "harm"
 
     @pytest.mark.parametrize(("better", "outcome"), [("higher", "harm"), ("lower", "pass")])
     def test_the_apps_own_metric_has_a_direction(self, better, outcome):
@@ -169,6 +204,20 @@ class TestOtherMetrics:
         assert (found.verdict, found.sample, found.wanted) == ("wait", 40, 100)
 
 
+def _heard(logs):
+    """Twenty devices, the first four on the release since report 30."""
+
+    def sums(part):
+        return Sums(part.size, float(part.sum()), float((part**2).sum()))
+
+    return [
+        DeviceMetrics(
+            device=str(i), on_candidate=i < 4, switched=True, values={"p99_ms": (sums(own[30:]), sums(own[:30]))}
+        )
+        for i, own in enumerate(logs)
+    ]
+
+
 class TestErrorLevel:
     @pytest.mark.parametrize(("accuracy", "spread"), [(0.9, 0.0), (0.6, 0.0), (0.9, 0.05)])
     def test_a_release_that_changes_nothing_is_seldom_halted_however_often_one_looks(self, accuracy, spread):
@@ -192,6 +241,22 @@ class TestErrorLevel:
                     halted += 1
                     break
         assert halted <= 0.05 * runs + 3 * (0.05 * 0.95 * runs) ** 0.5
+
+    @pytest.mark.parametrize(("slower", "halts"), [(1.0, (0, 8)), (2.0, (36, 40))])
+    def test_latencies_that_wander_are_no_harm_and_a_release_twice_as_slow_is_found_within_twenty_reports(
+        self, slower, halts
+    ):
+        """Each report resembles the one before; one look after every report, 40 runs."""
+        rng = np.random.default_rng(11)
+        gate, halted = Gate(metric="p99_ms", margin=0.0 if slower == 1 else 0.2), 0
+        for _ in range(40):
+            logs = np.zeros((20, 50))
+            for report in range(1, 50):
+                logs[:, report] = 0.7 * logs[:, report - 1] + rng.normal(0, 0.14, 20)
+            logs += rng.normal(2, 0.5, (20, 1))
+            logs[:4, 30:] += math.log(slower)
+            halted += any(verdict(gate, _heard(logs[:, :look]), level=0.05).verdict == "harm" for look in range(31, 51))
+        assert halts[0] <= halted <= halts[1]
 
     def test_a_real_loss_is_found_with_the_rows_that_the_power_calculation_asks_for(self):
         rows = required_rows(0.8, effect=0.1, level=0.025, power=0.8, control_share=0.5)

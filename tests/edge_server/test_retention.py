@@ -27,7 +27,9 @@ def store(tmp_path):
 
 def row(device="a", seq=1, *, start=0.0, received=0.0, release=1, body=b"x" * 10, **counts):
     values = {"predictions": 5, "errors": 1, "labelled": 4, "correct": 3, "alarms": 0, "warnings": 0, **counts}
-    return ReportRow(device, "s", seq, start, received, start, release, 0, "adapt", **values, body=body)
+    return ReportRow(
+        device, "s", seq, start, received, start, release, 0, "adapt", **values, p50_ms=1.0, p99_ms=2.0, body=body
+    )
 
 
 def add(store, rows):

@@ -7,7 +7,10 @@ import ssl
 import subprocess
 import threading
 import time
+from contextlib import closing
+from functools import partial
 from pathlib import Path
+from socket import create_connection, create_server
 
 import msgspec
 import pytest
@@ -21,6 +24,9 @@ from edge_sdk.errors import ConfigError
 from edge_sdk.identity import renew
 from edge_sdk.messages import Ack, Envelope, Event, State, Topics, decode, encode, raw
 from edge_sdk.mqtt import MqttTransport, Tls, new_transport
+from edge_sdk.plan import prepare
+from edge_sdk.simulate import Fleet as SimulatedFleet
+from edge_sdk.simulate import FleetTimeoutError
 from edge_sdk.store import Store
 from edge_sdk.swarm import Swarm
 from edge_server.coordinator import Coordinator
@@ -41,6 +47,27 @@ pytestmark = [
 def _quick_retries(monkeypatch):
     monkeypatch.setattr("edge_sdk.mqtt._BACKOFF_FIRST_S", 0.05)
     monkeypatch.setattr("edge_sdk.mqtt._BACKOFF_MOST_S", 0.2)
+
+
+def free_port():
+    with closing(create_server(("127.0.0.1", 0))) as probe:
+        return probe.getsockname()[1]
+
+
+def started(folder, port):
+    """A mosquitto by the configuration in a folder, which listens."""
+    process = subprocess.Popen(
+        ["mosquitto", "-c", folder / "mosquitto.conf"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    for _ in range(1000):
+        try:
+            create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            assert process.poll() is None, (folder / "log").read_text()
+            threading.Event().wait(0.01)
+        else:
+            return process
+    return pytest.fail("mosquitto did not start")
 
 
 class Fleet:
@@ -72,18 +99,7 @@ class Fleet:
         self.until(lambda: self.transport.connected)
 
     def start(self):
-        from socket import create_connection
-
-        self.process = subprocess.Popen(
-            ["mosquitto", "-c", self.folder / "mosquitto.conf"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        for _ in range(1000):
-            try:
-                return create_connection(("127.0.0.1", self.port), 1).close()
-            except OSError:
-                assert self.process.poll() is None, (self.folder / "log").read_text()
-                threading.Event().wait(0.01)
-        return pytest.fail("mosquitto did not start")
+        self.process = started(self.folder, self.port)
 
     def reload(self, *, restart=False):
         self.identities.broker_files(self.files)
@@ -162,12 +178,7 @@ class Device:
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory):
-    from contextlib import closing
-    from socket import create_server
-
-    with closing(create_server(("127.0.0.1", 0))) as probe:
-        port = probe.getsockname()[1]
-    fleet = Fleet(tmp_path_factory.mktemp("fleet"), port)
+    fleet = Fleet(tmp_path_factory.mktemp("fleet"), free_port())
     yield fleet
     fleet.close()
 
@@ -367,3 +378,43 @@ def test_a_swarm_does_not_talk_to_a_broker_that_it_does_not_trust(fleet):
         assert swarm.until(lambda: transport.last_error is not None, DEADLINE_S)
         assert not transport.connected
         assert "CERTIFICATE_VERIFY_FAILED" in transport.last_error
+
+
+SIMULATED = """
+fleet = {{ checkpoint = "{checkpoint}", devices = 3, duration_h = 1, tick_s = 1200 }}
+data = {{ source = "digits", labels = ["0", "1", "2", "3"] }}
+"""
+
+
+@pytest.mark.torch
+def test_a_simulated_fleet_shows_its_certificate_to_a_broker_that_asks_for_one(tmp_path, checkpoint):
+    """The broker of the documentation, but everybody with a certificate may speak of everything."""
+    registry = Registry(tmp_path / "home", settings=Settings(broker=BrokerSettings(host="127.0.0.1", tls=True)))
+    registry.identities.broker_files(tmp_path / "files", hosts=["127.0.0.1"])
+    tls, files, port = registry.identities.tls(), tmp_path / "files", free_port()
+    registry.close()
+    (tmp_path / "mosquitto.conf").write_text(
+        f"log_dest file {tmp_path}/log\nlistener {port} 127.0.0.1\nuser {getpass.getuser()}\n"
+        "allow_anonymous true\nrequire_certificate true\n"
+        f"cafile {files}/ca.pem\ncertfile {files}/broker.pem\nkeyfile {files}/broker.key\n"
+    )
+    (tmp_path / "small.toml").write_text(SIMULATED.format(checkpoint=checkpoint))
+    url = f"mqtts://127.0.0.1:{port}"
+    simulate = partial(CliRunner().invoke, cli.main)
+    command = ["simulate", str(tmp_path / "small.toml"), "--quiet", "--events"]
+    shown = [f"--ca={tls.ca_file}", f"--cert={tls.cert_file}", f"--key={tls.key_file}"]
+    process = started(tmp_path, port)
+    try:
+        over = simulate([*command, str(tmp_path / "over.jsonl"), "--broker", url, *shown])
+        assert over.exit_code == 0, over.output
+        nameless = SimulatedFleet(
+            prepare(tmp_path / "small.toml"), broker=url, tls=Tls(tls.ca_file), settle_timeout_s=1
+        )
+        with nameless, pytest.raises(FleetTimeoutError, match="devices still wait for a connection"):
+            nameless.run()
+    finally:
+        process.kill()
+        process.wait(10)
+    inside = simulate([*command, str(tmp_path / "inside.jsonl"), "--workers", "1"])
+    assert inside.exit_code == 0, inside.output
+    assert (tmp_path / "over.jsonl").read_bytes() == (tmp_path / "inside.jsonl").read_bytes() != b""
