@@ -127,11 +127,9 @@ class Download:
 
     def _flush_part(self) -> None:
         try:
-            descriptor = os.open(self._part, os.O_RDONLY)
-            try:
-                flush(descriptor)
-            finally:
-                os.close(descriptor)
+            if self._descriptor is None:
+                self._descriptor = os.open(self._part, os.O_WRONLY)
+            flush(self._descriptor)
         except OSError as error:
             raise storage_error(error, f"{self.digest[:12]} cannot be flushed") from error
 
@@ -142,12 +140,12 @@ class Download:
             IntegrityError: The hash differs; all blocks are thrown away.
             DiskFullError, StoreError: It cannot be flushed.
         """
-        self.close()
         if self.size == 0:
             self._part.touch()
         if self._hashes:
             self._flush_part()
-        elif self._digest_of_part() != self.digest:
+        self.close()
+        if not self._hashes and self._digest_of_part() != self.digest:
             self._part.unlink()
             self._map.unlink(missing_ok=True)
             self._have.clear()

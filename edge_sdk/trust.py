@@ -101,6 +101,7 @@ class Trust:
         self.folder = folder
         self._announced: MetadataSet | None = None
         self._updater: Updater | None = None
+        self._vouched: tuple[Offer, SignedRelease] | None = None  # what the updater was asked last
         self._changed = False
         self._checked_at: float | None = None
         self._built = self._expires = 0.0
@@ -199,6 +200,8 @@ class Trust:
                 raise UntrustedError(self._problem)
             return None
         self._require_time(now)
+        if self._vouched is not None and self._vouched[0] == offer:
+            return self._vouched[1]
         info = self._updater.get_targetinfo(target_path(offer.release))
         if info is None:
             raise UntrustedError(f"release {offer.release} is not signed")
@@ -208,7 +211,8 @@ class Trust:
                 f"release {offer.release} is offered with {offer.size} bytes and SHA-256 {offer.digest[:12]}…, "
                 f"signed are {info.length} and {str(digest)[:12]}…"
             )
-        return _signed_release(offer, info.custom or {})
+        self._vouched = offer, _signed_release(offer, info.custom or {})
+        return self._vouched[1]
 
     def refresh(self, now: float) -> None:
         """Verify what has come, if anything has changed; what failed for its date is looked at again in time."""
@@ -219,7 +223,7 @@ class Trust:
         from tuf.ngclient import Updater, UpdaterConfig  # noqa: PLC0415
 
         self._changed, self._checked_at = False, now
-        self._updater, self._expired, self._problem = None, "", ""
+        self._updater, self._expired, self._problem, self._vouched = None, "", "", None
         try:
             updater = Updater(
                 str(self._trusted),
