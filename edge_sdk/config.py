@@ -62,6 +62,8 @@ class JoinConfig(_Section, frozen=True):
     """A label that comes later is counted as unmatched."""
     max_pending: Count = 100_000
     """Rows and labels kept in memory between two flushes; beyond it the oldest are dropped and counted."""
+    max_pending_bytes: Count = 64_000_000
+    """Of memory for these rows, about; a disk that stays full must not take it all. Beyond it as `max_pending`."""
     log_fraction: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """Share of predictions that wait for a label; each counts for as many as it stands for when it is learned from."""
 

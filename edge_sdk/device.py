@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -101,6 +102,7 @@ class EdgeDevice:
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._stopped = False
+        self._owner = os.getpid()
 
         try:
             self._home.mkdir(parents=True, exist_ok=True)
@@ -375,6 +377,8 @@ class EdgeDevice:
         Raises:
             StoppedError: It is closed.
         """
+        if os.getpid() != self._owner:
+            raise StoppedError(f"this process was forked from the one that owns {self.name}; make the device here")
         with self._step_lock:
             if self._stopped:
                 raise StoppedError(f"{self.name} was stopped; make another EdgeDevice on {self._home}")
@@ -585,6 +589,8 @@ class EdgeDevice:
         Raises:
             StoreError: It is closed, but the disk did not take what was predicted and observed since the last flush.
         """
+        if os.getpid() != self._owner:
+            return  # the process that this one was forked from has it
         self._stop.set()
         if self._thread is not None:
             self._thread.join()

@@ -100,7 +100,11 @@ class Joiner:
         """Take over what came since the last call; True if there is anything to write."""
         if batch := self._pending.drain():
             self._unsaved.append(batch)
-            while len(self._unsaved) > 1 and sum(map(len, self._unsaved)) > self._config.join.max_pending:
+            join = self._config.join
+            while len(self._unsaved) > 1 and (
+                sum(map(len, self._unsaved)) > join.max_pending
+                or sum(batch.memory_bytes for batch in self._unsaved) > join.max_pending_bytes
+            ):
                 lost = self._unsaved.pop(0)  # while nothing can be written, memory stays bounded
                 self._unsaved[0].rows_lost += lost.rows_lost + len(lost.predictions)
                 self._unsaved[0].labels_lost += lost.labels_lost + len(lost.labels) + len(lost.taught)

@@ -115,7 +115,8 @@ class Maintenance:
             self._store.put("open", b"1")
         self.store_id = store_id.decode()
         prefix = f"{self.store_id[:8]}-"
-        self.pending = Pending(self._config.join.max_pending, f"{prefix}{self.boot}-")
+        join = self._config.join
+        self.pending = Pending(join.max_pending, f"{prefix}{self.boot}-", max_bytes=join.max_pending_bytes)
         self.pending.reserve(self._store.waiting_ids(not_like=prefix))
         self._clock, self._trust = clock, load_trust(self._home, self._config.update.trust)
         if self._trust is not None and not isinstance(transport, NoTransport):

@@ -7,6 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from os import getpid
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,9 @@ from edge_sdk.manifest import Manifest
 from edge_sdk.slots import Version
 from edge_sdk.tasks import stored_answer
 from edge_sdk.types import AnyArray, FloatArray, LatentArray
+
+_ROW_BYTES = 1_500
+"""What a row takes beside the content of its arrays: a dozen objects."""
 
 
 class LoggedPrediction(NamedTuple):
@@ -38,6 +42,11 @@ class LoggedPrediction(NamedTuple):
     def said(self) -> str:
         """The answer in stored form."""
         return stored_answer(self.scores, self.label, self.present, self.manifest.task)
+
+    @property
+    def memory_bytes(self) -> int:
+        """About what it takes until it is written."""
+        return _ROW_BYTES + self.x.nbytes + self.latent.nbytes + self.scores.nbytes
 
 
 class Label(NamedTuple):
@@ -78,6 +87,8 @@ class Batch:
     errors: int = 0
     rows_lost: int = 0
     labels_lost: int = 0
+    memory_bytes: int = 0
+    """About what the predictions take."""
 
     def __len__(self) -> int:
         return len(self.predictions) + len(self.labels) + len(self.taught)
@@ -92,11 +103,13 @@ class Pending:
     Args:
         max_rows: Most predictions, and most labels, held.
         prefix: What this process's own prediction ids begin with.
+        max_bytes: Of memory, about, that the predictions may take.
     """
 
-    def __init__(self, max_rows: int, prefix: str) -> None:
+    def __init__(self, max_rows: int, prefix: str, *, max_bytes: int) -> None:
         self._lock = threading.Lock()
-        self._max_rows = max_rows
+        self._max_rows, self._max_bytes, self._bytes = max_rows, max_bytes, 0
+        self._owner = getpid()
         self._prefix = prefix
         self._numbers = count(1)  # `next` of it is atomic
         self._given: set[str] = set()
@@ -116,7 +129,13 @@ class Pending:
         with self._lock:
             self._closed = True
 
-    def _refuse_if_closed(self) -> None:
+    def _check_process(self) -> None:
+        """Before the lock, which may have been held when this process was forked."""
+        if getpid() != self._owner:
+            raise StoppedError("this process was forked from the one that owns the device, and what it gives would be "
+                               "lost: send it there, or make the device here")  # fmt: skip
+
+    def _check_open(self) -> None:
         if self._closed:
             raise StoppedError("this device was stopped; make another EdgeDevice on its folder")
 
@@ -128,6 +147,7 @@ class Pending:
         """
         if given is None:
             return f"{self._prefix}{next(self._numbers)}"
+        self._check_process()
         with self._lock:
             if given in self._given:
                 raise DuplicateIdError(f"prediction id {given!r} waits for its label; give each prediction its own")
@@ -150,14 +170,17 @@ class Pending:
         Raises:
             StoppedError: Nothing will write them any more.
         """
+        self._check_process()
         with self._lock:
-            self._refuse_if_closed()
+            self._check_open()
             for prediction in predictions:
-                if len(self._predictions) >= self._max_rows:
+                self._predictions.append(prediction)
+                self._bytes += prediction.memory_bytes
+                while len(self._predictions) > self._max_rows or self._bytes > self._max_bytes:
                     gone = self._predictions.popleft()
+                    self._bytes -= gone.memory_bytes
                     self._given.discard(gone.id)
                     self._rows_lost += 1
-                self._predictions.append(prediction)
 
     def hold(self, names: Sequence[str], x: AnyArray) -> None:
         """Keep the latest of the inputs [N, ...] of these predictions, in memory."""
@@ -180,8 +203,9 @@ class Pending:
 
     def label(self, label: Label) -> None:
         """Keep a label. Errors as in `log`."""
+        self._check_process()
         with self._lock:
-            self._refuse_if_closed()
+            self._check_open()
             if len(self._labels) >= self._max_rows:
                 self._labels.popleft()
                 self._labels_lost += 1
@@ -189,8 +213,9 @@ class Pending:
 
     def teach(self, rows: list[Taught]) -> None:
         """Keep labelled rows that were never predicted. Errors as in `log`."""
+        self._check_process()
         with self._lock:
-            self._refuse_if_closed()
+            self._check_open()
             for row in rows:
                 if len(self._taught) >= self._max_rows:
                     self._taught.popleft()
@@ -202,6 +227,7 @@ class Pending:
         with self._lock:
             before = len(self._predictions) + len(self._labels)
             self._predictions = deque(row for row in self._predictions if row.id not in ids)
+            self._bytes = sum(row.memory_bytes for row in self._predictions)
             self._labels = deque(row for row in self._labels if row.id not in ids)
             self._given -= ids
             for name in ids:
@@ -223,8 +249,9 @@ class Pending:
         with self._lock:
             batch = Batch(
                 list(self._predictions), list(self._labels), list(self._taught),
-                self._rejected, self._errors, self._rows_lost, self._labels_lost,
+                self._rejected, self._errors, self._rows_lost, self._labels_lost, self._bytes,
             )  # fmt: skip
+            self._bytes = 0
             self._predictions.clear()
             self._labels.clear()
             self._taught.clear()

@@ -18,6 +18,7 @@ OUT_OF_BOUNDS = [
     ("join", "max_bytes", "0"),
     ("join", "window_s", "0.0"),
     ("join", "max_pending", "0"),
+    ("join", "max_pending_bytes", "0"),
     ("drift", "alarms_per_day", "0"),
     ("drift", "rows_per_day", "-1"),
     ("drift", "block_rows", "0"),

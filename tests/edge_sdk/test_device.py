@@ -1,5 +1,6 @@
 """The device under good and bad input: one typed error or one recorded state each, and serving goes on."""
 
+import os
 import shutil
 import threading
 from collections import Counter
@@ -335,6 +336,41 @@ def test_what_memory_has_no_room_for_is_counted(make_device, digits):
     device.step()
     counters = device.status().counters
     assert (counters.predictions, counters.rows_lost, counters.labels_lost) == (10, 2, 2)
+
+
+def test_a_disk_that_stays_full_does_not_take_all_memory(make_device, digits, monkeypatch):
+    device = make_device(join=JoinConfig(max_pending_bytes=20_000))
+
+    def no_room(rows):
+        raise StoreError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device._store, "add_rows", no_room)
+        for x in digits.life.x[:60]:
+            device.predict(x)
+            device.step()
+    device.step()
+    counters = device.status().counters
+    assert counters.predictions + counters.rows_lost == 60
+    assert 5 < counters.predictions < 20
+
+
+def test_a_device_is_left_to_the_process_that_made_it(make_device, digits):
+    device = make_device()
+    prediction = device.predict(digits.life.x[0])
+    child = os.fork()
+    if child == 0:
+        refused = 0
+        for call in (lambda: device.observe(prediction.id, "3"), device.step, device.status):
+            try:
+                call()
+            except StoppedError:
+                refused += 1
+        device.stop()
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    device.observe(prediction.id, "3", durable=True)
+    assert device.counters.labelled == 1
 
 
 def test_a_durable_label_is_on_disk_without_a_thread(make_device, digits):

@@ -8,12 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_sdk.errors import DuplicateIdError
+from edge_sdk.errors import DuplicateIdError, StoppedError
 from edge_sdk.manifest import Manifest
 from edge_sdk.pending import Label, LoggedPrediction, Pending, Taught
 from edge_sdk.schema import InputSpec
 from edge_sdk.slots import Version
 
+ROOM = 10**9
 VERSION = Version("a", 1, "digest")
 NOTHING = np.zeros(0, dtype=np.float32)
 MANIFEST = Manifest(name="m", release=1, created="", labels=["1"], input=InputSpec(shape=[1]), files={})
@@ -28,12 +29,12 @@ def taught(label):
 
 
 def test_own_ids_are_unique_and_begin_with_the_prefix():
-    pending = Pending(10, "store-1-")
+    pending = Pending(10, "store-1-", max_bytes=ROOM)
     assert [pending.new_id(None) for _ in range(3)] == ["store-1-1", "store-1-2", "store-1-3"]
 
 
 def test_an_id_of_the_app_is_refused_while_it_waits_and_free_again_afterwards():
-    pending = Pending(10, "p-")
+    pending = Pending(10, "p-", max_bytes=ROOM)
     assert pending.new_id("order-7") == "order-7"
     with pytest.raises(DuplicateIdError, match="order-7"):
         pending.new_id("order-7")
@@ -42,14 +43,14 @@ def test_an_id_of_the_app_is_refused_while_it_waits_and_free_again_afterwards():
 
 
 def test_ids_of_an_earlier_life_are_in_use():
-    pending = Pending(10, "p-")
+    pending = Pending(10, "p-", max_bytes=ROOM)
     pending.reserve(["order-7"])
     with pytest.raises(DuplicateIdError):
         pending.new_id("order-7")
 
 
 def test_a_drain_gives_everything_once_in_order():
-    pending = Pending(10, "p-")
+    pending = Pending(10, "p-", max_bytes=ROOM)
     for name in "ab":
         pending.log([prediction(name)])
     pending.label(Label("a", "1", 2.0))
@@ -67,7 +68,7 @@ def test_a_drain_gives_everything_once_in_order():
 
 
 def test_counts_alone_are_worth_a_drain():
-    pending = Pending(10, "p-")
+    pending = Pending(10, "p-", max_bytes=ROOM)
     pending.reject()
     assert pending.drain()
     pending.fail()
@@ -75,7 +76,7 @@ def test_counts_alone_are_worth_a_drain():
 
 
 def test_a_prediction_that_had_to_go_frees_its_id():
-    pending = Pending(1, "p-")
+    pending = Pending(1, "p-", max_bytes=ROOM)
     for name in ("first", "second"):
         pending.log([prediction(pending.new_id(name))])
     assert pending.new_id("first") == "first"
@@ -88,7 +89,7 @@ def test_a_prediction_that_had_to_go_frees_its_id():
     actions=st.lists(st.sampled_from(["log", "label", "teach", "drain"]), max_size=60),
 )
 def test_memory_is_bounded_and_what_went_is_counted(bound, actions):
-    pending, given_in, out, lost = Pending(bound, "p-"), Counter(), Counter(), Counter()
+    pending, given_in, out, lost = Pending(bound, "p-", max_bytes=ROOM), Counter(), Counter(), Counter()
 
     def drain():
         batch = pending.drain()
@@ -114,7 +115,7 @@ def test_memory_is_bounded_and_what_went_is_counted(bound, actions):
 
 
 def test_what_is_forgotten_is_not_drained_and_its_id_is_free():
-    pending = Pending(10, "p-")
+    pending = Pending(10, "p-", max_bytes=ROOM)
     for name in "ab":
         pending.log([prediction(pending.new_id(name))])
         pending.label(Label(name, "1", 1.0))
@@ -127,7 +128,7 @@ def test_what_is_forgotten_is_not_drained_and_its_id_is_free():
 
 
 def test_the_oldest_go_first():
-    pending = Pending(2, "p-")
+    pending = Pending(2, "p-", max_bytes=ROOM)
     for name in "abc":
         pending.log([prediction(name)])
         pending.label(Label(name, "1", 1.0))
@@ -136,7 +137,7 @@ def test_the_oldest_go_first():
 
 
 def test_threads_lose_nothing_and_share_no_id():
-    pending, names, everything = Pending(100_000, "p-"), [], []
+    pending, names, everything = Pending(100_000, "p-", max_bytes=ROOM), [], []
     go = threading.Barrier(5)
 
     def work():
@@ -157,3 +158,37 @@ def test_threads_lose_nothing_and_share_no_id():
     everything += pending.drain().predictions
     assert len(set(names)) == 2_000
     assert sorted(row.id for row in everything) == sorted(names)
+
+
+def test_memory_is_bounded_in_bytes_as_well_and_the_oldest_go():
+    row = prediction("a").memory_bytes
+    pending = Pending(10, "p-", max_bytes=3 * row)
+    for name in "abcd":
+        pending.new_id(name)
+        pending.log([prediction(name)])
+    assert pending.new_id("a") == "a"  # free again
+    batch = pending.drain()
+    assert [row.id for row in batch.predictions] == ["b", "c", "d"]
+    assert (batch.rows_lost, batch.memory_bytes) == (1, 3 * row)
+    pending.log([prediction("e")])  # there is room again
+    assert pending.forget({"e"}) == 1
+    assert pending.drain().memory_bytes == 0
+
+
+def test_rows_with_large_thumbnails_count_for_what_they_take():
+    large = prediction("a")._replace(x=np.zeros(10_000, np.float32))
+    assert large.memory_bytes == prediction("a").memory_bytes + 40_000
+
+
+def test_a_process_that_was_forked_off_gives_nothing_that_nobody_would_write(monkeypatch):
+    pending = Pending(10, "p-", max_bytes=ROOM)
+    pending._lock.acquire()  # as a thread of the parent may have held it
+    monkeypatch.setattr("edge_sdk.pending.getpid", lambda: 1)
+    for give in (
+        lambda: pending.log([prediction("a")]),
+        lambda: pending.label(Label("a", "1", 2.0)),
+        lambda: pending.teach([taught("2")]),
+        lambda: pending.new_id("a"),
+    ):
+        with pytest.raises(StoppedError, match="forked from the one that owns the device"):
+            give()
