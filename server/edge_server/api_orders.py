@@ -24,7 +24,7 @@ _DAY_S = 86_400.0
 
 
 class Ship(msgspec.Struct, forbid_unknown_fields=True):
-    """Start the rollout of a release that was pushed before."""
+    """Start the rollout of a release that is here."""
 
     release: int
     group: str = "default"
@@ -261,8 +261,8 @@ ORDERING = (
         reply=ReleaseView, status=201, upload=True,
     ),
     Endpoint(
-        "POST", "/rollouts", "releaser", _ship, "Start the rollout of a release that was pushed before",
-        body=Ship, reply=RolloutRecord, status=201,
+        "POST", "/rollouts", "releaser", _ship, "Start the rollout of a release that is here",
+        body=Ship, reply=RolloutRecord, status=201, apart=True,
     ),
     Endpoint(
         "POST", "/rollouts/power", "viewer", _power,

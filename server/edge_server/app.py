@@ -9,7 +9,6 @@ from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -21,7 +20,7 @@ from edge_sdk.errors import EdgeError
 from edge_server.access import Access
 from edge_server.api import READING
 from edge_server.api_orders import ORDERING
-from edge_server.background import Background
+from edge_server.background import Background, apart
 from edge_server.endpoint import (
     Call,
     Caller,
@@ -137,7 +136,9 @@ class _Web:
             call = Call(self._registry, caller, request.path_params, query, body)
             if endpoint.slow:
                 key = f"{endpoint.path} {sorted(query.items())}"
-                found = await self._background.run(key, lambda registry: endpoint.handle(_with(call, registry)))
+                found = await self._background.run(key, lambda registry: endpoint.handle(call.using(registry)))
+            elif endpoint.apart:
+                found = await apart(self._registry, lambda registry: endpoint.handle(call.using(registry)))
             else:
                 found = endpoint.handle(call)
             return Response(status_code=204) if endpoint.status == 204 else json_response(found, endpoint.status)
@@ -147,20 +148,10 @@ class _Web:
     async def _take_upload(self, request: Request, endpoint: Endpoint, caller: Caller) -> Response:
         require_same_site(request, TAR)
         query = read_query(request, endpoint.query)
-
-        def handle(folder: Path) -> Any:
-            registry = self._registry.reopen()
-            try:
-                return endpoint.handle(Call(registry, caller, request.path_params, query, folder))
-            finally:
-                registry.close()
-
         async with self._uploads.unpacked(request) as folder:
-            return json_response(await run_in_threadpool(handle, folder), endpoint.status)
-
-
-def _with(call: Call, registry: Registry) -> Call:
-    return Call(registry, call.caller, call.path, call.query, call.body)
+            call = Call(self._registry, caller, request.path_params, query, folder)
+            found = await apart(self._registry, lambda registry: endpoint.handle(call.using(registry)))
+        return json_response(found, endpoint.status)
 
 
 def _handlers(pages: Pages) -> dict[Any, Any]:

@@ -8,11 +8,26 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from starlette.concurrency import run_in_threadpool
+
 from edge_server.registry import Registry
 
 T = TypeVar("T")
 _KEEP_S = 60.0
 _MOST = 64
+
+
+async def apart(registry: Registry, job: Callable[[Registry], T]) -> T:
+    """What `job` gives, on a thread with a connection of its own: the event loop goes on meanwhile."""
+    return await run_in_threadpool(_job, registry, job)
+
+
+def _job(registry: Registry, job: Callable[[Registry], T]) -> T:
+    own = registry.reopen()
+    try:
+        return job(own)
+    finally:
+        own.close()
 
 
 class Background:
@@ -34,7 +49,7 @@ class Background:
         if (known := self._found.get(key)) is not None and now - known[0] < keep_s:
             return known[1]  # type: ignore[return-value]  # by the key
         if (running := self._running.get(key)) is None:
-            running = asyncio.get_running_loop().run_in_executor(self._thread, self._job, job)
+            running = asyncio.get_running_loop().run_in_executor(self._thread, _job, self._registry, job)
             self._running[key] = running
             running.add_done_callback(lambda _: self._running.pop(key, None))
         found = await asyncio.shield(running)
@@ -43,13 +58,6 @@ class Background:
         if len(self._found) > _MOST:
             self._found.popitem(last=False)
         return found  # type: ignore[return-value]
-
-    def _job(self, job: Callable[[Registry], T]) -> T:
-        registry = self._registry.reopen()
-        try:
-            return job(registry)
-        finally:
-            registry.close()
 
     def close(self) -> None:
         """Wait for no further look-up."""

@@ -149,6 +149,10 @@ class Call:
     query: dict[str, Any]
     body: Any
 
+    def using(self, registry: Registry) -> Call:
+        """The same call by another thread, which has its own records."""
+        return dataclasses.replace(self, registry=registry)
+
     @property
     def number(self) -> int:
         """The `{number}` of the path."""
@@ -175,8 +179,9 @@ class Endpoint:
         reply: What is answered: a struct or a list of them; None: nothing, with status 204.
         page: Name of the list of entries and the kind of `next`, if the reply is a page of structs.
         status: Of the answer.
-        slow: It reads much: answered in a thread of its own with a connection of its own.
-        upload: The body is a tar archive, see `upload.py`.
+        slow: It reads much: answered in a thread of its own, and from what was found a moment ago.
+        apart: It works long on files: on a thread of its own.
+        upload: The body is a tar archive, see `upload.py`. It is taken in apart.
     """
 
     method: Literal["GET", "POST", "PUT", "DELETE"]
@@ -190,6 +195,7 @@ class Endpoint:
     page: tuple[str, type] | None = None
     status: int = 200
     slow: bool = False
+    apart: bool = False
     upload: bool = False
 
 

@@ -31,11 +31,13 @@ class Form:
         path: Where it is sent.
         role: The least that may send it.
         handle: Does what it asks; gives where to go next, or a page.
+        apart: As of an `Endpoint`.
     """
 
     path: str
     role: Role
     handle: Callable[[Call], str | Shown]
+    apart: bool = False
 
 
 def _on_rollout(verb: str) -> Form:
@@ -144,7 +146,7 @@ def _reason(call: Call) -> str:
 
 FORMS = (
     *map(_on_rollout, VERBS),
-    Form("/releases/{number}/ship", "releaser", _ship),
+    Form("/releases/{number}/ship", "releaser", _ship, apart=True),
     Form("/releases/{number}/power", "releaser", _power),
     Form("/devices/{name}/command", "operator", _command),
     Form("/segments", "operator", _create_segment),

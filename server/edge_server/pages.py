@@ -17,7 +17,7 @@ from starlette.responses import FileResponse, HTMLResponse, RedirectResponse, Re
 from starlette.routing import BaseRoute, Route
 
 from edge_server.access import Access
-from edge_server.background import Background
+from edge_server.background import Background, apart
 from edge_server.endpoint import Call, Caller, Param, json_response, read_query
 from edge_server.forms import FORMS, Form, Shown
 from edge_server.live import TOPICS, seen, stream
@@ -115,15 +115,16 @@ class Pages:
         if not view.slow:
             return view.handle(call)
         key = f"{view.path} {sorted(call.query.items())}"
-        return await self._background.run(
-            key, lambda registry: view.handle(Call(registry, call.caller, call.path, call.query, None))
-        )
+        return await self._background.run(key, lambda registry: view.handle(call.using(registry)))
 
     def _form(self, form: Form) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
             fields = await self._access.read_form(request)
             call = self._call(request, form.role, {}, fields)
-            done = form.handle(call)
+            if form.apart:
+                done = await apart(self._registry, lambda registry: form.handle(call.using(registry)))
+            else:
+                done = form.handle(call)
             if isinstance(done, Shown):
                 return self._html(request, done.template, call.caller, {**done.context, "section": done.section})
             return RedirectResponse(done, 303)

@@ -17,6 +17,7 @@ from edge_sdk.messages import Report, as_json
 from edge_sdk.trust import target_path
 from edge_server.alert_sources import Sources
 from edge_server.alerting import Alerting
+from edge_server.catalog import Catalog
 from edge_server.enrol import Bundle, enrol, password_file
 from edge_server.errors import DeviceError, UnknownDeviceError, UnknownReleaseError
 from edge_server.identity import Identities
@@ -80,8 +81,11 @@ class Registry:
         self.segments = Segments(self.store, clock=self.clock)
         self.users = Users(self.store, clock=self.clock, session_s=self.settings.http.session_hours * 3600)
         self.modes = Modes(self.store, self.identities, clock=self.clock)
+        self.catalog = Catalog(
+            self.store, self.blobs, self.repository, settings=self.settings.signing, clock=self.clock
+        )
         self.shipping = Shipping(
-            self.store, self.blobs, self.repository, settings=self.settings, clock=self.clock, select=self._select
+            self.store, self.catalog, settings=self.settings, clock=self.clock, select=self._select
         )
 
     def close(self) -> None:
@@ -176,7 +180,7 @@ class Registry:
             ReleaseError: The release number is not above all earlier ones, or is that of other content.
             DiskFullError, StoreError: Nothing was recorded.
         """
-        return self.shipping.add(folder, actor=actor)
+        return self.catalog.add(folder, actor=actor)
 
     def ship(
         self,
@@ -202,7 +206,7 @@ class Registry:
             SigningError: A key is missing, or the root has expired.
             StoreError: A file cannot be read or kept.
         """
-        return self.shipping.sign_all()
+        return self.catalog.sign_all()
 
     def power(self, plan: RolloutPlan) -> Power | None:
         """What an A/B test of this plan can be expected to see; None: it is no A/B test."""

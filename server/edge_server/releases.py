@@ -17,7 +17,7 @@ from pathlib import Path
 from tuf.api.metadata import TargetFile
 
 from edge_sdk.clock import is_due
-from edge_sdk.errors import IntegrityError, NotConnectedError
+from edge_sdk.errors import IntegrityError, NotConnectedError, StoreError
 from edge_sdk.files import replace_file, storage_error
 from edge_sdk.index import MAX_PATCHED, Patch, ReleaseIndex, can_patch, hash_blocks, index_bytes, make_patch
 from edge_sdk.manifest import MANIFEST_NAME, Manifest, digest_of, verify_checkpoint
@@ -173,7 +173,7 @@ def describe(manifest: Manifest, data: bytes, blobs: BlobStore, before: Sequence
         ReleaseIndex(
             release=manifest.release,
             block_bytes=BLOCK_BYTES,
-            blocks={digest: hash_blocks(blobs.read(digest), BLOCK_BYTES) for digest in sorted(known)},
+            blocks={digest: _hash_blocks(blobs, digest) for digest in sorted(known)},
             patches=patches,
         )
     )
@@ -181,6 +181,14 @@ def describe(manifest: Manifest, data: bytes, blobs: BlobStore, before: Sequence
     target = TargetFile(len(data), {"sha256": digest_of(data)}, target_path(manifest.release))
     target.unrecognized_fields["custom"] = {"index": {"sha256": digest_of(index), "length": len(index)}}
     return target
+
+
+def _hash_blocks(blobs: BlobStore, digest: str) -> bytes:
+    """As `index.hash_blocks`, of a file that may be too large to be held in memory."""
+    size = blobs.size(digest)
+    if size is None:
+        raise StoreError(f"a file of the release is missing: SHA-256 {digest[:12]}…")
+    return b"".join(hash_blocks(blobs.block(digest, index), BLOCK_BYTES) for index in range(block_count(size)))
 
 
 def _patches(manifest: Manifest, before: Manifest, blobs: BlobStore) -> Iterator[Patch]:

@@ -1,4 +1,4 @@
-"""Releases on their way: taken in, told to groups in stages, held, withdrawn.
+"""Releases on their way: told to groups in stages, held, withdrawn.
 
 Whatever changes what a group should run stores the new desired state in the same transaction.
 """
@@ -9,23 +9,19 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import msgspec
-from tuf.api.metadata import TargetFile
 
 from edge_sdk.clock import Clock
 from edge_sdk.errors import ConfigError, ProtocolError
-from edge_sdk.manifest import Manifest, digest_of, parse_manifest
 from edge_sdk.messages import Desired, Offer, check_name, decode, encode
-from edge_sdk.trust import target_path
 from edge_server import rollout as machine
+from edge_server.catalog import Catalog
 from edge_server.desired import Kept, changed, compose, renumbered
-from edge_server.errors import ReleaseError, RolloutError, UnknownReleaseError, UnknownRolloutError
+from edge_server.errors import ReleaseError, RolloutError, UnknownRolloutError
 from edge_server.gates import DeviceMetrics
-from edge_server.keys import Repository
 from edge_server.labels import keys_of, parse, segments_of
 from edge_server.plan import RolloutPlan, RolloutRules
 from edge_server.power import Power, power_of
-from edge_server.records import ReleaseRecord, RolloutRecord
-from edge_server.releases import BlobStore, check, describe, take_in
+from edge_server.records import GroupRecord, ReleaseRecord, RolloutRecord
 from edge_server.settings import Settings
 from edge_server.store import Store
 
@@ -40,8 +36,7 @@ class Shipping:
 
     Args:
         store: The coordinator's database.
-        blobs: Files of the releases.
-        repository: Signs them.
+        catalog: The releases that are here.
         settings: Of the coordinator.
         clock: Where the time comes from.
         select: Says which devices of a group have the labels of a query.
@@ -50,160 +45,35 @@ class Shipping:
     def __init__(
         self,
         store: Store,
-        blobs: BlobStore,
-        repository: Repository,
+        catalog: Catalog,
         *,
         settings: Settings,
         clock: Clock,
         select: Select,
     ) -> None:
-        self._store, self._blobs, self._repository = store, blobs, repository
+        self._store, self._catalog = store, catalog
         self._settings, self._clock, self._select = settings, clock, select
-
-    # ---- releases
 
     def push(self, folder: Path, *, group: str, plan: RolloutRules | None, actor: str, force: str = "") -> int:
         """See `Registry.push`."""
         _check_group(group)
-        release, manifest, data = self._take_in(folder)
-        return self._ship(release, manifest, data, group=group, plan=plan, actor=actor, force=force)
-
-    def add(self, folder: Path, *, actor: str) -> ReleaseRecord:
-        """See `Registry.add_release`."""
-        release, _, _ = self._take_in(folder)
-        with self._store.transaction():
-            if self._record_release(release):
-                detail = {"release": release.release, "digest": release.digest}
-                self._store.audit.add(self._clock.now(), actor, "release added", detail)
-        return self.release(release.release)
-
-    def _take_in(self, folder: Path) -> tuple[ReleaseRecord, Manifest, bytes]:
-        manifest, data = check(folder)
-        release = ReleaseRecord(
-            release=manifest.release,
-            name=manifest.name,
-            digest=digest_of(data),
-            size=len(data),
-            parent=manifest.parent,
-            labels=manifest.labels,
-            metrics=manifest.metrics,
-            pushed=self._clock.now(),
-        )
-        self._is_new(release)  # what is refused leaves no files behind
-        take_in(folder, manifest, data, self._blobs)
-        return release, manifest, data
+        return self._ship(self._catalog.take_in(folder), group=group, plan=plan, actor=actor, force=force)
 
     def ship(self, number: int, *, group: str, plan: RolloutRules | None, actor: str, force: str = "") -> int:
         """See `Registry.ship`."""
         _check_group(group)
-        release = self.release(number)
-        data = self._blobs.read(release.digest)
-        return self._ship(release, parse_manifest(data), data, group=group, plan=plan, actor=actor, force=force)
+        return self._ship(self._catalog.find(number), group=group, plan=plan, actor=actor, force=force)
 
-    def _ship(
-        self,
-        release: ReleaseRecord,
-        manifest: Manifest,
-        data: bytes,
-        *,
-        group: str,
-        plan: RolloutRules | None,
-        actor: str,
-        force: str,
-    ) -> int:
-        self._require_won(release, force)
+    def _ship(self, release: ReleaseRecord, *, group: str, plan: RolloutRules | None, actor: str, force: str) -> int:
+        self._catalog.require_won(release, force)
         full_plan = _plan(plan or self._settings.rollout, release.release, group)
-        target = None
-        if self._repository.exists:
-            target = self._repository.targets().get(target_path(release.release))
-            if target is None or target.hashes.get("sha256") != release.digest:
-                target = describe(manifest, data, self._blobs, self._patched_from())
+        target = self._catalog.to_sign(release)
         with self._store.transaction():
-            self._record_release(release)
+            self._catalog.record(release)
             rollout = self._start(full_plan, actor, force)
             if target is not None:  # the last that can fail: nobody is offered what is not signed
-                self._repository.sign({**self._signed_still(), target.path: target})
+                self._catalog.sign(target)
             return rollout
-
-    def release(self, number: int) -> ReleaseRecord:
-        """The release of that number.
-
-        Raises:
-            UnknownReleaseError: There is none.
-        """
-        found = self._store.releases.find(number=number)
-        if not found:
-            raise UnknownReleaseError(f"there is no release {number}: edge-coordinator releases list")
-        return found[0]
-
-    def sign_all(self) -> int:
-        """See `Registry.sign_all`."""
-        signed = self._signed_still()
-        for release in self._kept():
-            if target_path(release.release) not in signed:
-                data = self._blobs.read(release.digest)
-                signed[target_path(release.release)] = describe(parse_manifest(data), data, self._blobs)
-        self._repository.sign(signed)
-        return len(signed)
-
-    def _kept(self) -> list[ReleaseRecord]:
-        """The newest releases, and those that groups run; without withdrawn ones that nobody is told to run."""
-        groups = self._store.groups.all()
-        told = {group.base for group in groups}
-        told |= {rollout.plan.release for rollout in self._store.rollouts.find(active=True)
-                 if rollout.state.status in ("queued", "running")}  # fmt: skip
-        told |= {rollout.plan.release for group in groups for rollout in self._parts_of(group.name)}
-        withdrawn = {number for group in groups for number in group.revoked} - told
-        newest = self._store.releases.find(limit=self._settings.signing.keep_releases)
-        older = [record for number in told if number is not None for record in self._store.releases.find(number=number)]
-        found = {record.release: record for record in (*newest, *older) if record.release not in withdrawn}
-        return list(found.values())
-
-    def _signed_still(self) -> dict[str, TargetFile]:
-        """What is signed and stays so."""
-        kept = {target_path(record.release) for record in self._kept()}
-        return {path: target for path, target in self._repository.targets().items() if path in kept}
-
-    def _patched_from(self) -> list[Manifest]:
-        """The releases that devices are likely to have."""
-        count = self._settings.signing.patches_from
-        records = sorted(self._kept(), key=lambda record: -record.release)[:count]
-        return [parse_manifest(self._blobs.read(record.digest)) for record in records]
-
-    def _require_won(self, release: ReleaseRecord, force: str) -> None:
-        """Refuse a candidate that was measured against the base and lost, unless a person says why it ships."""
-        evaluation = self._store.candidates.find(release.digest)
-        if evaluation is not None and evaluation.verdict == "lost" and not force:
-            raise ReleaseError(
-                f"release {release.release} lost against release {evaluation.champion} on the held-out rows: "
-                f"{evaluation.reason}; push it anyway with --force and a reason"
-            )
-
-    def _record_release(self, release: ReleaseRecord) -> bool:
-        """Whether it was not known before."""
-        new = self._is_new(release)
-        if new:
-            self._store.releases.add(release)
-        return new
-
-    def _is_new(self, release: ReleaseRecord) -> bool:
-        """Whether it is to be added; False: it is here.
-
-        Raises:
-            ReleaseError: Its number is not above all others, or is that of other content.
-        """
-        if known := self._store.releases.find(number=release.release):
-            if known[0].digest != release.digest:
-                raise ReleaseError(
-                    f"release {release.release} was pushed before with other content: give the checkpoint a new number"
-                )
-            return False
-        newest = self._store.releases.find()
-        if newest and release.release < newest[0].release:
-            raise ReleaseError(
-                f"release {release.release} is older than {newest[0].release}: release numbers only ever rise"
-            )
-        return True
 
     # ---- rollouts
 
@@ -298,7 +168,7 @@ class Shipping:
                     detail = {"rollout": rollout.id, "release": rollout.plan.release, "reason": state.reason}
                     self._store.audit.add(now, "coordinator", f"rollout {state.status.replace('_', ' ')}", detail)
             for group in self._store.groups.all():
-                if self._parts_of(group.name):
+                if self._parts_of(group):
                     self._tell(group.name)
         return moved
 
@@ -403,7 +273,7 @@ class Shipping:
         base = group.base if base is None else base
         gone = set(group.revoked if revoked is None else revoked)
         running = [r for r in self._store.rollouts.find(group=name, active=True) if r.state.status == "running"]
-        kept = [self._still_missing(record) for record in self._parts_of(name)]
+        kept = [self._still_missing(record) for record in self._parts_of(group)]
         told = {record.plan.release for record in running} | {entry.release for entry in kept}
         offers = {number: self._offer(number) for number in told | ({base} if base is not None else set())}
         before = decode(group.desired, Desired) if group.desired else None
@@ -430,14 +300,8 @@ class Shipping:
                     new = renumbered(decode(group.desired, Desired), self._clock.now())
                     self._store.groups.save(msgspec.structs.replace(group, revision=new.revision, desired=encode(new)))
 
-    def _parts_of(self, group: str) -> list[RolloutRecord]:
-        """Completed rollouts to some devices of a group, newest first, one for each query, above the group's base."""
-        base = self._store.groups.get(group).base or 0
-        found: dict[str, RolloutRecord] = {}
-        for record in self._store.rollouts.find(group=group, active=False):
-            if record.plan.where and record.state.status == "completed" and record.plan.release > base:
-                found.setdefault(record.plan.where, record)
-        return list(found.values())
+    def _parts_of(self, group: GroupRecord) -> list[RolloutRecord]:
+        return self._store.rollouts.parts(group.name, above=group.base or 0)
 
     def _still_missing(self, record: RolloutRecord) -> Kept:
         plan = record.plan

@@ -54,3 +54,11 @@ class RolloutStore:
             limit,
         )
         return [from_row(RolloutRecord, row) for row in rows]
+
+    def parts(self, group: str, *, above: int) -> list[RolloutRecord]:
+        """Completed rollouts to some devices of a group, newest first, one for each query, of releases `above` one."""
+        found: dict[str, RolloutRecord] = {}
+        for record in self.find(group=group, active=False):
+            if record.plan.where and record.state.status == "completed" and record.plan.release > above:
+                found.setdefault(record.plan.where, record)
+        return list(found.values())

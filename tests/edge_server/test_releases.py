@@ -3,11 +3,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_sdk.errors import IntegrityError, StoreError
+from edge_sdk.index import hash_blocks, parse_index
 from edge_sdk.manifest import MANIFEST_NAME, digest_of
 from edge_sdk.messages import BLOCK_BYTES, Need, Topics, block_count, to_bitmap
 from edge_sdk.transport import MemoryBroker, MemoryTransport
 from edge_server.errors import ReleaseError
-from edge_server.releases import SMALL_BLOCKS, BlobStore, BlockServer, check, take_in
+from edge_server.releases import SMALL_BLOCKS, BlobStore, BlockServer, check, describe, take_in
 
 NOW = 1_767_225_600.0
 
@@ -71,6 +72,22 @@ def keep(folder, blobs):
     manifest, data = check(folder)
     take_in(folder, manifest, data, blobs)
     return manifest, data
+
+
+class TestDescribe:
+    def test_the_index_has_the_hash_of_every_block_of_every_file(self, blobs, checkpoint):
+        trunk = bytes(i % 251 for i in range(2 * BLOCK_BYTES + 5))
+        manifest, data = keep(checkpoint(1, trunk=trunk), blobs)
+        target = describe(manifest, data, blobs)
+        index = parse_index(blobs.read(target.unrecognized_fields["custom"]["index"]["sha256"]))
+        assert index.blocks[digest_of(trunk)] == hash_blocks(trunk, BLOCK_BYTES)
+        assert set(index.blocks) == {entry.sha256 for entry in manifest.files.values()}
+
+    def test_a_file_that_vanished_is_a_store_error(self, blobs, checkpoint, tmp_path):
+        manifest, data = keep(checkpoint(1), blobs)
+        (tmp_path / "blobs" / manifest.files["head.npz"].sha256).unlink()
+        with pytest.raises(StoreError, match="missing"):
+            describe(manifest, data, blobs)
 
 
 class TestTakeIn:

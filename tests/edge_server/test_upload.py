@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from starlette.requests import Request
 
 from edge_sdk.manifest import MANIFEST_NAME
 from edge_server.errors import UploadError
+from edge_server.registry import Registry
 from edge_server.settings import HttpSettings
 from edge_server.upload import Uploads
 from tests.edge_server.conftest import serving
@@ -87,6 +89,21 @@ def test_a_checkpoint_is_taken_in_and_its_rollout_started(upload, request_, coor
     order = {"release": 1, "group": "lab", "rules": {"stages": ["5 devices", 100]}}
     started = request_("POST", "/api/v1/rollouts", json=order, headers=headers)
     assert (started.status_code, started.json()["plan"]["stages"]) == (201, ["5 devices", 100])
+
+
+def test_nobody_waits_while_a_rollout_is_signed(request_, coordinator, checkpoint, token, monkeypatch):
+    coordinator.registry.add_release(checkpoint(1))
+    start, threads = Registry.ship, []
+
+    def ship(registry, *arguments, **options):
+        threads.append(threading.current_thread())
+        return start(registry, *arguments, **options)
+
+    monkeypatch.setattr(Registry, "ship", ship)
+    headers = {"authorization": f"Bearer {token('releaser')}"}
+    assert request_("POST", "/api/v1/rollouts", json={"release": 1}, headers=headers).status_code == 201
+    assert threads != []
+    assert threading.main_thread() not in threads
 
 
 def test_the_same_content_again_changes_nothing(upload, coordinator, checkpoint, rows, tmp_path):
