@@ -24,6 +24,8 @@ MAX_SUMMARY_BYTES = 8192
 """Of a Summary as the body of an envelope: one comes from every device in every hour, often over a mobile network."""
 BLOCK_BYTES = 64 * 1024
 DEFAULT_PREFIX = "edge"
+UP = ("state", "report", "event", "need")
+"""Last levels of the topics that a device publishes on."""
 THRESHOLD_ALL = 2**32
 """A rollout threshold that every device is below."""
 

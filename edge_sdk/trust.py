@@ -42,6 +42,8 @@ ROLES = ("timestamp", "snapshot", "targets")
 TrustState = Literal["no_root", "waiting", "trusted", "expired", "clock_untrusted", "refused"]
 _FILE = re.compile(r"([1-9][0-9]{0,8})\.(root|snapshot|targets)\.json|timestamp\.json")
 _MAX_ROOTS = 256
+_MAX_ROOT_BYTES = 32_768
+"""One with the most keys has 12 kB. So what claims to be a root fills no more than 8 MB."""
 _SKEW_S = 300.0
 _AGAIN_S = 60.0
 
@@ -141,7 +143,8 @@ class Trust:
         version = version_of(payload)
         if role == "root":
             known = number.isdecimal() and str(version) == number
-            if not known or not self.root_version < version <= self.root_version + _MAX_ROOTS:
+            known = known and self.root_version < version <= self.root_version + _MAX_ROOTS
+            if not known or len(payload) > _MAX_ROOT_BYTES:
                 return
         elif number or role not in ROLES:
             raise ProtocolError(f"no metadata is called {name!r}")

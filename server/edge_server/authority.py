@@ -123,15 +123,24 @@ class Authority:
             StoreError: It cannot be written, or the authority's files not read.
         """
         ca, key = self._own()
+        path = self.folder / CRL_NAME
         builder = x509.CertificateRevocationListBuilder().issuer_name(ca.subject)
         # it has to be replaced only when something changes: brokers refuse everybody once a list is out of date
-        builder = builder.last_update(_date(now - _BEFORE_S)).next_update(ca.not_valid_after_utc)
+        builder = builder.last_update(self._crl_date(path, now)).next_update(ca.not_valid_after_utc)
         for serial, when in revoked:
             entry = x509.RevokedCertificateBuilder().serial_number(int(serial, 16)).revocation_date(_date(when)).build()
             builder = builder.add_revoked_certificate(entry)
-        path = self.folder / CRL_NAME
         replace_file(path, _pem(builder.sign(key, _sha256())).encode())
         return path
+
+    def _crl_date(self, path: Path, now: float) -> dt.datetime:
+        """A date above that of the list before: of two lists OpenSSL, and a broker that runs, takes the later one."""
+        date = _date(now - _BEFORE_S)
+        if not path.exists():
+            return date
+        before = x509.load_pem_x509_crl(self._read(CRL_NAME)).last_update_utc
+        # one from the future says that the clock was wrong then, and would make the broker refuse everybody
+        return max(date, before + dt.timedelta(seconds=1)) if before < _date(now) else date
 
     def _sign(
         self, name: str, public: ec.EllipticCurvePublicKey, days: float, now: float, hosts: Sequence[str]

@@ -16,7 +16,7 @@ from edge_sdk.clock import Clock
 from edge_sdk.commands import KEY_BYTES, check_order, sign
 from edge_sdk.errors import ConfigError, MissingExtraError, ProtocolError, StoreError
 from edge_sdk.files import remove_tree, replace_file, storage_error
-from edge_sdk.messages import Command, Order
+from edge_sdk.messages import UP, Command, Order
 from edge_sdk.mqtt import Tls
 from edge_server.enrol import Bundle, Credentials, coordinator_name, password_file, replace
 from edge_server.errors import SigningError, UnknownDeviceError
@@ -266,12 +266,14 @@ class Identities:
         return list(files)
 
     def acl(self) -> str:
-        """Access rules for mosquitto: every device publishes below its own topic only; who is revoked has none."""
+        """Access rules for mosquitto: every device publishes on its own topics only; who is revoked has none."""
         prefix = self._settings.prefix
         blocks = [f"user {coordinator_name(self._settings)}\ntopic readwrite {prefix}/#\n"]
         for name, group in self._store.devices.enrolled():
+            # by name, not up/#: a broker keeps the last retained message of every topic that it lets somebody invent
+            write = "".join(f"topic write {prefix}/d/{name}/up/{kind}\n" for kind in UP)
             blocks.append(
-                f"user {name}\ntopic write {prefix}/d/{name}/up/#\ntopic read {prefix}/d/{name}/dn/#\n"
+                f"user {name}\n{write}topic read {prefix}/d/{name}/dn/#\n"
                 f"topic read {prefix}/g/{group}/desired\ntopic read {prefix}/tuf/+\ntopic read {prefix}/b/+/+\n"
             )
         return "\n".join(blocks)

@@ -191,6 +191,21 @@ def test_a_damaged_block_is_noticed_when_it_comes_and_only_it_is_fetched_again(f
     assert "came damaged" not in caplog.text
 
 
+def test_false_blocks_of_what_has_one_block_do_not_spoil_a_signed_release(fleet, tmp_path, caplog):
+    small, spoilt = {fleet.registry.releases()[0].digest}, []
+
+    def spoil(digest, index, payload):
+        if digest in small and len(spoilt) < 5:
+            spoilt.append(index)
+            return bytes(len(payload))
+        return payload
+
+    fetched = fleet.start(retry_s=0.5).fetch(spoil=spoil)
+    assert files_of(fetched) == expected(tmp_path / "checkpoint-1")
+    assert len(spoilt) == 5, "more often than a damaged file is forgiven"
+    assert "came damaged" not in caplog.text
+
+
 # ---- patches
 
 

@@ -353,12 +353,14 @@ def test_other_names_are_not_taken(owner, trust, tmp_path, name):
     assert list((tmp_path / "device" / "tuf" / "inbox").iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["1.root", "3.root", "258.root", "x.root", ".root"])
-def test_roots_that_are_known_misnamed_or_far_away_are_left(owner, trust, tmp_path, name):
+@pytest.mark.parametrize("name", ["1.root", "2.root", "3.root", "258.root", "x.root", ".root"])
+def test_roots_that_are_known_misnamed_far_away_or_huge_are_left(owner, trust, tmp_path, name):
     owner.repository.renew_root(owner.away, passphrase=None)
     root = Metadata[Root].from_bytes(owner.repository.root())
     if name == "258.root":
         root.signed.version = 258
+    if name == "2.root":
+        root.signed.unrecognized_fields["padding"] = "x" * 32_768
     trust.take(name, root.to_bytes())
     assert list((tmp_path / "device" / "tuf" / "inbox").iterdir()) == []
 

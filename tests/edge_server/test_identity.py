@@ -6,6 +6,7 @@ import subprocess
 
 import pytest
 from click.testing import CliRunner
+from cryptography import x509
 
 from edge_sdk.cli import main as edge
 from edge_sdk.commands import verify
@@ -72,7 +73,8 @@ def test_a_revoked_device_gets_no_orders_and_stands_in_no_file(run, tmp_path):
         "broker-files", "--out", "files", "--host", "localhost"
     )
     rules = (tmp_path / "files" / "acl").read_text()
-    assert "user pump-2\ntopic write edge/d/pump-2/up/#\n" in rules
+    written = [line for line in rules.splitlines() if "write edge/d" in line]
+    assert written == [f"topic write edge/d/pump-2/up/{kind}" for kind in ("state", "report", "event", "need")]
     assert "pump-1" not in rules + (tmp_path / "files" / "passwords").read_text()
     assert rules.startswith("user coordinator\ntopic readwrite edge/#\n")
     listed = subprocess.run(
@@ -84,6 +86,19 @@ def test_a_revoked_device_gets_no_orders_and_stands_in_no_file(run, tmp_path):
     assert [record["is_revoked"] for record in json.loads(run("devices", "list", "--json"))] == [True, False]
     run("devices", "revoke", "pump-9", code=1)
     run("devices", "replace", "pump-9", code=1)
+
+
+def test_of_two_lists_of_revoked_certificates_the_later_has_the_later_date(tmp_path):
+    def written(now, *serials):
+        path = authority.write_crl([(serial, now) for serial in serials], now)
+        return x509.load_pem_x509_crl(path.read_bytes()).last_update_utc.timestamp()
+
+    authority, now, day = Authority(tmp_path / "ca"), 1_767_225_600.0, 86_400.0
+    authority.make(now)
+    dates = [written(now, "a1"), written(now, "a1", "b2"), written(now - 60, "a1", "b2", "c3")]
+    assert dates == [now - day + 1, now - day + 2, now - day + 3], "also when the clock stands, or was set back"
+    written(now + 400 * day, "a1")
+    assert written(now, "a1") == now - day, "a list from the future would keep everybody out"
 
 
 def test_a_replaced_device_has_another_password_key_and_certificate(run, tmp_path):
