@@ -100,7 +100,7 @@ class EdgeDevice:
         self._labelling = labelling
         self._step_lock = threading.RLock()
         self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
+        self._stop, self._wake = threading.Event(), threading.Event()
         self._stopped = False
         self._owner = os.getpid()
 
@@ -363,7 +363,7 @@ class EdgeDevice:
             self.step()
             done = not self._maintenance.joiner.unsaved
         else:
-            done = self._maintenance.wait_for_flush(timeout_s)
+            done = self._maintenance.wait_for_flush(timeout_s, self._wake.set)
         if not done:
             problem = self._maintenance.problem or f"no flush within {timeout_s:g} s"
             raise StoreError(f"the label is not on disk yet: {problem}; it is kept and tried again")
@@ -592,6 +592,7 @@ class EdgeDevice:
         if os.getpid() != self._owner:
             return  # the process that this one was forked from has it
         self._stop.set()
+        self._wake.set()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -609,7 +610,10 @@ class EdgeDevice:
                 raise StoreError(f"{self.name} is stopped, and {lost} are lost: {self._maintenance.problem}")
 
     def _run(self) -> None:
-        while not self._stop.is_set():
+        while True:
+            self._wake.clear()  # first: what asks for a turn from now on gets another, and a stop is seen
+            if self._stop.is_set():
+                return
             pause = self.config.flush_interval_s
             try:
                 self.step()
@@ -618,7 +622,7 @@ class EdgeDevice:
             except Exception:  # a thread that dies silently would be worse
                 logger.exception("%s: a step failed; serving goes on", self.name)
                 self._maintenance.problem = "a step failed; see the log"
-            self._stop.wait(pause)
+            self._wake.wait(pause)
 
     def __enter__(self) -> Self:
         self.start()

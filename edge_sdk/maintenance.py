@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -91,7 +91,7 @@ class Maintenance:
         self._store, self._slots, self._config = store, slots, config
         self._executor, self._resources, self._trunks = executor, resources, trunks
         self._flushed = threading.Condition()
-        self._flushes = 0
+        self._begun = self._done = 0
         self._saved_at = 0.0
         self._taken_up: Version | None = None
         self._diagnosed: tuple[list[str], float, str] = [], -math.inf, ""
@@ -297,6 +297,8 @@ class Maintenance:
         Monitors and probation see rows only once they are on disk, so that a second try counts nothing twice.
         """
         joined = None
+        with self._flushed:
+            self._begun += 1
         adaptation = self.adaptation
         self.joiner.requested = self.asking.waiting_ids
         self.joiner.judges_full = adaptation is not None and adaptation.judges_full
@@ -320,7 +322,7 @@ class Maintenance:
         self._set_inputs()
         self.metrics.fold()
         with self._flushed:
-            self._flushes += 1
+            self._done = self._begun
             self._flushed.notify_all()
         return joined
 
@@ -340,12 +342,17 @@ class Maintenance:
         if self.served is not None and self.upgrade.wants_inputs:
             self.upgrade.see_inputs(joined.rows, inputs, self.served.manifest.trunk_id)
 
-    def wait_for_flush(self, timeout_s: float) -> bool:
-        """Wait until what came before is on disk, while another thread takes turns; False: not in time."""
+    def wait_for_flush(self, timeout_s: float, wake: Callable[[], None]) -> bool:
+        """Wait until what came before is on disk, while another thread takes turns; False: not in time.
+
+        Args:
+            timeout_s: How long at most.
+            wake: Lets that thread take its next turn at once.
+        """
         with self._flushed:
-            # the flush under way may have drained before it came: the one after it is sure
-            goal = self._flushes + 2
-            return self._flushed.wait_for(lambda: self._flushes >= goal, timeout_s)
+            goal = self._begun + 1  # one that is under way may have drained before it came
+            wake()
+            return self._flushed.wait_for(lambda: self._done >= goal, timeout_s)
 
     def _save(self, now: float, joined: Joined) -> None:
         """Counters, window and evidence; inside a transaction."""

@@ -389,6 +389,13 @@ def test_a_durable_label_is_on_disk_with_a_thread(make_device, digits, clock):
                 assert len(samples(device)) == i + 1
 
 
+def test_a_durable_label_does_not_wait_for_the_next_turn_of_the_thread(make_device, digits):
+    with make_device(flush_interval_s=3_600.0) as device:
+        for x in digits.life.x[:3]:
+            device.observe(device.predict(x).id, "3", durable=True)
+        assert device.counters.labelled == 3
+
+
 def test_taught_samples_are_kept_and_bad_ones_are_refused_whole(make_device, digits):
     device = make_device()
     device.learn(digits.life.x[:3], ["1", "2", "nine"])
