@@ -166,7 +166,11 @@ def test_a_change_of_unit_is_recognised(rng, draw, convert, after, before):
     assert unit_change(reference_of(draw(rng, 1000)), live[None]) == words
 
 
-@pytest.mark.parametrize("change", [lambda v: v, lambda v: v + 5, lambda v: 1.4 * v, lambda v: v + 80], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [lambda v: v, lambda v: v + 5, lambda v: 1.4 * v, lambda v: v + 80],
+    ids=["none", "by 5", "by 1.4 times", "by 80"],
+)
 def test_what_is_no_change_of_unit_is_not_taken_for_one(rng, change):
     live = np.quantile(change(rng.normal(20, 5, 200)), LEVELS)
     assert unit_change(reference_of(rng.normal(20, 5, 1000)), live[None]) is None

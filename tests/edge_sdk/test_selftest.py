@@ -121,7 +121,7 @@ def test_other_answers_than_the_stored_ones_are_refused(folder, manifest):
         ({"x": lambda x: x * np.nan}, "stored inputs do not fit the manifest: .*nan at"),
         ({"x": lambda x: x.astype(str)}, "stored inputs do not fit the manifest: .*expected numbers"),
     ],
-    ids=str,
+    ids=["no x", "no scores", "no rows", "no outputs", "fewer rows", "another shape", "nan", "text"],
 )
 def test_a_self_test_that_is_not_whole_is_refused_with_the_reason(folder, manifest, changes, reason):
     alter(folder, **changes)

@@ -124,7 +124,9 @@ def test_fewer_clothes_are_kept_if_so_wished(clothes):
     assert [len(pool.y) for pool in (world.factory, world.pool, world.score)] == [22, 18, 10]
 
 
-@pytest.mark.parametrize("damage", [b"", b"no gzip", gzip.compress(b"\0\0\x08\x03\0\0\0\x01")])
+@pytest.mark.parametrize(
+    "damage", [b"", b"no gzip", gzip.compress(b"\0\0\x08\x03\0\0\0\x01")], ids=["empty", "plain", "cut off"]
+)
 def test_damaged_clothes_are_refused_by_name(clothes, damage):
     (clothes / "train-images-idx3-ubyte.gz").write_bytes(damage)
     with pytest.raises(ConfigError, match=r"^data.path: .*train-images.* damaged"):
