@@ -43,7 +43,7 @@ def devices_list(home: Path, where: str | None, as_json: bool) -> None:
     columns = ("device", "group", "health", "release", "head", "accuracy", "alarms", "last seen (UTC)", "labels")
     rows = [
         (
-            *(r.name, r.group, r.health, dash(r.release), dash(r.head)),
+            *(r.name, r.group, "revoked" if r.is_revoked else r.health, dash(r.release), dash(r.head)),
             *("-" if r.accuracy is None else f"{r.accuracy:.1%}", r.alarms, when(r.last_seen)),
             " ".join(f"{key}={value}" for key, value in r.labels.items()),
         )

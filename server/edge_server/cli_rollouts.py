@@ -58,6 +58,10 @@ def push(
             raise click.UsageError(str(error)) from error
         number = registry.push(checkpoint, group=group, plan=rules, actor=_ACTOR, force=force)
         record, signed = registry.rollout(number), registry.repository.exists
+        reached = registry.reach(record.plan)
+    if not reached:
+        where = f" where {record.plan.where}" if record.plan.where else ""
+        click.echo(f"NO device is in group {group}{where}: nobody gets it as things are; is that meant?", err=True)
     if not signed:
         click.echo("NOT signed: there are no keys; make them with: edge-coordinator keys init", err=True)
     if as_json:

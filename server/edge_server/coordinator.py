@@ -257,7 +257,7 @@ class Coordinator:
         if turn.last_problem or turn.unknown:
             logger.warning(
                 "%s messages not understood or of unknown devices; last: %s",
-                turn.counters["malformed"] + turn.counters["rejected_body"] + turn.counters["unknown_device"],
+                sum(turn.counters[name] for name in ("malformed", "rejected_body", "unknown_device", "revoked_device")),
                 turn.last_problem or f"unknown device {next(iter(turn.unknown))}",
             )
         for device, state in turn.states.items():

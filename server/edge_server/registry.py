@@ -208,6 +208,10 @@ class Registry:
         """
         return self.catalog.sign_all()
 
+    def reach(self, plan: RolloutPlan) -> int:
+        """How many devices the plan is for as things are: of its group, with its labels, not revoked."""
+        return self.shipping.reach(plan)
+
     def power(self, plan: RolloutPlan) -> Power | None:
         """What an A/B test of this plan can be expected to see; None: it is no A/B test."""
         return self.shipping.power(plan)

@@ -145,6 +145,10 @@ class Shipping:
             return True
         return not set(mine).isdisjoint(theirs)
 
+    def reach(self, plan: RolloutPlan) -> int:
+        """See `Registry.reach`."""
+        return sum(entry.eligible for entry in self._metrics(plan, None, self._clock.now()))
+
     def power(self, plan: RolloutPlan) -> Power | None:
         """What an A/B test of this plan can be expected to see; None: it is none."""
         if plan.strategy != "ab":

@@ -127,14 +127,15 @@ class DeviceStore:
         return [(row[0], row[1]) for row in rows]
 
     def fleet(self) -> FleetRecord:
-        """The fleet in numbers."""
+        """The fleet in numbers, without devices that were revoked."""
         totals = self._db.read(
             "SELECT count(*), coalesce(sum(online), 0), coalesce(sum(alarms > 0), 0),"
             " coalesce(sum(predictions), 0), coalesce(sum(labelled), 0), coalesce(sum(correct), 0)"
-            " FROM devices"
+            " FROM devices WHERE revoked IS NULL"
         )[0]
         releases = self._db.read(
-            "SELECT coalesce(row_release, state_release), count(*) FROM devices GROUP BY 1 ORDER BY 1"
+            "SELECT coalesce(row_release, state_release), count(*) FROM devices WHERE revoked IS NULL"
+            " GROUP BY 1 ORDER BY 1"
         )
         return FleetRecord(
             devices=totals[0],

@@ -99,7 +99,8 @@ class MetricsStore:
         pasts = self._past_of(plan, since)
         entries = []
         for name, row_release, row_time in self._db.read(
-            "SELECT name, row_release, row_time FROM devices WHERE group_name = ? ORDER BY name", plan.group
+            "SELECT name, row_release, row_time FROM devices WHERE group_name = ? AND revoked IS NULL ORDER BY name",
+            plan.group,
         ):
             runs_it = row_release == release
             predictions, errors, labelled, correct, first, reports, seconds = counts.get(name, (0, 0, 0, 0, 0, 0, 0.0))

@@ -90,6 +90,13 @@ class TestPush:
         plan = json.loads(ready("rollout", "show", "2", "--json").output)["plan"]
         assert (plan["stages"], plan["soak_s"], plan["min_labelled"]) == ([5, 50, 100], 60.0, 0)
 
+    def test_a_rollout_for_nobody_is_told(self, ready, checkpoint, tmp_path):
+        assert "NO device is in group default" in ready("push", checkpoint(1)).stderr
+        ready("devices", "add", "pump-1", "--group", "pumps", "--out", tmp_path / "bundle.json")
+        assert "NO device" not in ready("push", checkpoint(2), "--group", "pumps").stderr
+        result = ready("push", checkpoint(3), "--group", "pumps", "--where", "site=moon")
+        assert "NO device is in group pumps where site=moon" in result.stderr
+
     def test_a_busy_group_is_an_error_on_one_line(self, ready, checkpoint):
         ready("push", checkpoint(1))
         ready("push", checkpoint(2))

@@ -392,7 +392,7 @@ class TestRollouts:
         coordinator = make_coordinator()
         coordinator.push(checkpoint(1))
         coordinator.step()
-        number = coordinator.push(checkpoint(2), plan=RolloutRules(timeout_s=1.0))
+        number = coordinator.push(checkpoint(2), plan=RolloutRules(timeout_s=1.0, soak_s=0.0))
         clock.advance(9.0)
         coordinator.step()
         assert coordinator.registry.rollout(number).state.status == "running"

@@ -391,7 +391,7 @@ class TestShadow:
 
 class TestAb:
     def test_too_few_labels_are_refused_or_told_beforehand(self, coordinator, fleet, ship):
-        rules = RolloutRules(strategy="ab", effect=0.005, timeout_s=100.0, stages=(100,))
+        rules = RolloutRules(strategy="ab", effect=0.005, timeout_s=100.0, soak_s=0.0, stages=(100,))
         with pytest.raises(RolloutError, match=r"to see a gain of 0.5% .* labelled predictions are wanted"):
             ship(rules)
         number = ship(msgspec.structs.replace(rules, on_small="warn"))
@@ -453,3 +453,15 @@ class TestModes:
         registry.modes.set("lab", "", actor="ann")
         clock.advance(90_000.0)
         assert registry.modes.keep() == 0
+
+
+class TestRevokedDevices:
+    def test_nobody_waits_for_them_and_they_are_not_counted(self, coordinator, fleet, clock, settle, ship):
+        gone, *others = fleet
+        coordinator.registry.identities.revoke(gone.name, actor="ann")
+        assert coordinator.registry.fleet().devices == len(others)
+        assert coordinator.registry.fleet().online == len(others)
+        number = ship(msgspec.structs.replace(QUICK, stages=(100,), min_labelled=0))
+        live(coordinator, others, clock, settle, turns=8)
+        assert state_of(coordinator, number).status == "completed"
+        assert gone.release == 1
