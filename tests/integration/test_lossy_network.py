@@ -65,7 +65,10 @@ class NoUpdates:
     def take_block(self, *_):
         pass
 
-    def follow(self, *_):
+    def hear(self, *_):
+        pass
+
+    def look_again(self, *_):
         pass
 
 
