@@ -8,7 +8,7 @@ What is known of paho 2.2 and shapes this file:
 
 - It connects with a blocking call. Here connections come about beside each other, and paho is handed the socket
   (`_create_socket`, its one private method that is overridden).
-- It reads a packet byte by byte. `_Line` reads the socket once and serves those bytes from memory.
+- It reads a packet byte by byte. A `Line` reads the socket once and serves those bytes from memory.
 - It writes at once, on the caller's thread, as long as it has no thread and no write callback of its own. What does
   not fit into the socket is written when the selector says so.
 - It keeps unacknowledged publications over a reconnect; so each connection gets a new client.
@@ -34,13 +34,13 @@ from paho.mqtt.client import Client, MQTTMessage
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode, MQTTProtocolVersion
 
 from edge_sdk.errors import NotConnectedError, TransportError
+from edge_sdk.line import Line
 from edge_sdk.transport import Message, Qos, allow_connections, check_size
 
 if TYPE_CHECKING:
     from paho.mqtt.client import SocketLike
 
 _QOS = 1
-_READ_BYTES = 16_384
 _HANDSHAKE_S = 10.0
 """How long a connection may take to come about, from the first packet to the last acknowledged subscription."""
 _RESOLVE_S = 10.0
@@ -125,7 +125,7 @@ class Swarm:
         self._waiting: deque[SwarmTransport] = deque()
         self._connecting: dict[SwarmTransport, float] = {}  # since when; the oldest first
         self._retries: list[tuple[float, int, SwarmTransport]] = []  # a heap
-        self._care: deque[tuple[float, SwarmTransport, _Line]] = deque()  # all in the same rhythm, so in order
+        self._care: deque[tuple[float, SwarmTransport, Line]] = deque()  # all in the same rhythm, so in order
         self._sequence = 0
         self._addresses: list[tuple[socket.AddressFamily, Any]] = []
         self._resolved_at = -_NEVER
@@ -362,7 +362,7 @@ class Swarm:
             line.close()
             self._fail(member, f"cannot reach {self.broker}: {OSError(code, os.strerror(code))}")
             return
-        member.line = _Line(line, self._selector, member)
+        member.line = Line(line, self._selector, member)
         self._connecting[member] = now
 
     def _resolve(self, now: float) -> list[tuple[socket.AddressFamily, Any]]:
@@ -395,7 +395,7 @@ class Swarm:
                 line.close()
         self.after(member)
 
-    def _dialled(self, member: SwarmTransport, line: _Line) -> None:
+    def _dialled(self, member: SwarmTransport, line: Line) -> None:
         if error := line.error():
             self._fail(member, f"cannot reach {self.broker}: {error}")
             return
@@ -470,7 +470,7 @@ class SwarmTransport:
         self.unacknowledged = 0
         """How many publications the broker has not acknowledged yet."""
         # the swarm's business
-        self.line: _Line | None = None
+        self.line: Line | None = None
         self.client: _Client | None = None
         self.is_open = self.accepted = self.answered = self.refused = self.leaving = self.state_changed = False
         self.failures = 0
@@ -596,7 +596,7 @@ class SwarmTransport:
         """Whether this is the file number of the present line."""
         return self.line is not None and self.line.is_open and self.line.fileno() == number
 
-    def new_client(self, line: _Line) -> _Client:
+    def new_client(self, line: Line) -> _Client:
         """A client for this line, with nothing kept from earlier ones."""
         client = _Client(line, self)
         client.username_pw_set(self._username, self._password)
@@ -667,114 +667,10 @@ class SwarmTransport:
         return {number for _, number in sent if number is not None}
 
 
-class _Line:
-    """A socket as paho wants it: watched by the selector, read in large pieces, given out in small ones."""
-
-    __slots__ = (
-        "_at", "_buffer", "_selector", "_socket", "_watched", "bytes_received", "bytes_sent", "is_open", "may_read",
-    )  # fmt: skip
-
-    def __init__(self, line: socket.socket, selector: selectors.BaseSelector, owner: SwarmTransport) -> None:
-        self._socket, self._selector = line, selector
-        self._buffer, self._at = b"", 0
-        self.bytes_sent = self.bytes_received = 0
-        self.is_open, self.may_read = True, False
-        self._watched = selectors.EVENT_WRITE  # which a socket is once it is connected
-        selector.register(line, self._watched, owner)
-
-    def error(self) -> OSError | None:
-        """Why no connection came about."""
-        number = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        return OSError(number, os.strerror(number)) if number else None
-
-    def watch(self, *, write: bool) -> None:
-        """Have the selector tell when there is something to read, and when there is room to write."""
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if write else 0)
-        if wanted != self._watched:
-            self._watched = wanted
-            owner = self._selector.get_key(self._socket).data
-            self._selector.modify(self._socket, wanted, owner)
-
-    def shake_hands(self, context: ssl.SSLContext, host: str) -> bool:
-        """Go on with agreeing on encryption; whether that is done.
-
-        Raises:
-            OSError: The broker is not whom we trust, or does not speak TLS.
-        """
-        if not isinstance(self._socket, ssl.SSLSocket):
-            owner = self._selector.unregister(self._socket).data
-            try:
-                self._socket = context.wrap_socket(self._socket, server_hostname=host, do_handshake_on_connect=False)
-            finally:
-                self._selector.register(self._socket, self._watched, owner)
-        wanted = selectors.EVENT_READ
-        try:
-            self._socket.do_handshake()
-        except ssl.SSLWantReadError:
-            pass
-        except ssl.SSLWantWriteError:
-            wanted = selectors.EVENT_WRITE
-        else:
-            return True
-        if wanted != self._watched:
-            self._watched = wanted
-            self._selector.modify(self._socket, wanted, self._selector.get_key(self._socket).data)
-        return False
-
-    def _decrypted(self) -> bool:
-        """Whether there is something to read of which the selector knows nothing."""
-        return isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
-
-    @property
-    def holds_more(self) -> bool:
-        """Whether bytes were read that paho has not asked for."""
-        return self._at < len(self._buffer) or self._decrypted()
-
-    def recv(self, buffer_size: int) -> bytes:
-        """Bytes from memory; the socket is asked once for each time that the selector found it readable."""
-        if self._at == len(self._buffer):
-            if not self.may_read and not self._decrypted():
-                raise BlockingIOError
-            self.may_read = False
-            try:
-                self._buffer, self._at = self._socket.recv(_READ_BYTES), 0
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-                raise BlockingIOError from error
-            self.bytes_received += len(self._buffer)
-        piece = self._buffer[self._at : self._at + buffer_size]
-        self._at += len(piece)
-        if self._at == len(self._buffer):
-            self._buffer, self._at = b"", 0
-        return piece
-
-    def send(self, buffer: bytes | bytearray) -> int:
-        """As a socket does."""
-        try:
-            count = self._socket.send(buffer)
-        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-            raise BlockingIOError from error
-        self.bytes_sent += count
-        return count
-
-    def close(self) -> None:
-        """Stop watching, and close."""
-        if self.is_open:
-            self.is_open = False
-            self._selector.unregister(self._socket)
-            self._socket.close()
-
-    def fileno(self) -> int:
-        """The socket's number."""
-        return self._socket.fileno()
-
-    def setblocking(self, flag: bool) -> None:  # noqa: FBT001 - as paho calls it
-        """It never blocks."""
-
-
 class _Client(Client):
     """A paho client on a line that is there already."""
 
-    def __init__(self, line: _Line, owner: SwarmTransport) -> None:
+    def __init__(self, line: Line, owner: SwarmTransport) -> None:
         super().__init__(
             CallbackAPIVersion.VERSION2, owner.client_id, userdata=owner, protocol=MQTTProtocolVersion.MQTTv5
         )

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from edge_sdk.checks import check_transport
 from edge_sdk.errors import NotConnectedError, TransportError
 from edge_sdk.faults import FaultProxy
+from edge_sdk.line import Line
 from edge_sdk.messages import MAX_MESSAGE_BYTES
-from edge_sdk.swarm import Swarm, _Line
+from edge_sdk.swarm import Swarm
 from edge_sdk.transport import Message, allow_connections
 from edge_server.broker import EmbeddedBroker
 
@@ -437,7 +438,7 @@ def test_a_line_gives_out_exactly_what_came_in_whatever_sizes_are_asked_for(data
     with near, far:
         far.sendall(data)
         far.close()
-        line, taken, sizes = _Line(near, NoSelector(), None), [], [*sizes, *[50] * 60]
+        line, taken, sizes = Line(near, NoSelector(), None), [], [*sizes, *[50] * 60]
         assert not line.is_open or line.bytes_received == 0
         with pytest.raises(BlockingIOError):
             line.recv(1)  # the selector has not spoken yet
