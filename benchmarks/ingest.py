@@ -238,9 +238,16 @@ def commit(transport: MqttTransport, args: argparse.Namespace, folder: Path) -> 
         at += turn.counters["accepted"]
         batches += 1
         largest = max(largest, len(turn.reports))
+        if args.total and at >= args.total:
+            stop.set()
+
+    def hear_total() -> None:
+        args.total = int(sys.stdin.readline())
         if at >= args.total:
             stop.set()
 
+    if not args.total:  # it is told once all were sent
+        threading.Thread(target=hear_total, daemon=True).start()
     store.ingest.committed = note  # type: ignore[method-assign]
     print("ready", flush=True)
     transport.wait(60)
@@ -353,6 +360,10 @@ def run(args: argparse.Namespace) -> None:
         alone = subprocess.run([sys.executable, __file__, "--storage", *load], stdout=subprocess.PIPE, check=True)
         results["storage"][shape] = json.loads(alone.stdout)
         print(alone.stdout.decode(), flush=True)
+    import overload  # noqa: PLC0415 - it takes its parts from here
+
+    results["overload"] = overload.measure(*((1.0, 4_000) if args.quick else (overload.SECONDS, overload.RATE)))
+    print(json.dumps(results["overload"]), flush=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     args.out.with_suffix(".md").write_text(markdown(results))
 
@@ -367,6 +378,9 @@ def markdown(results: dict[str, Any]) -> str:
         f"| {shape} | {found['raw']:,.0f} | {found['stage']:,.0f} | {found['ratio']:.2f} |\n"
         for shape, found in results["storage"].items()
     )
+    from overload import markdown as told_overload  # noqa: PLC0415 - it takes its parts from here
+
+    beyond = told_overload(results["overload"]) if "overload" in results else ""
     return f"""\
 Reports of {results["bytes"]} bytes (20 features, ten labels) through mosquitto into the coordinator's database, flushed
 to the disk at every commit. A publisher beside it writes packets made before and receives the acknowledgements: one for
@@ -386,7 +400,7 @@ turn writes: rows, positions, and each device's own row.
 {stages}
 Targets: at least {TARGETS["rate"]:,} committed a second, {TARGETS["ratio"]} of count-only, and {TARGETS["storage"]} of
 raw; at most {TARGETS["rss_mb"]} MB with 10,000 devices.
-
+{beyond}
 Expected before measuring:
 
 {expected}
@@ -436,7 +450,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--reports", type=int, default=60_000, help="of each run")
     parser.add_argument("--repeats", type=int, default=5, help="of each pair of runs; the median counts")
-    parser.add_argument("--quick", action="store_true", help="2,000 reports, once")
+    parser.add_argument("--quick", action="store_true", help="2,000 reports, once, and 1 s of overload")
     parser.add_argument("--tables", action="store_true", help="write the tables of a result that is there")
     for name in ("--publish", "--count", "--commit", "--storage"):
         parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)

@@ -20,6 +20,11 @@ def test_every_report_is_committed_and_every_commit_acknowledged(tmp_path):
         assert run["rows"] == found["reports"]
         assert run["dropped"] == 0
         assert 0 < run["acks"] <= run["rows"]
+    beyond = found["overload"]
+    assert (beyond["lost"], beyond["dropped"]) == (0, 0)
+    assert beyond["sent"] > 2_000
+    assert beyond["most_mb"] >= beyond["before_mb"] > 0
+    assert "| rows lost |" in out.with_suffix(".md").read_text()
     assert all(shape in out.with_suffix(".md").read_text() for shape in benchmark.SHAPES)
 
 
