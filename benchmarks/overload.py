@@ -162,8 +162,8 @@ def markdown(found: dict[str, Any]) -> str:
     return f"""\
 
 Overload: {DEVICES:,} devices offer {found["offered"]:,} reports a second for {found["seconds"]:.0f} s, one each in
-turn, whatever becomes of them. The coordinator fetches what it can commit (receive maximum), and mosquitto holds the rest.
-Memory of the coordinator before, after a third of that time, at most, and once all is committed:
+turn, whatever becomes of them. The coordinator fetches what it can commit (receive maximum), and mosquitto holds the
+rest. Memory of the coordinator before, after a third of that time, at most, and once all is committed:
 
 | sent | committed | until all was in | rows lost | before | settled | at most | after | broker at most | met |
 |---|---|---|---|---|---|---|---|---|---|
