@@ -13,7 +13,7 @@ from edge_server.alerts import Silence
 from edge_server.api import DeviceDetail, GroupView, ReleaseView, device_detail, group_view, release_view
 from edge_server.endpoint import BadRequestError, Call, Endpoint, Reason
 from edge_server.labels import parse_label
-from edge_server.plan import RolloutPlan, RolloutRules
+from edge_server.plan import RolloutRules
 from edge_server.power import Power
 from edge_server.records import CommandRecord, Role, RolloutRecord, SegmentDetail
 from edge_server.registry import Registry
@@ -129,12 +129,10 @@ def power(registry: Registry, order: Ship) -> Power:
         ConfigError: The devices are chosen by what is no query.
     """
     rules = _rules(registry, order)
-    release = registry.release(order.release).release.release
-    plan = RolloutPlan(release=release, group=order.group, **msgspec.structs.asdict(rules))
-    found = registry.power(plan)
+    found = registry.power(order.release, group=order.group, plan=rules)
     if found is None:
         raise BadRequestError(
-            f'only an A/B test is calculated beforehand: strategy must be "ab", got "{plan.strategy}"'
+            f'only an A/B test is calculated beforehand: strategy must be "ab", not "{rules.strategy}"'
         )
     return found
 

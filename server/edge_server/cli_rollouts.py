@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import click
 
 from edge_server.cli_common import home_option, json_option, open_registry, print_records, when
 
 if TYPE_CHECKING:
+    from edge_server.plan import RolloutRules
     from edge_server.records import RolloutRecord
     from edge_server.registry import Registry
+
+P = ParamSpec("P")
 
 _ACTOR = "cli"
 _BAR = 24
@@ -20,59 +24,107 @@ _RULES = {"soak": "soak_s", "timeout": "timeout_s", "max_drop": "max_accuracy_dr
 _reason = click.option("--reason", default="", help="Kept with the rollout and in the audit log.")
 
 
-@click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@home_option
-@click.option("--group", default="default", show_default=True, help="Who gets the release.")
-@click.option("--plan", type=click.Path(path_type=Path), help="TOML file with the plan; see docs/rollouts.md.")
-@click.option("--where", help="Labels that the devices must have, such as site=north.")
-@click.option("--strategy", type=click.Choice(["canary", "shadow", "ab"]), help="How the release goes out.")
-@click.option("--stages", help='Percent of the group or devices in each stage, such as "5 devices,10,100".')
-@click.option("--soak", type=float, metavar="SECONDS", help="Time a stage runs before the next.")
-@click.option("--timeout", type=float, metavar="SECONDS", help="Time after which a stage is halted.")
-@click.option("--min-labelled", type=int, help="Labelled predictions a stage must gather; 0: health alone.")
-@click.option("--max-drop", type=float, help="Loss of accuracy that is tolerated, 0 to 1.")
-@click.option("--max-failures", type=int, help="Devices that may fail to install or keep it.")
-@click.option("--max-parallel", type=int, help="Devices that install at the same time; 0: no limit.")
-@click.option("--control-percent", type=int, help="Share of the devices that are held out to compare with.")
-@click.option("--approval", type=click.Choice(["none", "each", "last"]), help="Which stages a person lets begin.")
-@click.option("--force", metavar="REASON", default="", help="Ship it although it lost against the release in use.")
-@json_option
-def push(
-    checkpoint: Path, home: Path, group: str, plan: Path | None, stages: str | None, force: str, as_json: bool,
-    **options: float | str | None,
-) -> None:  # fmt: skip
-    """Take in a CHECKPOINT folder and start its rollout. What is not given comes from the plan, then the settings."""
+_RULE_OPTIONS = (
+    click.option("--group", default="default", show_default=True, help="Who gets the release."),
+    click.option("--plan", type=click.Path(path_type=Path), help="TOML file with the plan; see docs/rollouts.md."),
+    click.option("--where", help="Labels that the devices must have, such as site=north, or a segment: @pilot."),
+    click.option("--strategy", type=click.Choice(["canary", "shadow", "ab"]), help="How the release goes out."),
+    click.option("--stages", help='Percent of the group or devices in each stage, such as "5 devices,10,100".'),
+    click.option("--soak", type=float, metavar="SECONDS", help="Time a stage runs before the next."),
+    click.option("--timeout", type=float, metavar="SECONDS", help="Time after which a stage is halted."),
+    click.option("--min-labelled", type=int, help="Labelled predictions a stage must gather; 0: health alone."),
+    click.option("--max-drop", type=float, help="Loss of accuracy that is tolerated, 0 to 1."),
+    click.option("--max-failures", type=int, help="Devices that may fail to install or keep it."),
+    click.option("--max-parallel", type=int, help="Devices that install at the same time; 0: no limit."),
+    click.option("--control-percent", type=int, help="Share of the devices that are held out to compare with."),
+    click.option("--approval", type=click.Choice(["none", "each", "last"]), help="Which stages a person lets begin."),
+    click.option("--force", metavar="REASON", default="", help="Ship it although it lost against the release in use."),
+)
+
+
+def _rule_options(function: Callable[P, None]) -> Callable[P, None]:
+    """To whom and how a release goes out."""
+    for option in reversed(_RULE_OPTIONS):
+        function = option(function)
+    return function
+
+
+def _rules(registry: Registry, plan: Path | None, options: dict[str, Any]) -> RolloutRules:
     import msgspec
 
     from edge_server.plan import load_rules
 
-    given: dict[str, Any] = {_RULES.get(name, name): value for name, value in options.items() if value is not None}
-    if stages is not None:
-        given["stages"] = tuple(int(part) if part.strip().isdigit() else part.strip() for part in stages.split(","))
-    with open_registry(home) as registry:
-        rules = registry.settings.rollout if plan is None else load_rules(plan, registry.settings.rollout)
-        try:
-            rules = msgspec.structs.replace(rules, **given)
-        except ValueError as error:
-            raise click.UsageError(str(error)) from error
-        number = registry.push(checkpoint, group=group, plan=rules, actor=_ACTOR, force=force)
-        record, signed = registry.rollout(number), registry.repository.exists
-        reached = registry.reach(record.plan)
-    if not reached:
-        where = f" where {record.plan.where}" if record.plan.where else ""
-        click.echo(f"NO device is in group {group}{where}: nobody gets it as things are; is that meant?", err=True)
-    if not signed:
+    given = {_RULES.get(name, name): value for name, value in options.items() if value is not None}
+    if "stages" in given:
+        parts = [part.strip() for part in given["stages"].split(",")]
+        given["stages"] = tuple(int(part) if part.isdigit() else part for part in parts)
+    rules = registry.settings.rollout if plan is None else load_rules(plan, registry.settings.rollout)
+    try:
+        return msgspec.structs.replace(rules, **given)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _started(registry: Registry, number: int, *, as_json: bool) -> None:
+    record = registry.rollout(number)
+    plan = record.plan
+    if not registry.reach(plan):
+        where = f" where {plan.where}" if plan.where else ""
+        click.echo(f"NO device is in group {plan.group}{where}: nobody gets it as things are; is that meant?", err=True)
+    if not registry.repository.exists:
         click.echo("NOT signed: there are no keys; make them with: edge-coordinator keys init", err=True)
     if as_json:
         print_records(record, (), (), as_json=True)
         return
-    click.echo(f"rollout {number}: release {record.plan.release} to group {group}, {record.state.reason}")
+    click.echo(f"rollout {number}: release {plan.release} to group {plan.group}, {record.state.reason}")
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@home_option
+@_rule_options
+@json_option
+def push(
+    checkpoint: Path, home: Path, group: str, plan: Path | None, force: str, as_json: bool, **options: Any
+) -> None:
+    """Take in a CHECKPOINT folder and start its rollout. What is not given comes from the plan, then the settings."""
+    with open_registry(home) as registry:
+        rules = _rules(registry, plan, options)
+        number = registry.push(checkpoint, group=group, plan=rules, actor=_ACTOR, force=force)
+        _started(registry, number, as_json=as_json)
 
 
 @click.group()
 def rollout() -> None:
-    """Look at rollouts, approve, pause, resume or abort one."""
+    """Look at rollouts; start, approve, pause, resume or abort one."""
+
+
+@rollout.command("start")
+@click.argument("release", type=int)
+@home_option
+@_rule_options
+@click.option(
+    "--calculate", is_flag=True, help="Start nothing: say what an A/B test would need, and what it would get."
+)
+@json_option
+def rollout_start(
+    release: int, home: Path, group: str, plan: Path | None, force: str, calculate: bool, as_json: bool, **options: Any
+) -> None:
+    """Start the rollout of a RELEASE that is here. What is not given comes from the plan, then the settings."""
+    with open_registry(home) as registry:
+        rules = _rules(registry, plan, options)
+        if not calculate:
+            number = registry.ship(release, group=group, plan=rules, actor=_ACTOR, force=force)
+            _started(registry, number, as_json=as_json)
+            return
+        power = registry.power(release, group=group, plan=rules)
+    if power is None:
+        raise click.UsageError(f"only an A/B test is calculated beforehand: --strategy ab, not {rules.strategy}")
+    days = "?" if power.days is None else f"{power.days:.3g}"
+    seen = "-" if power.detectable is None else f"{power.detectable:.1%}"
+    row = (power.rows, power.expected, days, seen, power.treated, power.control, "yes" if power.enough else "no")
+    columns = ("wanted", "expected", "days", "gain seen", "devices", "held out", "enough")
+    print_records(power, columns, [row], as_json=as_json)
 
 
 @rollout.command("list")

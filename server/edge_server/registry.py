@@ -212,9 +212,14 @@ class Registry:
         """How many devices the plan is for as things are: of its group, with its labels, not revoked."""
         return self.shipping.reach(plan)
 
-    def power(self, plan: RolloutPlan) -> Power | None:
-        """What an A/B test of this plan can be expected to see; None: it is no A/B test."""
-        return self.shipping.power(plan)
+    def power(self, release: int, *, group: str = "default", plan: RolloutRules | None = None) -> Power | None:
+        """What the A/B test that `ship` would start can be expected to see; None: it would be none.
+
+        Raises:
+            UnknownReleaseError: There is none of that number.
+            ConfigError: The devices are chosen by what is no query.
+        """
+        return self.shipping.calculate(release, group=group, plan=plan)
 
     def advance(self) -> list[RolloutRecord]:
         """Give every active rollout one turn; returns those that went on, or told other devices.

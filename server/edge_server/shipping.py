@@ -93,7 +93,7 @@ class Shipping:
                 f"group {plan.group!r} is busy with rollout {busy.id} of release "
                 f"{busy.plan.release} ({busy.state.status}): wait for its end, abort it, or set collisions to queue"
             )
-        power = self.power(plan)
+        power = self._power(plan)
         if power is not None and not power.enough and plan.on_small == "refuse":
             raise RolloutError(f"{power.words}; make the group or the effect larger, or set on_small to warn")
         if busy is not None:
@@ -149,7 +149,12 @@ class Shipping:
         """See `Registry.reach`."""
         return sum(entry.eligible for entry in self._metrics(plan, None, self._clock.now()))
 
-    def power(self, plan: RolloutPlan) -> Power | None:
+    def calculate(self, release: int, *, group: str, plan: RolloutRules | None) -> Power | None:
+        """See `Registry.power`."""
+        _check_group(group)
+        return self._power(_plan(plan or self._settings.rollout, self._catalog.find(release).release, group))
+
+    def _power(self, plan: RolloutPlan) -> Power | None:
         """What an A/B test of this plan can be expected to see; None: it is none."""
         if plan.strategy != "ab":
             return None

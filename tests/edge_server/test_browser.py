@@ -245,7 +245,7 @@ def test_it_can_be_used_with_the_keyboard_alone(desk, token, busy):
     expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
     page.keyboard.press("Enter")
     expect(page.get_by_role("main")).to_be_focused()
-    for path in ("/", "/rollouts/1", "/alerts"):
+    for path in ("/", "/rollouts/1", "/alerts", "/releases/1", "/segments"):
         page.goto(path)
         missed = page.evaluate("""() => {
             const kinds = 'a[href], button, input:not([type=hidden]), select, [tabindex="0"]';

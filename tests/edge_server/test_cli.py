@@ -97,6 +97,18 @@ class TestPush:
         result = ready("push", checkpoint(3), "--group", "pumps", "--where", "site=moon")
         assert "NO device is in group pumps where site=moon" in result.stderr
 
+    def test_a_release_that_is_here_is_calculated_and_started(self, ready, checkpoint):
+        assert "nobody is told" in ready("releases", "add", checkpoint(1)).output
+        assert json.loads(ready("releases", "add", checkpoint(2), "--json").output)["release"] == 2
+        assert "release 1 to group default" in ready("rollout", "start", "1").output
+        test = ("rollout", "start", "2", "--strategy", "ab", "--control-percent", "30", "--calculate")
+        assert json.loads(ready(*test, "--json").output)["enough"] is False
+        assert ready(*test).output.splitlines()[1].endswith("no")
+        assert "--strategy ab" in ready("rollout", "start", "2", "--calculate", expect=2).stderr
+        assert "no release 3" in ready("rollout", "start", "3", "--calculate", expect=1).stderr
+        started = json.loads(ready("rollout", "start", "2", "--stages", "5 devices,100", "--json").stdout)
+        assert (started["id"], started["plan"]["stages"]) == (2, ["5 devices", 100])
+
     def test_a_busy_group_is_an_error_on_one_line(self, ready, checkpoint):
         ready("push", checkpoint(1))
         ready("push", checkpoint(2))
