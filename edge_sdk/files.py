@@ -114,7 +114,7 @@ def replace_file(path: Path, data: bytes | Iterable[bytes], *, mode: int = 0o644
 def storage_error(error: OSError, what: str) -> StoreError:
     """The typed error for a failed file operation: full disks are told from all others."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return DiskFullError(f"{what}: {error.strerror}; free some space, the device goes on serving")
+        return DiskFullError(f"{what}: {error.strerror}; free some space")
     return StoreError(f"{what}: {error.strerror or error}")
 
 

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 refused or failed, 2 wrong usage or settings, 3 a checkpoi
 
 from __future__ import annotations
 
+import errno
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,11 @@ class _Group(click.Group):
                 raise
             click.echo(f"error: {error}", err=True)
             ctx.exit(_exit_code(error))
+        except OSError as error:  # a file of the folder that somebody else owns, say
+            if ctx.params.get("debug") or error.errno == errno.EPIPE:  # who reads has gone: click ends quietly
+                raise
+            click.echo(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}", err=True)
+            ctx.exit(1)
 
 
 def _exit_code(error: EdgeError) -> int:

@@ -83,7 +83,7 @@ class Coordinator:
         self._problem = ""
         self._metadata: dict[str, bytes] = {}
         self._metadata_stamp: tuple[int, int] | None = None
-        self._unsigned = ""
+        self._unsigned = self._unstored = ""
         self._looked_at: float | None = None
         self._lag_s: float | None = None
         self._behind_s = 0.0
@@ -210,7 +210,17 @@ class Coordinator:
     @property
     def pulse(self) -> Pulse:
         """How it goes; may be asked from another thread."""
-        return Pulse(connected=self._transport.connected, lag_s=self._behind_s)
+        return Pulse(connected=self._transport.connected, lag_s=self._behind_s, unstored=self._unstored)
+
+    def note_stored(self, problem: str = "") -> None:
+        """Say how storing what devices send goes, when that changes: it is tried in every turn."""
+        if problem == self._unstored:
+            return
+        if problem:
+            logger.error("what devices send cannot be stored, they keep it and send it again: %s", problem)
+        else:
+            logger.info("what devices send is stored again")
+        self._unstored = problem
 
     def devices(self) -> list[DeviceRecord]:
         """Every device, by name."""

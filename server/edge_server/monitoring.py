@@ -24,6 +24,8 @@ class Pulse(msgspec.Struct, frozen=True):
     """With the broker."""
     lag_s: float
     """Age of the newest rows that it took in last."""
+    unstored: str = ""
+    """Why what devices send cannot be stored; empty: it can."""
 
 
 def metrics_text(registry: Registry, pulse: Pulse | None) -> str:
@@ -73,6 +75,9 @@ def metrics_text(registry: Registry, pulse: Pulse | None) -> str:
             "edge_broker_connected", "gauge", "1 with a connection to the broker.", [({}, int(pulse.connected))]
         )
         lines += _family(
+            "edge_storing", "gauge", "0 while what devices send cannot be stored.", [({}, int(not pulse.unstored))]
+        )
+        lines += _family(
             "edge_ingest_lag_seconds", "gauge", "Age of the newest rows taken in last.", [({}, pulse.lag_s)]
         )
     return "\n".join(lines) + "\n"
@@ -100,6 +105,8 @@ def problems(registry: Registry, pulse: Pulse | None) -> list[str]:
             registry.store.read("SELECT 1")  # the transaction is the test: it takes the lock for writing
     except EdgeError as error:
         found.append(f"the database cannot be written: {error}")
+    if pulse is not None and pulse.unstored:
+        found.append(f"what devices send cannot be stored: {pulse.unstored}")
     if pulse is not None and not pulse.connected:
         found.append("there is no connection to the broker")
     return found

@@ -113,9 +113,10 @@ def turn_by_turn(coordinator: Coordinator, stop: threading.Event) -> None:
         began = time.monotonic()
         try:
             handled, pause = coordinator.step(), COMMIT_S
-        except StoreError:
-            # nothing was acknowledged: the devices keep it and send it again
-            logger.exception("this turn could not be stored")
+            coordinator.note_stored()
+        except StoreError as error:
+            logger.debug("this turn could not be stored", exc_info=True)
+            coordinator.note_stored(str(error))
             handled, pause = 0, _RETRY_S
         if handled < BATCH_ROWS:
             stop.wait(max(0.0, pause - (time.monotonic() - began)))

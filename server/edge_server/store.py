@@ -85,11 +85,11 @@ class Store(Database):
 def _keep_before_upgrade(path: Path) -> Path | None:
     if not path.exists():
         return None
-    with closing(sqlite3.connect(path)) as connection:
-        try:
+    try:
+        with closing(sqlite3.connect(path)) as connection:
             form = connection.execute("PRAGMA user_version").fetchone()[0]
-        except sqlite3.Error:  # not a database: opening it says so
-            return None
+    except sqlite3.Error:  # not a database, or not ours to read: opening it says so
+        return None
     if not 0 < form < len(STEPS):
         return None
     copy = path.with_name(f"{path.name}.form-{form}")

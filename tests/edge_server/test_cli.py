@@ -1,3 +1,4 @@
+import errno
 import json
 import re
 import sqlite3
@@ -75,6 +76,23 @@ class TestInit:
         assert "is its disk there?" in said
         assert "restore" in said
         assert not (home / "coordinator.db").exists()
+
+    @pytest.mark.parametrize("file", ["coordinator.db", "coordinator.toml", "lock"])
+    def test_a_file_that_cannot_be_read_is_an_error_on_one_line(self, ready, home, file):
+        for old in home.glob(f"{file}*"):
+            old.unlink()
+        (home / file).mkdir()
+        said = ready("upgrade", expect=2 if file == "coordinator.toml" else 1).stderr
+        assert said.startswith("error: ")
+        assert file in said or "cannot be written" in said
+        assert said.count("\n") == 1
+
+    def test_a_folder_that_is_not_ours_is_an_error_on_one_line(self, ready, home, monkeypatch):
+        def refuse(path, *_, **__):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr("edge_server.registry.Registry.__init__", refuse)
+        assert ready("devices", "list", expect=1).stderr.endswith(": Permission denied\n")
 
     def test_a_folder_that_cannot_be_made_is_refused(self, run, home):
         home.write_text("a file")

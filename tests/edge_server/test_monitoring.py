@@ -4,12 +4,15 @@ import io
 import json
 import logging
 import re
+import threading
 
 import pytest
 
+from edge_sdk.errors import StoreError
 from edge_server.app import create_app
 from edge_server.logs import JsonFormatter
-from edge_server.monitoring import Pulse, metrics_text
+from edge_server.monitoring import Pulse, metrics_text, problems
+from edge_server.service import turn_by_turn
 
 LINE = re.compile(r'[a-z_]+(\{([a-z]+="([^"\\\n]|\\["\\n])*",?)*\})? -?[0-9.e+-]+')
 
@@ -75,6 +78,35 @@ class TestReady:
         assert answer.status_code == 503
         assert "cannot be written" in answer.json()["problems"][0]
         assert get("/healthz").status_code == 200
+
+    def test_it_is_not_while_what_devices_send_cannot_be_stored_which_is_logged_once(
+        self, coordinator, clock, monkeypatch, caplog
+    ):
+        stop, step = threading.Event(), coordinator.step
+        outcomes = iter([StoreError("no room"), StoreError("no room"), None])
+        seen = []
+
+        def turn():
+            seen.append((problems(coordinator.registry, coordinator.pulse), metrics(coordinator)))
+            error = next(outcomes, stop)
+            if error is stop:
+                stop.set()
+            elif error is not None:
+                raise error
+            return step()
+
+        def metrics(coordinator):
+            return re.findall(r"^edge_storing (\d)$", metrics_text(coordinator.registry, coordinator.pulse), re.M)
+
+        monkeypatch.setattr(coordinator, "step", turn)
+        monkeypatch.setattr("edge_server.service._RETRY_S", 0.0)
+        coordinator.start()
+        with caplog.at_level(logging.INFO):
+            turn_by_turn(coordinator, stop)
+        failing = ["what devices send cannot be stored: no room"]
+        assert [found for found, _ in seen] == [[], failing, failing, []]
+        assert [told for _, told in seen] == [["1"], ["0"], ["0"], ["1"]]
+        assert [r.levelname for r in caplog.records if "stored" in r.message] == ["ERROR", "INFO"]
 
 
 def test_log_lines_are_json_with_what_was_given_beside_the_message():
