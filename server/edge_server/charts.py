@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,6 +21,8 @@ LANES: Mapping[str, str] = {
 """In which line of a device's timeline an event stands; "other" if not here."""
 LANE_ORDER = ("release", "rollback", "gate", "adaptation", "drift", "other")
 _MOST_FEATURES = 60
+_MOST_EVIDENCE = 5.0
+"""Evidence grows by powers of ten: beyond this many thresholds it is drawn here, or the rest would lie flat."""
 
 
 def timeline(
@@ -40,7 +41,7 @@ def timeline(
             if monitor.threshold > 0:
                 line = monitors.setdefault(monitor.name, {"x": [], "y": []})
                 line["x"].append(at)
-                line["y"].append(_finite(monitor.evidence / monitor.threshold))
+                line["y"].append(min(monitor.evidence / monitor.threshold, _MOST_EVIDENCE))
     accuracy: dict[str, dict[str, list[float]]] = {}
     for entry in sums:
         if entry.labelled:
@@ -79,8 +80,3 @@ def heat(views: Iterable[FleetView]) -> dict[str, Any]:
         "devices": [view.devices for view in views],
         "left_out": max(0, len(strongest) - len(features)),
     }
-
-
-def _finite(value: float) -> float:
-    """JSON knows no infinity; evidence that large is far beyond any threshold."""
-    return value if math.isfinite(value) else 1e6

@@ -84,6 +84,10 @@ class Shipping:
             raise ConfigError(
                 f"where = {plan.where!r}: {', '.join(sorted(moving))} changes while a rollout goes on; choose by labels"
             )
+        if plan.timeout_s <= plan.soak_s:  # refused here alone: plans that were begun must be read again
+            raise ConfigError(
+                f"timeout_s must be above soak_s, or no stage can pass; got {plan.timeout_s:g} and {plan.soak_s:g}"
+            )
         now, group = self._clock.now(), self._store.groups.get(plan.group)
         if plan.strategy == "ab" and group.base is None:
             raise RolloutError(f"group {plan.group!r} has no release yet: there is nothing to compare with")

@@ -96,7 +96,9 @@ class TestReady:
             return step()
 
         def metrics(coordinator):
-            return re.findall(r"^edge_storing (\d)$", metrics_text(coordinator.registry, coordinator.pulse), re.M)
+            return re.findall(
+                r"^edge_storing (\d)$", metrics_text(coordinator.registry, coordinator.pulse), re.MULTILINE
+            )
 
         monkeypatch.setattr(coordinator, "step", turn)
         monkeypatch.setattr("edge_server.service._RETRY_S", 0.0)

@@ -27,7 +27,6 @@ class TestRules:
             {"soak_s": -1.0},
             {"soak_s": float("nan")},
             {"timeout_s": 0.0},
-            {"timeout_s": 60.0, "soak_s": 60.0},
             {"max_accuracy_drop": 1.5},
             {"max_failures": -1},
             {"max_parallel": -1},

@@ -455,6 +455,16 @@ class TestModes:
         assert registry.modes.keep() == 0
 
 
+def test_a_plan_no_stage_of_which_can_pass_is_refused_and_one_from_before_can_be_read(coordinator, ship, rows):
+    with pytest.raises(ConfigError, match="timeout_s must be above soak_s"):
+        ship(RolloutRules(timeout_s=60.0, soak_s=60.0))
+    number = ship()
+    store = coordinator.registry.store
+    with store.transaction():
+        store.execute("UPDATE rollouts SET plan = json_set(plan, '$.soak_s', 9e9) WHERE id = ?", (number,))
+    assert coordinator.registry.rollout(number).plan.soak_s == 9e9
+
+
 class TestRevokedDevices:
     def test_nobody_waits_for_them_and_they_are_not_counted(self, coordinator, fleet, clock, settle, ship):
         gone, *others = fleet

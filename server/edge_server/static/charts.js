@@ -57,6 +57,11 @@
       layout.yaxis.range = [0, 1];
       layout.yaxis.tickformat = ".0%";
       layout.xaxis.type = "date";
+      const hours = new Set(Object.values(data.accuracy).flatMap((line) => line.x));
+      if (hours.size === 1) { // plotly would show a millisecond of it
+        const [hour] = hours;
+        layout.xaxis.range = [iso(hour - 3600), iso(hour + 3600)];
+      }
       return lines(data.accuracy);
     },
     heat(data, { colour, layout }) {
