@@ -648,7 +648,7 @@ class _open_store:  # noqa: N801 - reads as a function
         path = _device_home(home) / "edge.db"
         from edge_sdk.store import Store
 
-        self._store = Store(path)
+        self._store = Store(path, writes=False)
 
     def __enter__(self) -> Store:
         return self._store

@@ -47,16 +47,26 @@ class Database:
         durable: Flush to the disk at every commit, so that what was acknowledged survives a power cut. False still
             survives a crash of the process.
         replace_damaged: Put a file that is damaged beyond use aside as `*.damaged`, and begin anew.
+        writes: False: nothing is made, migrated or mended, for it is another process's.
     """
 
     def __init__(
-        self, path: Path, steps: Sequence[Step], *, durable: bool = True, replace_damaged: bool = False
+        self,
+        path: Path,
+        steps: Sequence[Step],
+        *,
+        durable: bool = True,
+        replace_damaged: bool = False,
+        writes: bool = True,
     ) -> None:
         self.replaced = False
         """Whether a damaged file was put aside."""
         self.written_bytes = 0
         """About so many were written to the disk by transactions: whole pages, to the log and from it to the file."""
         self._steps, self._path, self._log_path = steps, path, f"{path}-wal"
+        if not writes:
+            self._open_to_read(path)
+            return
         try:
             self._open(path, durable=durable)
             if replace_damaged and (found := self.conn.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
@@ -88,6 +98,17 @@ class Database:
             raise StoreError(f"{path} has form {version}, this version reads up to {len(self._steps)}: update the SDK")
         if version < len(self._steps):
             self._migrate()
+
+    def _open_to_read(self, path: Path) -> None:
+        try:
+            self.conn = read_only(path)
+            version = self._version()
+        except sqlite3.Error as error:
+            raise store_error(error, f"{path} cannot be opened") from error
+        if version != len(self._steps):
+            self.conn.close()
+            what = "update the SDK" if version > len(self._steps) else "start the device once, which updates it"
+            raise StoreError(f"{path} has form {version}, this version reads {len(self._steps)}: {what}")
 
     def _migrate(self) -> None:
         with self.transaction():
@@ -207,7 +228,11 @@ class Database:
 
 def read_only(path: Path) -> sqlite3.Connection:
     """A connection that cannot write, also beside one that does. Raises `sqlite3.Error`."""
-    return sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=_BUSY_S)
+    uri = f"{path.resolve().as_uri()}?mode=ro"
+    # where this user may make no file, nobody who could change the database has it open if there is no log
+    if not os.access(path.parent, os.W_OK) and not path.with_name(path.name + "-wal").exists():
+        uri += "&immutable=1"
+    return sqlite3.connect(uri, uri=True, timeout=_BUSY_S)
 
 
 def copy_database(source: Path, target: Path) -> None:

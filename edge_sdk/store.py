@@ -196,10 +196,18 @@ class Store(Database):
         path: The database file; made if it is missing.
         durability: "full" flushes to the disk at every commit.
         seal: Encrypts the inputs that are kept; None: they are kept as they are.
+        writes: False: to look at, beside the device that has it.
     """
 
-    def __init__(self, path: Path, *, durability: Literal["full", "normal"] = "full", seal: Seal | None = None) -> None:
-        super().__init__(path, STEPS, durable=durability == "full", replace_damaged=True)
+    def __init__(
+        self,
+        path: Path,
+        *,
+        durability: Literal["full", "normal"] = "full",
+        seal: Seal | None = None,
+        writes: bool = True,
+    ) -> None:
+        super().__init__(path, STEPS, durable=durability == "full", replace_damaged=True, writes=writes)
         self._seal = seal
         # what is erased is overwritten: some builds of SQLite leave it in free pages until they are used again
         self.execute("PRAGMA secure_delete = ON")

@@ -161,6 +161,13 @@ class Upgrade:
         manifest = verify_checkpoint(folder)
         data = (folder / MANIFEST_NAME).read_bytes()
         if current is not None and (manifest.release <= current.release or digest_of(data) in refused):
+            if digest_of(data) != current.digest:
+                logger.warning(
+                    "the checkpoint given, %s release %d, stays unused: release %d serves, only a higher one replaces it",
+                    manifest.name,
+                    manifest.release,
+                    current.release,
+                )
             return
         shadow = self.state.shadow
         if current is not None and shadow is not None and manifest.release <= shadow.version.release:

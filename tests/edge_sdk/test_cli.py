@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -280,6 +281,36 @@ def test_skew_says_in_words_what_is_wrong(used):
 
 
 @pytest.mark.torch
+@pytest.mark.parametrize("command", [("status",), ("history",), ("skew",), ("labels",)])
+def test_looking_changes_nothing_not_even_what_is_damaged(used, command):
+    database = used / "edge.db"
+    database.write_bytes(b"no database" * 1_000)
+    result = edge(*command, "--home", used)
+    assert result.exit_code == 1
+    assert "edge.db cannot be opened: file is not a database" in result.output
+    assert database.read_bytes() == b"no database" * 1_000
+    assert not list(used.glob("*.damaged"))
+
+
+@pytest.mark.torch
+def test_looking_at_the_database_of_an_older_version_leaves_it_to_the_device(used):
+    with contextlib.closing(sqlite3.connect(used / "edge.db")) as database:
+        database.execute("PRAGMA user_version = 1")
+    result = edge("status", "--home", used)
+    assert result.exit_code == 1
+    assert "start the device once" in result.output
+    with contextlib.closing(sqlite3.connect(used / "edge.db")) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (1,)
+
+
+@pytest.mark.torch
+def test_a_folder_that_may_only_be_read_can_be_looked_at(used, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda _path, mode: mode != os.W_OK)  # permissions do not bind the superuser
+    assert json.loads(edge("status", "--json", "--home", used).output)["release"] == 1
+    assert sorted(path.name for path in used.glob("edge.db*")) == ["edge.db"]
+
+
+@pytest.mark.torch
 def test_privacy_lists_what_leaves_the_device(used, tmp_path):
     result = edge("privacy", "--home", used)
     assert result.exit_code == 0
@@ -289,7 +320,7 @@ def test_privacy_lists_what_leaves_the_device(used, tmp_path):
 
 
 def test_privacy_leaves_out_no_message_of_a_device():
-    told = {"Ack", "Offer", "Part", "Desired", "MetadataSet", "Order", "Command"}  # what a device hears
+    told = {"Ack", "Offer", "Part", "Desired", "MetadataSet", "Order", "Command", "Signature"}  # what a device hears
     output = edge("privacy").output
     for name, kind in vars(messages).items():
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and name not in told:
