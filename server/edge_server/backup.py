@@ -153,7 +153,7 @@ def restore(folder: Path, home: Path, *, force: bool = False) -> Backup:
     """
     found = verify(folder)
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
             lock = lock_folder(home)
         except StoreError as error:

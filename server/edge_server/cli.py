@@ -90,7 +90,7 @@ def init(home: Path, user: str, as_json: bool) -> None:
 
     path = home / SETTINGS_NAME
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)  # of passwords and tokens the database has the hashes
         is_new = not path.exists()
     except OSError as error:
         raise storage_error(error, f"cannot make {home}") from error

@@ -51,6 +51,8 @@ def command(what: tuple[str, ...], home: Path, group: str | None, expires: float
 def commands(device: str | None, home: Path, limit: int, as_json: bool) -> None:
     """List commands and their answers, newest first."""
     with open_registry(home) as registry:
+        if device is not None:
+            registry.device(device)
         records = registry.store.commands.find(device=device, limit=limit)
     columns = ("command", "device", "order", "given (UTC)", "outcome", "answer")
     rows = [(r.id, r.device, r.name, when(r.issued), r.outcome, r.reason or r.result) for r in records]

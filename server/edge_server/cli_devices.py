@@ -15,18 +15,31 @@ def devices() -> None:
 
 
 @devices.command("add")
-@click.argument("name")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @home_option
-@click.option("--group", default="default", show_default=True, help="Which releases the device gets.")
-@click.option("--out", type=click.Path(path_type=Path), help="The bundle; by default NAME.bundle.json.")
+@click.option("--group", default="default", show_default=True, help="Which releases the devices get.")
+@click.option("--out", type=click.Path(path_type=Path), help="The bundle; by default NAME.bundle.json. Or a folder.")
 @json_option
-def devices_add(name: str, home: Path, group: str, out: Path | None, as_json: bool) -> None:
-    """Register a device and write the bundle that `edge enroll` reads. It holds the device's password."""
-    path = out or Path(f"{name}.bundle.json")
+def devices_add(names: tuple[str, ...], home: Path, group: str, out: Path | None, as_json: bool) -> None:
+    """Register devices, and write the bundle of each that `edge enroll` reads. It holds the device's password.
+
+    What was added stays if one NAME cannot be.
+    """
+    import msgspec
+
+    folder = out if out is not None and (out.is_dir() or len(names) > 1) else None
+    if folder is not None and not folder.is_dir():
+        raise click.UsageError(f"--out {folder}: for several devices it must be a folder that is there")
+    added = []
     with open_registry(home) as registry:
-        registry.enrol(name, group=group, out=path, actor="cli")
-    text = f"{path} is ready: bring it to the device and run: edge enroll {path.name}"
-    tell(text, as_json=as_json, device=name, group=group, bundle=path)
+        for name in names:
+            path = out if out is not None and folder is None else (folder or Path()) / f"{name}.bundle.json"
+            registry.enrol(name, group=group, out=path, actor="cli")
+            added.append({"device": name, "group": group, "bundle": str(path)})
+            if not as_json:
+                click.echo(f"{path} is ready: bring it to the device and run: edge enroll {path.name}")
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(added if len(added) > 1 else added[0]), indent=2))
 
 
 @devices.command("list")

@@ -150,6 +150,12 @@ def rollout_show(number: int, home: Path, as_json: bool) -> None:
     """Show one rollout: its history, how its gates stand, and what it waits for."""
     with open_registry(home) as registry:
         record = registry.rollout(number)
+    plan = record.plan
+    if not as_json:
+        where = f" where {plan.where}" if plan.where else ""
+        click.echo(
+            f"rollout {number}: release {plan.release} to {plan.group}{where}, {plan.strategy}, {_status(record)}\n"
+        )
     rows = [(when(step.time), step.status, step.stage + 1, step.reason) for step in record.state.history]
     print_records(record, ("time (UTC)", "status", "stage", "what"), rows, as_json=as_json)
     if as_json:

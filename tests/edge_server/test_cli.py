@@ -62,6 +62,9 @@ class TestInit:
         result = ready("init", expect=2)
         assert "exists already" in result.stderr
 
+    def test_its_folder_is_its_owners_alone(self, ready, home):
+        assert home.stat().st_mode & 0o777 == 0o700
+
     def test_settings_that_came_first_stay(self, run, home):
         home.mkdir()
         (home / "coordinator.toml").write_text('prefix = "mine"\n')
@@ -240,6 +243,7 @@ class TestRollout:
         assert "no rollout 9" in ready("rollout", "abort", "9", expect=1).stderr
         assert "completed" in ready("rollout", "abort", "1", expect=1).stderr
         ready("rollout", "show", "x", expect=2)
+        assert ready("rollout", "show", "1").output.startswith("rollout 1: release 1 to default, canary, completed\n")
 
 
 class TestDevices:
@@ -253,6 +257,20 @@ class TestDevices:
         password_file = ready("devices", "passwd").output
         assert password_file.startswith("pump-1:$7$")
         assert bundle["broker"]["password"] not in password_file
+
+    def test_many_are_added_at_once_and_stay_when_one_cannot_be(self, ready, tmp_path):
+        (tmp_path / "bundles").mkdir()
+        many = ("devices", "add", "pump-1", "pump-2", "--out", tmp_path / "bundles", "--json")
+        assert [told["device"] for told in json.loads(ready(*many).output)] == ["pump-1", "pump-2"]
+        assert sorted(path.name for path in (tmp_path / "bundles").iterdir()) == [
+            "pump-1.bundle.json", "pump-2.bundle.json",
+        ]  # fmt: skip
+        ready("devices", "add", "pump-3", "no good", "--out", tmp_path / "bundles", expect=2)
+        assert len(json.loads(ready("devices", "list", "--json").output)) == 3
+        assert "must be a folder" in ready("devices", "add", "a", "b", "--out", tmp_path / "one", expect=2).stderr
+
+    def test_commands_of_a_device_that_is_none_are_an_error(self, ready):
+        assert "no device 'nobody'" in ready("commands", "nobody", expect=1).stderr
 
     def test_a_duplicate_is_refused(self, ready):
         ready("devices", "add", "pump-1")
