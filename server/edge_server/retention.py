@@ -13,7 +13,7 @@ REPORTS = 1_000
 """Most rows of a call, which takes some tens of milliseconds."""
 _SUMMARIES = 200
 _DAYS = 4
-"""Of a device, added up in one call: 10 ms each."""
+"""Of a device, added up in one call: 10 ms each, at most 50 if it tells of more than one summary an hour."""
 _DAY_S = 86_400.0
 
 

@@ -10,6 +10,7 @@ from edge_sdk.messages import Envelope, MetricSummary, Topics, encode, raw, to_b
 from edge_sdk.messages import Summary as SummaryMessage
 from edge_sdk.sketch import QuantileSketch
 from edge_sdk.transport import Message
+from edge_server import store_rollups
 from edge_server.fleet import Baseline, merge_summaries
 from edge_server.ingest import Turn
 from edge_server.retention import tend
@@ -232,6 +233,18 @@ def test_a_year_of_summaries_stays_bounded_and_each_turn_short(store):
     # of the last two days all hours, of the 28 before them the days
     assert sizes[-1] == sizes[40] == len(devices) * (2 * 2 + 28)
     assert max(turns) <= 3
+
+
+def test_a_device_that_tells_of_very_many_is_added_up_in_parts(store, monkeypatch):
+    added = []
+    monkeypatch.setattr(store_rollups, "add_up", lambda told: added.append(len(told)) or add_up(told))
+    minutes = [told(minute, start=minute * 120.0, end=(minute + 1) * 120.0) for minute in range(450)]
+    take_in(store, minutes)
+    before = views(store)
+    tend_all(store)
+    check_same(before, views(store))
+    assert store.read("SELECT count(*), sum(span) FROM summaries") == [(1, DAY)]
+    assert max(added) <= 100
 
 
 def test_sums_of_sums_are_the_sum_of_all():
