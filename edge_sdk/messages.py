@@ -230,14 +230,14 @@ class Ack(msgspec.Struct, frozen=True, array_like=True):
     """Everything up to and including `seq` is committed at the coordinator."""
 
     store_id: str
-    seq: int
+    seq: Count
 
 
 class Need(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """A device asks for blocks of a file."""
 
     digest: str
-    size: int
+    size: Count
     blocks: bytes
     """Bitmap, bit i of byte i // 8 (lowest first) set for each block asked for."""
 
@@ -245,9 +245,9 @@ class Need(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 class Offer(msgspec.Struct, frozen=True, array_like=True):
     """A release: its number, and hash and size of its manifest."""
 
-    release: int
+    release: Count
     digest: str
-    size: int
+    size: Count
 
     def __post_init__(self) -> None:
         """Refuse what could not be a file's hash: it becomes a file name on the device."""
@@ -262,7 +262,7 @@ class Part(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     salt: str
     devices: bytes
     """The `cohort(salt, device)` of each, see `to_places`."""
-    shadow_s: float
+    shadow_s: Real
     """0: run it; above: run it so long beside the release in use, and tell how it does."""
 
 
@@ -278,22 +278,22 @@ class Signature(msgspec.Struct, frozen=True, array_like=True):
 class Desired(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Retained on `g/{group}/desired`: what the group should run."""
 
-    revision: int
+    revision: Count
     """Grows with every change; a lower one is stale."""
     base: Offer | None
     """For every device of the group."""
     candidate: Offer | None
     """For the devices whose `cohort(salt, device)` is below `threshold`."""
     salt: str
-    threshold: int
-    revoked: list[int]
+    threshold: Count
+    revoked: list[Count]
     """Releases to leave at once for the previous one, and never to install."""
     block_bytes: int = BLOCK_BYTES
     parts: list[Part] = []
     """The first that names a device comes before the others, the candidate and the base."""
-    issued: float = 0.0
+    issued: Time = 0.0
     """When it was signed, seconds since the epoch; 0: it was not."""
-    expires: float = 0.0
+    expires: Time = 0.0
     """Nothing is installed by it from then on; 0: it was not signed."""
     signatures: list[Signature] = []
     """Empty: the coordinator has no keys."""
@@ -307,10 +307,10 @@ class Desired(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
 class MetadataSet(msgspec.Struct, frozen=True, array_like=True, kw_only=True):
     """Retained on `tuf/set`: the versions of the signed metadata that belong together. It claims nothing else."""
 
-    root: int
-    timestamp: int
-    snapshot: int
-    targets: int
+    root: Count
+    timestamp: Count
+    snapshot: Count
+    targets: Count
 
 
 class Order(msgspec.Struct, frozen=True, array_like=True, kw_only=True):

@@ -255,6 +255,33 @@ def test_what_is_not_a_message_is_refused(payload, reason):
         decode(payload, Ack)
 
 
+OFFER = Offer(1, "ab" * 32, 2048)
+EMPTY = {"base": None, "candidate": None, "salt": "", "threshold": 0, "revoked": []}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Ack("5f0c", 2**63),
+        Ack("5f0c", -1),
+        Need(digest="cd" * 32, size=-1, blocks=b""),
+        MetadataSet(root=2**64 - 1, timestamp=1, snapshot=1, targets=1),
+        Desired(revision=2**63, **EMPTY),
+        Desired(revision=1, **EMPTY | {"threshold": -1}),
+        Desired(revision=1, **EMPTY | {"revoked": [2**63]}),
+        Desired(revision=1, **EMPTY | {"base": msgspec.structs.replace(OFFER, release=2**63)}),
+        Desired(revision=1, **EMPTY | {"base": msgspec.structs.replace(OFFER, size=-1)}),
+        Desired(revision=1, **EMPTY, issued=float("nan")),
+        Desired(revision=1, **EMPTY, expires=1e300),
+        Desired(revision=1, **EMPTY, parts=[Part(offer=OFFER, salt="s", devices=b"", shadow_s=float("inf"))]),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_numbers_that_a_device_could_not_store_or_compare_are_refused(message):
+    with pytest.raises(ProtocolError, match=f"not a {type(message).__name__}"):
+        decode(encode(message), type(message))
+
+
 DEEP = b"\x91" * 100_000
 
 
