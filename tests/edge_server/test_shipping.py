@@ -104,15 +104,17 @@ class TestCollisions:
         coordinator = make_coordinator(collisions="queue")
         coordinator.push(checkpoint(1))
         first = coordinator.push(checkpoint(2), plan=QUICK)
-        second = coordinator.push(checkpoint(3), plan=QUICK)
+        second = coordinator.push(checkpoint(3), plan=msgspec.structs.replace(QUICK, strategy="ab", on_small="warn"))
         third = coordinator.push(checkpoint(4), plan=QUICK)
         coordinator.advance()
+        power = state_of(coordinator, second).power
         assert [state_of(coordinator, n).status for n in (first, second, third)] == ["running", "queued", "queued"]
         assert f"rollout {second} to end" in state_of(coordinator, third).waits
         coordinator.abort(first)
         coordinator.advance()
         coordinator.advance()
         assert [state_of(coordinator, n).status for n in (first, second, third)] == ["rolled_back", "running", "queued"]
+        assert state_of(coordinator, second).power == power is not None
         coordinator.abort(third)
         assert state_of(coordinator, third).status == "rolled_back"
 
