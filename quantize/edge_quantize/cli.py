@@ -32,6 +32,11 @@ class _Cli(click.Group):
                 raise
             click.echo(f"Error: {' '.join(str(error).split())}", err=True)
             ctx.exit(_exit_code(error))
+        except OSError as error:  # a folder of somebody else's, a full disk: what to do is in its own words
+            if ctx.params["debug"]:
+                raise
+            click.echo(f"Error: {error.filename or 'a file'}: {error.strerror or error}", err=True)
+            ctx.exit(_FAILED)
 
 
 @click.group(cls=_Cli)
@@ -103,6 +108,7 @@ def inspect(path: Path, as_json: bool) -> None:
     if path.suffix == ".onnx":
         _inspect_onnx(path, as_json=as_json)
         return
+    _check_folder(path)
     manifest_path = path / MANIFEST_NAME
     if not manifest_path.is_file():
         raise IntegrityError(f"{path} has no {MANIFEST_NAME}; is it a checkpoint folder?")
@@ -115,6 +121,11 @@ def inspect(path: Path, as_json: bool) -> None:
     for key, value in facts.items():
         for i, line in enumerate(_lines(value)):
             click.echo(f"{'' if i else key:{width}}  {line}")
+
+
+def _check_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise ConfigError(f"{path} {'is neither a folder nor an ONNX file' if path.exists() else 'does not exist'}")
 
 
 def _inspect_onnx(path: Path, *, as_json: bool) -> None:
@@ -137,6 +148,7 @@ def verify(folder: Path) -> None:
     from edge_quantize.learning import check_learning
     from edge_sdk.selftest import self_test
 
+    _check_folder(folder)
     manifest = verify_checkpoint(folder)
     learns = f", learns from {check_learning(folder, manifest)}" if manifest.learns else ""
     for variant in manifest.model_files:
@@ -160,6 +172,7 @@ def compare(
     from edge_quantize.compare import compare_variants
     from edge_quantize.data import DataFormat, Dataset
 
+    _check_folder(folder)
     manifest = verify_checkpoint(folder)
     form = DataFormat(target=list(target), slices=list(slices))
     rows = Dataset.load(None, data, spec=manifest.input, labels=manifest.labels, task=manifest.task, form=form)

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -468,9 +469,11 @@ def test_rows_of_inputs_that_differ_in_number_are_refused(two_inputs):
     [
         (("inspect", "absent.onnx"), 2, "absent.onnx does not exist"),
         (("inspect", "damaged.onnx"), 1, "damaged.onnx is no ONNX file"),
-        (("inspect", "nowhere"), 3, "has no manifest.json"),
-        (("verify", "nowhere"), 3, "has no manifest.json"),
-        (("compare", "nowhere", "--data", "x.npz"), 3, "has no manifest.json"),
+        (("inspect", "nowhere"), 2, "nowhere does not exist"),
+        (("inspect", "recipe.toml"), 2, "recipe.toml is neither a folder nor an ONNX file"),
+        (("inspect", "."), 3, "has no manifest.json"),
+        (("verify", "nowhere"), 2, "nowhere does not exist"),
+        (("compare", "nowhere", "--data", "x.npz"), 2, "nowhere does not exist"),
         (("auto", "absent.toml"), 2, "absent.toml: No such file"),
         (("run", "recipe.toml"), 2, "absent.onnx does not exist"),
     ],
@@ -482,6 +485,18 @@ def test_bad_input_has_its_exit_code_and_one_line(tmp_path, arguments, code, mes
     result = invoke(command, tmp_path / name, *rest)
     assert (result.exit_code, len(result.stderr.splitlines())) == (code, 1), result.stderr
     assert message in result.stderr
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "manifest.json").touch()
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    result = invoke("verify", tmp_path)
+    assert result.exit_code == 1
+    assert result.stderr == f"Error: {tmp_path}/manifest.json: Permission denied\n"
 
 
 def test_debug_shows_the_error_itself(tmp_path):
