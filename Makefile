@@ -1,6 +1,7 @@
 # make demo   set up everything and run the main job
 # make test   the same, plus tools; lint, types, import contracts, the whole test suite
 # make check  lint, types and import contracts alone
+# make scenarios  the simulated fleets of the examples, at full length
 PYTHON ?= python3.11
 VENV := .venv
 PEERS := .venv-avalanche
@@ -13,7 +14,7 @@ INPUTS := pyproject.toml constraints.txt
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test test-fresh check format tools bench-predict bench-forgetting bench-peers bench-drift bench-transport bench-releases bench-ingest bench-fleet bench-alerts bench-dashboard clean
+.PHONY: demo test test-fresh check format tools scenarios bench-predict bench-forgetting bench-peers bench-drift bench-transport bench-releases bench-ingest bench-fleet bench-alerts bench-dashboard clean
 
 demo: $(VENV)/.demo
 	PYTHONPATH=examples $(BIN)/python -m demo.run
@@ -57,6 +58,16 @@ $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) --editable '.[demo,serve,export,parquet,images,simulate]' --group dev --group models
 	$(PIP) --no-deps aeon    # a test reads its data files; what else it needs takes 270 MB
 	@touch $@
+
+# The example scenarios at full length, each held to what it expects; reports and pages go to build/scenarios. Ten minutes
+# on two cores.
+scenarios: $(VENV)/.dev
+	$(BIN)/python examples/scenarios/make_checkpoints.py
+	@mkdir -p build/scenarios; unmet=""; for file in examples/scenarios/*.toml; do \
+		name=build/scenarios/$$(basename $$file .toml); echo "$$file"; \
+		$(BIN)/edge simulate $$file --ci --html $$name.html --json $$name.json || { code=$$?; [ $$code = 1 ] || exit $$code; unmet="$$unmet $$file"; }; \
+	done; \
+	if [ -n "$$unmet" ]; then echo "did not hold:$$unmet"; exit 1; fi
 
 # Speed, memory and latency of serving, written to benchmarks/predict.*; wants a machine with nothing else to do.
 bench-predict: $(VENV)/.dev

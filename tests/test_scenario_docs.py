@@ -138,6 +138,7 @@ def test_scenarios_that_ship_can_be_planned_and_their_data_drawn(checkout, name)
     ready = plan.prepare(checkout / name)
     assert len(ready.devices) == ready.scenario.fleet.devices
     assert ready.scenario.about
+    assert ready.scenario.expect != scenario.Expect()  # `make scenarios` holds each to something
     end = ready.scenario.fleet.duration_h * streams.HOUR_S
     for device in ready.devices:
         stream = device.stream(ready.world)

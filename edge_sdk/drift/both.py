@@ -56,12 +56,12 @@ class Both(DriftDetector):
     @property
     def warning(self) -> bool:
         """Whether either warns."""
-        return any(detector.warning for detector in self._all)
+        return self.means.warning or (self.steps is not None and self.steps.warning)
 
     @property
     def drift_detected(self) -> bool:
         """Whether either has raised the alarm."""
-        return any(detector.drift_detected for detector in self._all)
+        return self.means.drift_detected or (self.steps is not None and self.steps.drift_detected)
 
     @property
     def quiet_rows(self) -> int:

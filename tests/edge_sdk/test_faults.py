@@ -286,11 +286,12 @@ def test_an_address_that_is_taken_or_unknown_is_an_error_that_names_it(echo):
 
 
 @pytest.mark.parametrize("faults", [Faults(), Faults(latency_s=0.02, jitter_s=0.02)], ids=["perfect", "slow"])
-def test_a_transport_keeps_its_contract_through_it(embedded_broker, faults):
+def test_a_transport_keeps_its_contract_through_it(embedded_broker, faults, monkeypatch):
+    monkeypatch.setattr("edge_sdk.mqtt._BACKOFF_FIRST_S", 0.05)
     with to(embedded_broker, faults=faults) as proxy:
         check_transport(
             lambda name: MqttTransport(proxy.host, proxy.port, client_id=name),
-            settle=lambda transport: transport.wait(0.3),
+            settle=lambda transport: transport.wait(0.1 + 4 * faults.latency_s),
             cut=lambda transport: transport._client.socket().shutdown(socket.SHUT_RDWR),
             prefix=f"faults-{faults.latency_s}",
         )
