@@ -227,9 +227,13 @@ class DesiredReader:
     @property
     def _known_root(self) -> Root:
         if self._root is None:
-            from tuf.api.metadata import Metadata, Root  # noqa: PLC0415 - memory that only signed updates need
+            from tuf.api.exceptions import RepositoryError  # noqa: PLC0415 - memory that only signed updates need
+            from tuf.api.metadata import Metadata, Root  # noqa: PLC0415
 
-            self._root = Metadata[Root].from_bytes(self._trust.root or b"").signed
+            try:
+                self._root = Metadata[Root].from_bytes(self._trust.root or b"").signed
+            except RepositoryError as error:
+                raise ProtocolError(f"{ROOT_NAME} is damaged; enrol the device again: {error}") from error
         return self._root
 
     def _follow_root(self) -> bool:

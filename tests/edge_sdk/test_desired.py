@@ -232,6 +232,14 @@ def test_without_a_root_nothing_is_believed_where_signatures_are_wanted(tmp_path
         device.restart().hear(owner.say())
 
 
+def test_with_a_damaged_root_nothing_is_believed(tmp_path, owner, device):
+    device.root = b'{"signed": {"version": 1}}'
+    device.folder = tmp_path / "other"
+    with pytest.raises(ProtocolError, match=r"root\.json is damaged; enrol the device again"):
+        device.restart().hear(owner.say())
+    assert device.refusals.count == 1
+
+
 def test_where_no_signatures_are_wanted_signed_and_unsigned_are_followed_as_before(tmp_path, owner, clock):
     client = UpdateClient(
         tmp_path / "in", device="dev-1", topics=Topics(), transport=NoTransport(), config=UpdateConfig()

@@ -667,4 +667,6 @@ def test_without_a_root_the_settings_decide_and_the_status_tells(make_device, cl
         device.step()
         device.step()
         found[wanted] = (device.status().updates, device.status().fetching)
+        told = [entry.name for entry in device.history(limit=1000)]
+        assert ("desired_refused" in told) is (wanted == "root")
     assert found == {"root": ("no_root", None), "none": ("unsigned", 2)}
