@@ -233,6 +233,8 @@ class Turn:
             self._problem("malformed", f"unexpected topic {message.topic[:_MAX_TEXT]!r}")
             return
         device, kind = parsed
+        if message.retain and device in self._revoked:  # said before it was revoked; the broker only repeats it
+            return
         try:
             if not self._admit(device):
                 return

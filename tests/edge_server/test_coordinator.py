@@ -96,6 +96,23 @@ class TestIngest:
         assert coordinator.registry.fleet().counters["duplicate"] == 1
         assert coordinator.registry.fleet().counters["revoked_device"] >= 1
 
+    def test_what_a_revoked_device_said_before_is_not_held_against_the_broker(
+        self, make_coordinator, make_device, caplog
+    ):
+        first = make_coordinator()
+        device = make_device("a")
+        first.pump()
+        first.registry.identities.revoke("a", actor="ann")
+        first.close()
+        second = make_coordinator()
+        second.pump()  # the retained state comes again
+        assert "lets it in" not in caplog.text
+        device.report()
+        device.send()
+        second.pump()
+        assert "1 messages not understood or of unknown devices; last: a was revoked" in caplog.text
+        assert second.registry.fleet().counters["revoked_device"] == 1
+
     def test_reports_are_added_up_and_deleted_in_its_turns(self, make_coordinator, make_device, rows, clock):
         coordinator = make_coordinator(retention=RetentionSettings(reports_days=1.0))
         device = make_device("a")
