@@ -477,7 +477,7 @@ class Maintenance:
         self._summed_up_at = now
         if message is not None:
             with self._store.transaction():
-                self.reporter.counters.outbox_dropped += self.reporter.outbox.put(message, now)
+                self.reporter.queue(message, now)
 
     def _facts(self) -> dict[str, Any]:
         """What a report says beside what the reporter counts."""

@@ -23,6 +23,7 @@ from edge_sdk.messages import (
     Report,
     ShadowTally,
     State,
+    Summary,
     Topics,
     decode,
     encode,
@@ -273,10 +274,14 @@ class Reporter:
             **facts,
         )
         with self._store.transaction():
-            if self._networked and not self.capped(now):
-                self.counters.outbox_dropped += self.outbox.put(report, now)
+            self.queue(report, now)
             self._store.put("window", msgspec.json.encode(window))
         self.window = window
+
+    def queue(self, message: Report | Summary, now: float) -> None:
+        """Put it into the outbox, unless nobody is there to take it or the month is spent; inside a transaction."""
+        if self._networked and not self.capped(now):
+            self.counters.outbox_dropped += self.outbox.put(message, now)
 
     def connect(self) -> None:
         """Connect and listen for acknowledgements and the desired state."""

@@ -163,7 +163,7 @@ class Upgrade:
         if current is not None and (manifest.release <= current.release or digest_of(data) in refused):
             if digest_of(data) != current.digest:
                 logger.warning(
-                    "the checkpoint given, %s release %d, stays unused: release %d serves, only a higher one replaces it",
+                    "checkpoint %s release %d stays unused: release %d serves, only a higher one replaces it",
                     manifest.name,
                     manifest.release,
                     current.release,

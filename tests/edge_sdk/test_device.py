@@ -698,9 +698,10 @@ def test_a_durable_label_on_a_full_disk_is_an_error_in_time_with_a_thread(make_d
 
 
 def test_without_a_broker_nothing_is_queued(make_device, digits, clock):
-    device = make_device()
+    device = make_device(report=ReportConfig(interval_s=300, summary_interval_s=600))
     device.connect()
     for x in digits.life.x[:5]:
+        device.predict_batch(digits.life.x[:40])
         device.predict(x)
         clock.advance(600)
         report = device.step()

@@ -149,7 +149,7 @@ def test_a_folder_that_is_no_newer_stays_unused_and_the_log_says_so(make_device,
     make_device(checkpoint=other_trunk).stop()
     assert "stays unused" not in caplog.text  # it is the one in use
     assert make_device(checkpoint=checkpoint).version.release == 2
-    assert "release 1, stays unused: release 2 serves, only a higher one replaces it" in caplog.text
+    assert "release 1 stays unused: release 2 serves, only a higher one replaces it" in caplog.text
 
 
 def test_a_folder_that_fails_its_self_test_leaves_the_release_in_use(make_device, lying, digits):
