@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_sdk.clock import ManualClock
 from edge_sdk.messages import Envelope, MetricSummary, Topics, encode, raw, to_buckets, to_counts
 from edge_sdk.messages import Summary as SummaryMessage
 from edge_sdk.sketch import QuantileSketch
@@ -13,8 +14,10 @@ from edge_sdk.transport import Message
 from edge_server import store_rollups
 from edge_server.fleet import Baseline, merge_summaries
 from edge_server.ingest import Turn
+from edge_server.insight import Insight
+from edge_server.releases import BlobStore
 from edge_server.retention import tend
-from edge_server.settings import RetentionSettings
+from edge_server.settings import RetentionSettings, Settings
 from edge_server.store import Store
 from edge_server.store_rollups import DAY, HOUR, latency_ms
 from edge_server.summaries import add_up
@@ -145,7 +148,7 @@ HOURS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(HOURS, st.integers(0, 30))
 def test_views_of_days_say_what_those_of_hours_said(tmp_path_factory, hours, pause):
     store = Store(tmp_path_factory.mktemp("summaries") / "coordinator.db", durable=False)
@@ -173,6 +176,18 @@ def test_the_hours_of_a_day_become_one_row_when_their_time_has_come(store):
     assert store.read(spans) == [(HOUR, 48, 25, 72, DAY), (DAY, 1, 24, 24, 0.0)]
     tend_all(store, now=4 * DAY)
     assert store.read(spans) == [(HOUR, 24, 49, 72, 2.0 * DAY), (DAY, 2, 24, 48, 0.0)]
+
+
+def test_by_hour_a_day_that_was_added_up_is_shown_as_a_day(store, tmp_path):
+    with store.transaction():
+        store.devices.add("a", group="default", credential="x", now=0.0)
+    take_in(store, [told(hour, start=hour * HOUR) for hour in (*range(24), 24 * 3, 24 * 3 + 1)])
+    insight = Insight(store, BlobStore(tmp_path / "blobs"), settings=Settings(), clock=ManualClock(LATE))
+    assert len(insight.view(by="hour", since=0.0)) == 26
+    tend_all(store, now=4 * DAY)
+    groups = [view.group for view in insight.view(by="hour", since=0.0)]
+    assert groups == ["1970-01-01", "1970-01-04 00:00", "1970-01-04 01:00"]
+    assert [view.group for view in insight.view(by="day", since=0.0)] == ["1970-01-01", "1970-01-04"]
 
 
 def test_latencies_are_added_to_the_sums_once_though_summaries_become_one(store):
