@@ -8,7 +8,8 @@ from html import escape
 
 import numpy as np
 
-from edge_sdk.fleet_report import ALL, Curve, DeviceSummary, FleetReport, score_text, summary_lines
+from edge_sdk.fleet_report import ALL, DeviceSummary, FleetReport, score_text, summary_lines
+from edge_sdk.fleet_tally import Curve
 from edge_sdk.page import COLOURS, LEFT, WIDTH, band, document, finite, soft, table
 
 _HEIGHT = 220

@@ -28,11 +28,13 @@ import msgspec
 from edge_sdk.clock import Clock, ManualClock
 from edge_sdk.errors import ConfigError, EdgeError, MissingExtraError, TransportError
 from edge_sdk.files import without_flushing
-from edge_sdk.fleet_report import FleetEvent, FleetReport, Lived, ReleaseSummary, Tally, build_report
+from edge_sdk.fleet_report import FleetEvent, FleetReport, ReleaseSummary, build_report
+from edge_sdk.fleet_tally import Lived, Tally
 from edge_sdk.messages import Ack, Envelope, Topics, decode, encode
 from edge_sdk.plan import Prepared
 from edge_sdk.scenario import Release
-from edge_sdk.shard import STARTED, Ended, Order, Shard, ShardProcess, Shards, SimulatedDevice, Start, Turned
+from edge_sdk.shard import Ended, Order, Shard, ShardProcess, Shards, Start, Turned
+from edge_sdk.simulated import STARTED, SimulatedDevice
 from edge_sdk.streams import HOUR_S
 from edge_sdk.transport import MemoryBroker, MemoryTransport, Transport, allow_connections
 

@@ -123,8 +123,9 @@ def compare(first: Path, second: Path, as_json: bool) -> None:
 
     With the same seed and devices, runs differ in nothing but what was changed, and devices are compared one by one.
     """
-    from edge_sdk.fleet_report import compare as differences
-    from edge_sdk.fleet_report import comparison_lines, load_report
+    from edge_sdk.fleet_compare import compare as differences
+    from edge_sdk.fleet_compare import comparison_lines
+    from edge_sdk.fleet_report import load_report
 
     found = differences(load_report(first), load_report(second))
     if as_json:

@@ -19,8 +19,9 @@ from click.testing import CliRunner
 
 from edge_sdk.cli import main
 from edge_sdk.errors import ConfigError, MissingExtraError
+from edge_sdk.fleet_compare import compare
 from edge_sdk.fleet_page import page
-from edge_sdk.fleet_report import ALL, compare, load_report, summary_lines
+from edge_sdk.fleet_report import ALL, load_report, summary_lines
 from edge_sdk.mqtt import MqttTransport, Tls
 from edge_sdk.plan import prepare, prepare_scenario
 from edge_sdk.scenario import Expect

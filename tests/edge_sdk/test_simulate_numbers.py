@@ -8,8 +8,10 @@ from click.testing import CliRunner
 from edge_quantize import Dataset, build_checkpoint
 from edge_sdk.cli import main
 from edge_sdk.errors import ConfigError, LabelError
+from edge_sdk.fleet_compare import compare
 from edge_sdk.fleet_page import page
-from edge_sdk.fleet_report import ALL, compare, error_band, load_report, summary_lines
+from edge_sdk.fleet_report import ALL, load_report, summary_lines
+from edge_sdk.fleet_tally import error_band
 from edge_sdk.manifest import MANIFEST_NAME, TargetSpec, parse_manifest
 from edge_sdk.plan import prepare
 from edge_sdk.schema import InputSpec
