@@ -115,7 +115,7 @@ def decide(signals: Signals, obstacle: str, config: PolicyConfig) -> Decision:
     why = "; ".join(fired.values())
     waits = obstacle
     if signals.fresh_rows < config.min_fresh_rows:
-        waits = f"{signals.fresh_rows} of {config.min_fresh_rows} new labelled rows"
+        waits = f"{config.min_fresh_rows} new labelled rows, has {signals.fresh_rows}"
     elif not signals.demand and signals.since_last_s is not None and signals.since_last_s < config.cooldown_s:
         waits = f"cool-down of {config.cooldown_s:g} s"
     reason = f"{why}: waits for {waits}" if waits else why

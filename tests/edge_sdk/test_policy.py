@@ -127,7 +127,7 @@ def test_too_few_new_rows_are_never_learned_from(demand):
     decision = decide(replace(ALARMED, fresh_rows=49, demand=demand), "", CONFIG)
     assert not decision.learn
     assert decision.wanted
-    assert decision.reason.endswith("waits for 49 of 50 new labelled rows")
+    assert decision.reason.endswith("waits for 50 new labelled rows, has 49")
     assert decision.reason.startswith("output drift")
 
 

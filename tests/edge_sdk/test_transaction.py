@@ -25,7 +25,7 @@ def test_a_decision_is_noted_once_when_it_changes_and_is_not_told(rig):
     made.learn()
     said = [(detail["learn"], detail["reason"]) for detail in made.events("learn_decided")]
     assert said == [
-        (False, "input drift: waits for 10 of 20 new labelled rows"),
+        (False, "input drift: waits for 20 new labelled rows, has 10"),
         (False, "nothing calls for it"),
         (True, "55 new labelled rows"),
     ]
