@@ -93,6 +93,9 @@ class Maintenance:
         self._flushed = threading.Condition()
         self._begun = self._done = 0
         self._saved_at = 0.0
+        self._told_at = 0.0
+        self._told_of: Version | None = None
+        """When `edge status` was last told, and of which version."""
         self._taken_up: Version | None = None
         self._diagnosed: tuple[list[str], float, str] = [], -math.inf, ""
         """Alarms, when they were last diagnosed, and what came of it."""
@@ -365,6 +368,9 @@ class Maintenance:
         self.upgrade.save()
         if self.monitoring.save_if_due(now):
             self._store.put("metrics", self.metrics.to_bytes())
+        version = self.served.version if self.served is not None else None
+        if version != self._told_of or is_due(now, self._told_at, _SAVE_S):
+            self._told_at, self._told_of = now, version
             self._save_status(now)
 
     def _save_status(self, now: float) -> None:

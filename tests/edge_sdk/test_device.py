@@ -1,5 +1,6 @@
 """The device under good and bad input: one typed error or one recorded state each, and serving goes on."""
 
+import json
 import os
 import shutil
 import threading
@@ -938,3 +939,22 @@ def test_the_apps_own_error_is_not_hidden_by_a_disk_that_is_full(make_device, di
 def test_what_cannot_be_kept_is_refused_at_once(make_device, call, error, words):
     with pytest.raises(error, match=words):
         call(make_device())
+
+
+def test_what_edge_status_shows_is_a_minute_old_at_most_and_never_of_another_version(make_device, clock):
+    def told():
+        return json.loads(device._store.get("status"))
+
+    device = make_device()
+    device.step()
+    assert (told()["release"], told()["ready"]) == (1, True)
+    promote(device, tilted(current_head(device), 1))
+    clock.advance(61)
+    device.step()
+    assert told()["head"] == 1
+    device.observe(device.predict(np.zeros(device._maintenance.served.manifest.input.shape, np.float32)).id, "3")
+    clock.advance(61)
+    device.step()
+    clock.advance(61)
+    device.step()
+    assert told()["counters"]["labelled"] == 1
