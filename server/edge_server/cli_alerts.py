@@ -58,7 +58,7 @@ def alerts_show(number: int, home: Path, as_json: bool) -> None:
     rows = [(d.sink, when(d.created), d.attempts, "-" if d.done is None else when(d.done), d.error)
             for d in record.deliveries]  # fmt: skip
     if rows:
-        print_records([], ("sink", "notice (UTC)", "attempts", "delivered (UTC)", "problem"), rows, as_json=False)
+        print_records([], ("sink", "notice (UTC)", "failures", "delivered (UTC)", "problem"), rows, as_json=False)
 
 
 @alerts.command("silence")
