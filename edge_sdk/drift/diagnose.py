@@ -62,12 +62,16 @@ class Live:
         """Of recent rows, float32 [N, F]; NaN: missing."""
         width = features.shape[1]
         mean, std, quantiles = np.full(width, np.nan), np.full(width, np.nan), np.full((width, len(_LEVELS)), np.nan)
-        for i, column in enumerate(features.T.astype(np.float64)):
-            known = column[~np.isnan(column)]
-            if len(known):
-                mean[i], std[i] = known.mean(), known.std()
-            if len(known) >= _UNIT_ROWS:
-                quantiles[i] = np.quantile(known, _LEVELS)
+        columns = np.ascontiguousarray(features.T, dtype=np.float64)
+        gaps = np.isnan(columns)
+        partly = gaps.any(axis=1)
+        # those without gaps all at once, which takes a tenth of the time, and each of the others by itself
+        for places in (np.flatnonzero(~partly), *np.flatnonzero(partly)[:, None]):
+            known = columns[places] if len(places) != 1 else columns[places][:, ~gaps[places[0]]]
+            if known.size:
+                mean[places], std[places] = known.mean(axis=1), known.std(axis=1)
+            if known.size and known.shape[1] >= _UNIT_ROWS:
+                quantiles[places] = np.quantile(known, _LEVELS, axis=1).T
         return cls(mean, std, np.isnan(features).mean(axis=0), quantiles)
 
 
