@@ -79,10 +79,9 @@ class Access:
         return found
 
     def _by_token(self, request: HTTPConnection, token: str, *, counted: bool) -> Caller:
-        self._check_wrong(request)
         user = self._users.by_token(token)
         if user is None:
-            self._wrong.wait_s(address(request), self._clock.now())
+            self._count_wrong(request)
             raise HTTPException(401, "this token is nobody's", headers={"www-authenticate": "Bearer"})
         if counted:
             self._count(user.name)
@@ -92,8 +91,9 @@ class Access:
         if wait_s := self._by_user.wait_s(user, self._clock.now()):
             raise too_many("requests", wait_s)
 
-    def _check_wrong(self, request: HTTPConnection) -> None:
-        if wait_s := self._wrong.wait_s(address(request), self._clock.now(), take=False):
+    def _count_wrong(self, request: HTTPConnection) -> None:
+        """Tokens are too long to be guessed: who has a right one is let in, whoever else tries from that address."""
+        if wait_s := self._wrong.wait_s(address(request), self._clock.now()):
             raise too_many("wrong tokens", wait_s)
 
     # ---- browsers
@@ -104,10 +104,9 @@ class Access:
         Raises:
             HTTPException: There were too many wrong ones from that address.
         """
-        self._check_wrong(request)
         secret = self._users.log_in(token)
         if secret is None:
-            self._wrong.wait_s(address(request), self._clock.now())
+            self._count_wrong(request)
             return False
         self._set_cookie(response, _SESSION, secret, self._session_s)
         return True

@@ -18,6 +18,7 @@ from edge_server.errors import SigningError
 from edge_server.fleet_drift import ALL
 from edge_server.insight import DriftReport
 from edge_server.keys import Repository
+from edge_server.plan import count_devices
 from edge_server.rollout import awaits_approval
 from edge_server.store import Store
 from edge_server.store_alerts import DeviceEvent
@@ -252,7 +253,7 @@ def event_conditions(events: Iterable[DeviceEvent]) -> Iterator[Condition]:
             kind=kind,
             cause=cause,
             severity="info" if cause.startswith("learned heads") else "warning",
-            words=f"{cause}: {_count(devices)} {_WORDS[kind]}",
+            words=f"{cause}: {count_devices(len(devices))} {_WORDS[kind]}",
             members=tuple(sorted(devices)),
         )
 
@@ -286,8 +287,8 @@ def drift_conditions(report: DriftReport, group_of: Callable[[str], str]) -> Ite
             kind="drift_local",
             cause=f"group {group}" if severity == "info" else f"group {group}: data or answers",
             severity=severity,
-            words=f"{_count(devices)} of group {group} drift by themselves ({report.local.expected:.1f} false alarms "
-            f"expected in the fleet); {name}: {words}",
+            words=f"{count_devices(len(devices))} of group {group} drift by themselves "
+            f"({report.local.expected:.1f} false alarms expected in the fleet); {name}: {words}",
             members=tuple(sorted(devices)),
         )
 
@@ -303,7 +304,7 @@ def _by_group(
             kind=kind,
             cause=f"group {group}",
             severity=severity,
-            words=f"group {group}: {_count(devices)} {words}",
+            words=f"group {group}: {count_devices(len(devices))} {words}",
             members=tuple(devices),
         )
 
@@ -321,11 +322,6 @@ def _joined(conditions: Iterable[Condition]) -> list[Condition]:
             )
         found[key] = condition
     return list(found.values())
-
-
-def _count(devices: Iterable[str]) -> str:
-    number = len(list(devices))
-    return "1 device" if number == 1 else f"{number} devices"
 
 
 def _memory(body: bytes) -> float:

@@ -15,7 +15,7 @@ import msgspec
 
 from edge_sdk.sketch import ACCURACY
 from edge_sdk.stats import sequence_radius
-from edge_server.plan import APP_METRIC, LATENCIES, Gate, RolloutPlan
+from edge_server.plan import APP_METRIC, LATENCIES, Gate, RolloutPlan, count_devices
 
 _DAY_S = 86_400.0
 _EVENTS = ("crashes", "rollbacks", "drift")
@@ -366,16 +366,18 @@ def _words(
 ) -> str:
     """The figures of a comparison."""
     metric, name = gate.metric, gate.metric.removeprefix(APP_METRIC)
-    of = f"{one.values:.0f} {_unit(gate)}, {one.devices} devices"
+    of = f"{one.values:.0f} {_unit(gate)}, {count_devices(one.devices)}"
     elsewhere = "" if other is None else f", {other.after:.4g} in the control group"
     if metric == "accuracy" and paired:
         told = f"release {release} in shadow is right {one.change:+.1%} more often than the one in use ({of})"
     elif metric == "accuracy":
-        of = f"{one.values:.0f} labelled, {one.devices} devices"
+        of = f"{one.values:.0f} labelled, {count_devices(one.devices)}"
         changed = (
             "there is no control group"
             if other is None
-            else (f"control changed by {other.change:+.1%} ({other.values:.0f} labelled, {other.devices} devices)")
+            else (
+                f"control changed by {other.change:+.1%} ({other.values:.0f} labelled, {count_devices(other.devices)})"
+            )
         )
         told = f"accuracy on release {release} is {one.after:.1%} ({of}), before {one.before:.1%}; {changed}"
     elif metric == "disagreement":

@@ -26,14 +26,13 @@ class Limiter:
         self._most, self._per_s = float(per_minute), per_minute / 60.0
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def wait_s(self, key: str, now: float, *, take: bool = True) -> float:
-        """Seconds that the key must wait for its next act; 0: it may now, and with `take` it has."""
+    def wait_s(self, key: str, now: float) -> float:
+        """Seconds that the key must wait for its next act; 0: it may now, and has."""
         left, since = self._left.get(key, (self._most, now))
         left = min(self._most, left + max(0.0, now - since) * self._per_s)
         allowed = left >= 1.0
-        if take:
-            self._left[key] = (left - 1.0 if allowed else left, now)
-            self._left.move_to_end(key)
-            if len(self._left) > _MOST_KEYS:
-                self._left.popitem(last=False)
+        self._left[key] = (left - 1.0 if allowed else left, now)
+        self._left.move_to_end(key)
+        if len(self._left) > _MOST_KEYS:
+            self._left.popitem(last=False)
         return 0.0 if allowed else (1.0 - left) / self._per_s

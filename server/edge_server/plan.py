@@ -225,7 +225,12 @@ class RolloutPlan(RolloutRules, frozen=True, kw_only=True, forbid_unknown_fields
         """A stage in words."""
         kind, number = parse_stage(self.stages[stage])
         of = f"the devices of {self.group} where {self.where}" if self.where else "the group"
-        return f"{number} devices" if kind == "devices" else f"{number} % of {of}"
+        return count_devices(number) if kind == "devices" else f"{number} % of {of}"
+
+
+def count_devices(number: int) -> str:
+    """In words."""
+    return "1 device" if number == 1 else f"{number} devices"
 
 
 def parse_stage(stage: int | str) -> tuple[Literal["%", "devices"], int]:

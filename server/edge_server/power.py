@@ -87,8 +87,8 @@ def power_of(plan: RolloutPlan, metrics: Sequence[DeviceMetrics], pace: Pace) ->
     enough = expected >= rows and control > 0 and treated > 0
     words = (
         f"to see a gain of {plan.effect:.1%} over {accuracy:.1%} with a chance of {plan.power:.0%}, {rows} labelled "
-        f"predictions are wanted on release {plan.release}; {treated} devices with {each:.3g} a day each give about "
-        f"{expected} in {days:.3g} days"
+        f"predictions are wanted on release {plan.release}; {treated} devices with {_amount(each)} a day each "
+        f"give about {expected:,} in {_amount(days)} days"
         + (f", {devices} devices would do" if devices and not enough else "")
         + f"; {control} devices are held out"
     )
@@ -97,6 +97,13 @@ def power_of(plan: RolloutPlan, metrics: Sequence[DeviceMetrics], pace: Pace) ->
         detectable=detectable if detectable < 1.0 else None, devices=devices, treated=treated, control=control,
         enough=enough, words=words,
     )  # fmt: skip
+
+
+def _amount(number: float) -> str:
+    """As people write it: three figures of what is small, and no powers of ten."""
+    return (
+        f"{number:,.0f}" if number >= 100 or not number else f"{number:.{max(0, 2 - math.floor(math.log10(number)))}f}"
+    )
 
 
 def required_rows(rate: float, *, effect: float, level: float, power: float, control_share: float) -> int:

@@ -22,7 +22,7 @@ import msgspec
 
 from edge_sdk.messages import cohort
 from edge_server.gates import DeviceMetrics, Reading, readings
-from edge_server.plan import RolloutPlan, opens_at, stage_size
+from edge_server.plan import RolloutPlan, count_devices, opens_at, stage_size
 from edge_server.power import Power
 
 MAX_TOLD = 20_000
@@ -274,7 +274,7 @@ def _next_stage(state: RolloutState, plan: RolloutPlan, metrics: Sequence[Device
     running = sum(_has_it(entry, state) for entry in metrics if entry.eligible)
     labelled = next((reading.sample for reading in state.gates if reading.metric == "accuracy"), 0)
     what = "the time in shadow" if state.shadowing else f"stage {state.stage + 1}"
-    passed = f"{what} passed with {running} devices and {labelled:.0f} labelled predictions"
+    passed = f"{what} passed with {count_devices(running)} and {labelled:.0f} labelled predictions"
     anew = msgspec.structs.replace(
         state, stage_started=now, soaking_since=None, told=() if state.shadowing else state.told, offered=(),
         held_since=None, held_s=0.0, gates=(), shadowing=False,
@@ -297,7 +297,7 @@ def _advance_rollback(
 ) -> RolloutState:
     left = [entry.device for entry in metrics if entry.on_candidate]
     if left and now - state.stage_started < plan.timeout_s:
-        waits = f"waits for {len(left)} devices to leave it: {_names(left)}"
+        waits = f"waits for {count_devices(len(left))} to leave it: {_names(left)}"
         return state if waits == state.waits else msgspec.structs.replace(state, waits=waits)
     # the release stays revoked, so a device that comes back later still leaves it
     rest = f"; {_names(left)} did not report leaving it" if left else ""
@@ -385,7 +385,7 @@ def _too_many_failures(plan: RolloutPlan, metrics: Sequence[DeviceMetrics]) -> s
         return None
     failed = sum(entry.failed for entry in bad)
     return (
-        f"{len(bad)} devices do not keep release {plan.release} ({failed} failed to install, "
+        f"release {plan.release} was not kept by {count_devices(len(bad))} ({failed} failed to install, "
         f"{len(bad) - failed} went back by themselves; at most {plan.max_failures} may): "
         f"{_names([entry.device for entry in bad])}"
     )

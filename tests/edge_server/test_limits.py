@@ -31,12 +31,6 @@ def test_keys_do_not_share_their_allowance():
     assert limiter.wait_s("b", 0.0) == 0.0
 
 
-def test_asking_without_taking_uses_nothing_up():
-    limiter = Limiter(1)
-    assert [limiter.wait_s("a", 0.0, take=False) for _ in range(5)] == [0.0] * 5
-    assert limiter.wait_s("a", 0.0) == 0.0
-
-
 def test_a_clock_that_is_set_back_gives_nobody_more():
     limiter = Limiter(1)
     limiter.wait_s("a", 100.0)
