@@ -19,12 +19,13 @@ export OPENBLAS_NUM_THREADS := 1
 demo: $(VENV)/.demo
 	PYTHONPATH=examples $(BIN)/python -m demo.run
 
+# A process for each core, four at most; the tests of a file stay together, and share what they have made.
 test: check tools
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # The property tests with other examples than `make test` takes, and more of them; some minutes.
 test-fresh: $(VENV)/.dev tools
-	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=fresh
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 -m hypothesis --hypothesis-profile=fresh
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check --quiet .

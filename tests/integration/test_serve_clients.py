@@ -326,9 +326,9 @@ def test_a_second_server_is_refused_while_the_first_lives(serve, tmp_path):
 
 
 @pytest.mark.curl
-def test_without_a_release_it_says_so(serve, tmp_path):
+def test_until_the_broker_brings_a_release_it_says_so(serve, tmp_path):
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "device.toml").write_text(SETTINGS)
+    (tmp_path / "home" / "device.toml").write_text(SETTINGS + '[broker]\nhost = "127.0.0.1"\nport = 1\n')
     path = tmp_path / "edge.sock"
     command = [*CLI, "serve", "--home", str(tmp_path / "home"), "--socket", str(path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
