@@ -155,7 +155,8 @@ class Coordinator:
         """
         for rollout in self.registry.advance():
             plan, state = rollout.plan, rollout.state
-            logger.info("rollout %s of release %s: %s, %s", rollout.id, plan.release, state.status, state.reason)
+            level = logging.WARNING if state.status in ("rolling_back", "rolled_back") else logging.INFO
+            logger.log(level, "rollout %s of release %s: %s, %s", rollout.id, plan.release, state.status, state.reason)
         if told := self.registry.modes.keep():
             logger.info("%d devices are told the mode of their group", told)
         self._publish_desired()
