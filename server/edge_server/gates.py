@@ -170,13 +170,16 @@ class Arm(NamedTuple):
     """Mean squared distance of the devices' changes from their mean."""
 
 
-def readings(plan: RolloutPlan, metrics: Sequence[DeviceMetrics], *, shadowing: bool = False) -> list[Reading]:
+def readings(
+    plan: RolloutPlan, metrics: Sequence[DeviceMetrics], *, shadowing: bool = False, last: bool = True
+) -> list[Reading]:
     """How every gate of the stage stands.
 
     Args:
         plan: With its gates and error level.
         metrics: One entry for every device of the group.
         shadowing: The release runs beside the one in use: pairs are judged, and there is no control group.
+        last: It is the last stage.
     """
     eligible = [entry for entry in metrics if entry.eligible]
     on_it = [entry for entry in eligible if (entry.in_shadow if shadowing else entry.on_candidate)]
@@ -189,7 +192,7 @@ def readings(plan: RolloutPlan, metrics: Sequence[DeviceMetrics], *, shadowing: 
             release=plan.release,
             paired=shadowing,
         )
-        for gate in plan.judged_by(shadowing=shadowing)
+        for gate in plan.judged_by(shadowing=shadowing, last=last)
     ]
 
 

@@ -167,13 +167,14 @@ class RolloutRules(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """Percent of the devices in the control group."""
         return self.control_percent or (_AB_CONTROL_PERCENT if self.strategy == "ab" else 0)
 
-    def judged_by(self, *, shadowing: bool = False) -> tuple[Gate, ...]:
+    def judged_by(self, *, shadowing: bool = False, last: bool = True) -> tuple[Gate, ...]:
         """The gates of a stage: the usual ones where no other takes their place, and the others.
 
         Args:
             shadowing: Of the time in shadow, where only accuracy and disagreement are known.
+            last: Of the last stage. The few devices of those before cannot show that a release is better.
         """
-        proof: Proof = "better" if self.strategy == "ab" else "no_harm"
+        proof: Proof = "better" if self.strategy == "ab" and last else "no_harm"
         usual = [
             Gate(metric="accuracy", margin=self.max_accuracy_drop, min_sample=self.min_labelled, proof=proof),
             Gate(metric="errors", margin=self.max_error_rate, min_sample=0),

@@ -186,7 +186,8 @@ def advance(state: RolloutState, plan: RolloutPlan, metrics: Sequence[DeviceMetr
         now: Seconds since the epoch.
     """
     if state.status == "running":
-        found = tuple(readings(plan, metrics, shadowing=state.shadowing))
+        last = state.stage + 1 == len(plan.stages)
+        found = tuple(readings(plan, metrics, shadowing=state.shadowing, last=last))
         if reason := _failure(plan, metrics, found):
             return halt(msgspec.structs.replace(state, gates=found), reason, now)
         return _go_on(msgspec.structs.replace(state, gates=found), plan, metrics, now)

@@ -64,6 +64,7 @@ class TestRules:
         rules = RolloutRules(strategy="ab")
         assert rules.held_out == 50
         assert rules.judged_by()[0].proof == "better"
+        assert rules.judged_by(last=False)[0].proof == "no_harm"
 
     def test_the_gates_of_all_stages_share_the_error_level(self):
         assert RolloutRules(stages=(10, 50, 100)).level == pytest.approx(0.05 / 6)

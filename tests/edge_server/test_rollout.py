@@ -146,6 +146,17 @@ class TestStages:
         assert not any(plan.in_control(name) for name in state.told)
         assert len(state.told) == sum(not plan.in_control(f"d{i}") for i in range(40))
 
+    def test_an_ab_test_must_be_shown_better_in_its_last_stage_only(self):
+        plan = msgspec.structs.replace(PLAN, strategy="ab")
+        names = [entry.device for entry in fleet(40, plan=plan)]
+        treated = [i for i, name in enumerate(names) if not plan.in_control(name)]
+        few = changed(scored(fleet(40, plan=plan), 0.9, 0.9), treated[:5], on_candidate=True, switched=True)
+        state = advance(advance(running(fleet(40, plan=plan), plan=plan), plan, few, 1.0), plan, few, 70.0)
+        assert state.stage == 1
+        half = changed(scored(fleet(40, plan=plan), 0.9, 0.9), treated, on_candidate=True, switched=True)
+        state = advance(advance(state, plan, half, 80.0), plan, half, 200.0)
+        assert (state.status, state.stage) == ("running", 1), "it is as good as before, and no better"
+
 
 class TestDownloads:
     PLAN = msgspec.structs.replace(HEALTH, stages=(100,), max_parallel=2)
