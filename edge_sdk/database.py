@@ -168,7 +168,9 @@ class Database:
     def _count_written(self) -> None:
         before, self._log = self._log, self._read_log()
         if self._log.number == before.number:
-            self.written_bytes += self._log.size - before.size
+            # one that was cut held behind its header what a crash had left of the log before it
+            grown = self._log.size - before.size
+            self.written_bytes += grown if grown >= 0 else self._log.size
             return
         with suppress(OSError):  # the log before was brought into the file, each of its pages once
             self.written_bytes += self._log.size + min(before.size, self._path.stat().st_size)
