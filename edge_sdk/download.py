@@ -127,9 +127,11 @@ class Download:
 
     def _flush_part(self) -> None:
         try:
-            if self._descriptor is None:
-                self._descriptor = os.open(self._part, os.O_WRONLY)
-            flush(self._descriptor)
+            descriptor = os.open(self._part, os.O_RDONLY)
+            try:
+                flush(descriptor)
+            finally:
+                os.close(descriptor)
         except OSError as error:
             raise storage_error(error, f"{self.digest[:12]} cannot be flushed") from error
 
@@ -140,12 +142,12 @@ class Download:
             IntegrityError: The hash differs; all blocks are thrown away.
             DiskFullError, StoreError: It cannot be flushed.
         """
+        self.close()
         if self.size == 0:
             self._part.touch()
         if self._hashes:
             self._flush_part()
-        self.close()
-        if not self._hashes and self._digest_of_part() != self.digest:
+        elif self._digest_of_part() != self.digest:
             self._part.unlink()
             self._map.unlink(missing_ok=True)
             self._have.clear()
